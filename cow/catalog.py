@@ -1,0 +1,313 @@
+"""The catalog: which origins, snapshots and layers exist, in SQLite.
+
+Every method is one transaction with synchronous=FULL on a write-ahead log, durable on return (SQLite: "FULL
+synchronous ... ensures that an operating system crash or power failure will not corrupt the database", and in WAL
+mode each commit is synced). Names are BLOBs: a file name is bytes. The tables are described in FORMAT.md.
+
+The catalog knows no chunks and no files. Calls block, and are safe from any thread.
+"""
+
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from cow.errors import CowError, RefusedError, StoreFullError
+
+FORMAT = 1
+FILE_NAME = "catalog.sqlite"
+
+_SCHEMA = """
+CREATE TABLE store (
+    key TEXT PRIMARY KEY,
+    value NOT NULL
+);
+CREATE TABLE origins (
+    id INTEGER PRIMARY KEY,
+    name BLOB NOT NULL UNIQUE,
+    path BLOB NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    head_sums BLOB NOT NULL,
+    head_written BLOB NOT NULL,
+    modified_ns INTEGER NOT NULL
+);
+CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name BLOB NOT NULL UNIQUE,
+    created_ns INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('pending', 'valid', 'damaged', 'invalid')),
+    reason TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE evidence (
+    snapshot INTEGER NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE,
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (snapshot, key)
+);
+CREATE TABLE layers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    origin INTEGER NOT NULL REFERENCES origins (id),
+    snapshot INTEGER NOT NULL REFERENCES snapshots (id),
+    role TEXT NOT NULL CHECK (role IN ('preserved', 'delta'))
+);
+"""
+
+
+class CatalogError(CowError):
+    """SQLite could not read or commit; nothing of the transaction is there."""
+
+
+class State(StrEnum):
+    """What a snapshot is worth."""
+
+    PENDING = "pending"  # being taken; recovery drops it
+    VALID = "valid"
+    DAMAGED = "damaged"  # some chunks cannot be read; the others are right
+    INVALID = "invalid"  # given up
+
+
+class Role(StrEnum):
+    """What a layer holds."""
+
+    PRESERVED = "preserved"
+    DELTA = "delta"
+
+
+@dataclass
+class OriginRow:
+    """An origin as the catalog has it. `head_sums` and `head_written` are described in cow/fingerprint.py."""
+
+    id: int
+    name: bytes
+    path: bytes
+    size_bytes: int
+    head_sums: bytes
+    head_written: bytes
+    modified_ns: int
+
+
+@dataclass
+class SnapshotRow:
+    """A snapshot as the catalog has it. Ids grow with time and are never used twice."""
+
+    id: int
+    name: bytes
+    created_ns: int
+    state: State
+    reason: str
+    evidence: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer, and the snapshot that it serves. Ids grow with the epochs and are never used twice."""
+
+    id: int
+    origin: int
+    snapshot: int
+    role: Role
+
+
+class Catalog:
+    """The catalog of the store at `directory` (a path). Made when missing.
+
+    Raises RefusedError when the file is not a catalog, or one of a newer format.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._path = os.path.join(directory, FILE_NAME)
+        self._lock = threading.Lock()  #: guards `_connection`
+        self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        try:
+            os.chmod(self._path, 0o600)
+            self._open()
+        except (sqlite3.DatabaseError, CatalogError) as error:
+            self._connection.close()
+            raise RefusedError(
+                f"{self._path} is not a catalog of hcpfs, or is damaged ({error}): name another store, or restore it "
+                f"from a backup"
+            ) from error
+        except RefusedError:
+            self._connection.close()
+            raise
+
+    def _open(self) -> None:
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute("PRAGMA foreign_keys=ON")
+        with self._transaction() as do:
+            if not do.execute("SELECT 1 FROM sqlite_master WHERE name = 'store'").fetchone():
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    do.execute(statement)
+                do.executemany(
+                    "INSERT INTO store VALUES (?, ?)",
+                    [
+                        ("format", FORMAT),
+                        ("uuid", uuid.uuid4().hex),
+                        ("created_ns", time.time_ns()),
+                        ("clean", 1),
+                    ],
+                )
+        found = self.setting("format")
+        if not isinstance(found, int) or found > FORMAT:
+            raise RefusedError(
+                f"the store {os.path.dirname(self._path)} has format {found}, and this hcpfs knows up to {FORMAT}: "
+                f"use a newer hcpfs"
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                    raise StoreFullError(f"no space left for the catalog {self._path}: make room there") from error
+                raise CatalogError(f"the catalog {self._path} failed: {error}") from error
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Close the database; SQLite folds the write-ahead log in."""
+        with self._lock:
+            self._connection.close()
+
+    # -- settings ------------------------------------------------------------------------------------------------
+
+    def setting(self, key: str) -> object:
+        """A value of the `store` table, None when there is none."""
+        with self._transaction() as do:
+            row = do.execute("SELECT value FROM store WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def set_setting(self, key: str, value: str | int) -> None:
+        """Set a value of the `store` table."""
+        with self._transaction() as do:
+            do.execute("INSERT OR REPLACE INTO store VALUES (?, ?)", (key, value))
+
+    # -- origins -------------------------------------------------------------------------------------------------
+
+    def origins(self) -> list[OriginRow]:
+        """All origins."""
+        with self._transaction() as do:
+            rows = do.execute(
+                "SELECT id, name, path, size_bytes, head_sums, head_written, modified_ns FROM origins ORDER BY id"
+            ).fetchall()
+        return [OriginRow(*row) for row in rows]
+
+    def add_origins(self, rows: Iterable[OriginRow]) -> None:
+        """Record the origins of a new store, all or none."""
+        with self._transaction() as do:
+            do.executemany(
+                "INSERT INTO origins (id, name, path, size_bytes, head_sums, head_written, modified_ns) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        row.id,
+                        row.name,
+                        row.path,
+                        row.size_bytes,
+                        row.head_sums,
+                        row.head_written,
+                        row.modified_ns,
+                    )
+                    for row in rows
+                ],
+            )
+
+    def set_origin(self, origin: int, *, path: bytes, head_sums: bytes, head_written: bytes, modified_ns: int) -> None:
+        """Record where the origin is and what it looks like now."""
+        with self._transaction() as do:
+            do.execute(
+                "UPDATE origins SET path = ?, head_sums = ?, head_written = ?, modified_ns = ? WHERE id = ?",
+                (path, head_sums, head_written, modified_ns, origin),
+            )
+
+    def set_head_written(self, origin: int, head_written: bytes) -> None:
+        """Record that chunks of the origin's head are about to be overwritten."""
+        with self._transaction() as do:
+            do.execute("UPDATE origins SET head_written = ? WHERE id = ?", (head_written, origin))
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def snapshots(self) -> list[SnapshotRow]:
+        """All snapshots, oldest first, with their evidence."""
+        with self._transaction() as do:
+            rows = do.execute("SELECT id, name, created_ns, state, reason FROM snapshots ORDER BY id").fetchall()
+            evidence = do.execute("SELECT snapshot, key, value FROM evidence ORDER BY rowid").fetchall()
+        found = {row[0]: SnapshotRow(row[0], row[1], row[2], State(row[3]), row[4]) for row in rows}
+        for snapshot, key, value in evidence:
+            found[snapshot].evidence[key] = value
+        return list(found.values())
+
+    def layers(self) -> list[LayerRow]:
+        """All layers, oldest first."""
+        with self._transaction() as do:
+            rows = do.execute("SELECT id, origin, snapshot, role FROM layers ORDER BY id").fetchall()
+        return [LayerRow(row[0], row[1], row[2], Role(row[3])) for row in rows]
+
+    def add_snapshot(self, name: bytes, created_ns: int) -> tuple[SnapshotRow, list[LayerRow]]:
+        """Record a pending snapshot with its two layers for each origin. Its epoch is open on return."""
+        with self._transaction() as do:
+            snapshot = do.execute(
+                "INSERT INTO snapshots (name, created_ns, state) VALUES (?, ?, ?)",
+                (name, created_ns, State.PENDING),
+            ).lastrowid
+            assert snapshot is not None
+            layers = []
+            for (origin,) in do.execute("SELECT id FROM origins ORDER BY id").fetchall():
+                for role in Role:
+                    layer = do.execute(
+                        "INSERT INTO layers (origin, snapshot, role) VALUES (?, ?, ?)",
+                        (origin, snapshot, role),
+                    ).lastrowid
+                    assert layer is not None
+                    layers.append(LayerRow(layer, origin, snapshot, role))
+        return SnapshotRow(snapshot, name, created_ns, State.PENDING, ""), layers
+
+    def finish_snapshot(self, snapshot: int, evidence: Mapping[str, str]) -> None:
+        """Turn a pending snapshot into a valid one, with its evidence."""
+        with self._transaction() as do:
+            do.execute("UPDATE snapshots SET state = ? WHERE id = ?", (State.VALID, snapshot))
+            do.executemany(
+                "INSERT OR REPLACE INTO evidence VALUES (?, ?, ?)",
+                [(snapshot, key, value) for key, value in evidence.items()],
+            )
+
+    def rename_snapshot(self, snapshot: int, name: bytes) -> None:
+        """Give a snapshot another name."""
+        with self._transaction() as do:
+            do.execute("UPDATE snapshots SET name = ? WHERE id = ?", (name, snapshot))
+
+    def set_state(self, snapshot: int, state: State, reason: str) -> None:
+        """Record that a snapshot is damaged."""
+        with self._transaction() as do:
+            do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, reason, snapshot))
+
+    def give_up_snapshot(self, snapshot: int, heir: int | None, reason: str) -> None:
+        """Make a snapshot invalid: its delta goes, its preserved layers go to `heir`, or go when there is none."""
+        with self._transaction() as do:
+            do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (State.INVALID, reason, snapshot))
+            _release_layers(do, snapshot, heir)
+
+    def delete_snapshot(self, snapshot: int, heir: int | None) -> None:
+        """Remove a snapshot: its delta goes, its preserved layers go to `heir`, or go when there is none."""
+        with self._transaction() as do:
+            _release_layers(do, snapshot, heir)
+            do.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
+
+
+def _release_layers(do: sqlite3.Connection, snapshot: int, heir: int | None) -> None:
+    do.execute("DELETE FROM layers WHERE snapshot = ? AND role = ?", (snapshot, Role.DELTA))
+    if heir is None:
+        do.execute("DELETE FROM layers WHERE snapshot = ?", (snapshot,))
+    else:
+        do.execute("UPDATE layers SET snapshot = ? WHERE snapshot = ?", (heir, snapshot))

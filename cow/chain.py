@@ -1,0 +1,43 @@
+"""Where a chunk is to be read: the first layer of a chain that holds it, else the origin."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cow.errors import DamagedError
+from cow.geometry import Run, held_in
+from cow.layer import Layer
+
+
+class Piece(NamedTuple):
+    """A run and the layer that has it; None stands for the origin."""
+
+    layer: Layer | None
+    run: Run
+
+
+def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
+    """Cut `run` into pieces by where they are, in ascending order.
+
+    Raises DamagedError when a layer that would have to be asked does not know any more what it holds. # I4
+    """
+    pieces: list[Piece] = []
+    missing = [run]
+    for layer in layers:
+        if layer.damage is not None:
+            raise DamagedError(layer.damage)
+        left: list[Run] = []
+        for wanted in missing:
+            at = wanted.first
+            for held in held_in(layer.held, wanted):
+                pieces.append(Piece(layer, held))
+                if held.first > at:
+                    left.append(Run(at, held.first - at))
+                at = held.end
+            if at < wanted.end:
+                left.append(Run(at, wanted.end - at))
+        missing = left
+        if not missing:
+            break
+    pieces += [Piece(None, wanted) for wanted in missing]
+    pieces.sort(key=lambda piece: piece.run.first)
+    return pieces

@@ -1,0 +1,96 @@
+"""Commits: the one road from "written" to "durable", and the checkpoints that keep the journal short.
+
+A commit appends records and then, in the same critical section, updates the layers' sets, so that a checkpoint sees
+both or neither. A full journal file is followed by a new one at once; the old ones go when a checkpoint, made by the
+store's housekeeping, has saved the layers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from cow.geometry import runs_of
+from cow.journal import Journal, Kind, Record
+from cow.layer import Layer
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint has to save: the layers' sets at one moment, and the journal files that it makes needless."""
+
+    maps: list[tuple[Layer, bytes]]
+    journals: list[int]
+
+
+class Commits:
+    """Serialises access to the journal. Trio thread only; the file work is done in threads.
+
+    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        layers: Callable[[], Iterable[Layer]],
+        on_checkpoint: Callable[[Checkpoint], None],
+    ) -> None:
+        self._journal = journal
+        self._layers = layers
+        self._on_checkpoint = on_checkpoint
+        self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
+
+    async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
+        """Make the records durable, then call `apply`, which updates the layers' sets.
+
+        The data that the records speak of must be durable already. Raises OSError or CowError; nothing is applied
+        then.
+        """
+        async with self._lock:
+            for record in records:
+                if not self._journal.has_room(record):
+                    await self._start_file()
+                await trio.to_thread.run_sync(self._journal.append, [record])
+            apply()
+
+    async def checkpoint(self) -> None:
+        """Start a new journal file, so that all before it can be saved and dropped."""
+        async with self._lock:
+            await self._start_file()
+
+    async def _start_file(self) -> None:
+        # What may be half overwritten must still be known once the older files are gone.
+        intents = [
+            Record(Kind.INTENT, layer.id, layer.written_ns, list(runs_of(iter(layer.intended))))
+            for layer in self._layers()
+            if layer.intended
+        ]
+        older = await trio.to_thread.run_sync(self._journal.start_file, intents)
+        maps = []
+        for layer in self._layers():
+            if layer.dirty:
+                layer.dirty = False
+                maps.append((layer, layer.encode_map()))
+        self._on_checkpoint(Checkpoint(maps, older))
+
+    async def save(self, checkpoint: Checkpoint) -> None:
+        """Save the layers of a checkpoint and drop the journal files that it covers.
+
+        After an error the files stay, and the next checkpoint covers them again.
+        """
+        try:
+            for layer, content in checkpoint.maps:
+                layer.pin()
+                try:
+                    await trio.to_thread.run_sync(layer.save, content)
+                finally:
+                    layer.unpin()
+        except BaseException:
+            for layer, _ in checkpoint.maps:
+                layer.dirty = True
+            raise
+        async with self._lock:
+            present = set(self._journal.numbers)
+            await trio.to_thread.run_sync(
+                self._journal.retire, [number for number in checkpoint.journals if number in present]
+            )

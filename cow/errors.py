@@ -1,0 +1,96 @@
+"""Every error that the engine raises: an errno for the caller, a sentence for the person.
+
+The sentence names what failed, where, and what to do. Each class stands for one row of the table of errors
+in README.md; the file system hands `errno` to the kernel and keeps the sentence for `status`.
+"""
+
+import errno as _errno
+
+
+def printable(name: bytes) -> str:
+    """A name from the file system as text that is safe to print: what is not UTF-8 is escaped."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+class CowError(Exception):
+    """Base of all errors of the engine. `str()` of it is the sentence."""
+
+    errno: int = _errno.EIO
+
+
+class NotFoundError(CowError):
+    """No snapshot of that name."""
+
+    errno = _errno.ENOENT
+
+
+class NameTakenError(CowError):
+    """A snapshot of that name exists."""
+
+    errno = _errno.EEXIST
+
+
+class BadNameError(CowError):
+    """The name has a control character, a slash or a leading dot, or is empty."""
+
+    errno = _errno.EINVAL
+
+
+class NameTooLongError(CowError):
+    """The name is over 255 bytes."""
+
+    errno = _errno.ENAMETOOLONG
+
+
+class SnapshotBusyError(CowError):
+    """An image of the snapshot is open."""
+
+    errno = _errno.EBUSY
+
+
+class PastEndError(CowError):
+    """A write beyond the image's end; ENOSPC, as on a block device."""
+
+    errno = _errno.ENOSPC
+
+
+class StoreFullError(CowError):
+    """The file system that holds the store has no space left."""
+
+    errno = _errno.ENOSPC
+
+
+class QuotaError(CowError):
+    """The store would pass its quota."""
+
+    errno = _errno.EDQUOT
+
+
+class ReadOnlyError(CowError):
+    """The store was opened read-only."""
+
+    errno = _errno.EROFS
+
+
+class DamagedError(CowError):
+    """Bytes of the store do not match their checksum, or are missing."""
+
+
+class InvalidSnapshotError(CowError):
+    """The snapshot was given up; its `info` says why."""
+
+
+class SyncError(CowError):
+    """A sync failed earlier; what it covered may be lost, so no later sync of that file can succeed (I3)."""
+
+
+class HoldTimeoutError(CowError):
+    """Writes under way did not end in time, so no instant could be taken."""
+
+    errno = _errno.ETIMEDOUT
+
+
+class RefusedError(CowError):
+    """The store or the source cannot be opened as asked. Nothing was changed."""
+
+    errno = _errno.EBUSY

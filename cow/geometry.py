@@ -1,0 +1,106 @@
+"""Chunks, runs and the arithmetic between bytes and chunks. Pure functions, no I/O, no state.
+
+A *chunk* is the 4 KiB unit in which exceptions are kept. A *run* is a range of chunks. Everything else in the
+engine works on runs; nothing but this module divides by the chunk size.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from pyroaring import BitMap64
+
+CHUNK_BYTES = 4096
+
+
+class Run(NamedTuple):
+    """Chunks `first` to `first + chunks - 1`."""
+
+    first: int
+    chunks: int
+
+    @property
+    def end(self) -> int:
+        """The first chunk after the run."""
+        return self.first + self.chunks
+
+    @property
+    def offset(self) -> int:
+        """Where the run begins, in bytes."""
+        return self.first * CHUNK_BYTES
+
+    @property
+    def length(self) -> int:
+        """The run's length in bytes."""
+        return self.chunks * CHUNK_BYTES
+
+
+class Split(NamedTuple):
+    """An extent cut at chunk borders: bytes in a first partial chunk, whole chunks, bytes in a last partial chunk.
+
+    An extent inside one chunk is all head. Any part may be empty.
+    """
+
+    head_bytes: int
+    body_bytes: int
+    tail_bytes: int
+
+
+def chunks_of(size_bytes: int) -> int:
+    """How many chunks a device of that size has; the last one may be partial."""
+    return -(-size_bytes // CHUNK_BYTES)
+
+
+def covering(offset: int, length: int) -> Run:
+    """The run of chunks that the extent touches. `length` is at least 1."""
+    first = offset // CHUNK_BYTES
+    return Run(first, chunks_of(offset + length) - first)
+
+
+def split(offset: int, length: int) -> Split:
+    """Cut the extent into head, body and tail."""
+    head = min(-offset % CHUNK_BYTES, length)
+    tail = (length - head) % CHUNK_BYTES
+    return Split(head, length - head - tail, tail)
+
+
+def held_in(chunks: BitMap64, run: Run) -> list[Run]:
+    """The parts of `run` that are in `chunks`, in order."""
+    present = chunks.range_cardinality(run.first, run.end)
+    if present == 0:
+        return []
+    if present == run.chunks:
+        return [run]
+    return list(runs_of(islice(chunks.iter_equal_or_larger(run.first), present)))
+
+
+def missing_from(chunks: BitMap64, run: Run) -> list[Run]:
+    """The parts of `run` that are not in `chunks`, in order."""
+    missing = []
+    at = run.first
+    for held in held_in(chunks, run):
+        if held.first > at:
+            missing.append(Run(at, held.first - at))
+        at = held.end
+    if at < run.end:
+        missing.append(Run(at, run.end - at))
+    return missing
+
+
+def runs_of(chunks: Iterator[int]) -> Iterator[Run]:
+    """Group ascending chunk numbers into maximal runs."""
+    first = end = -1
+    for chunk in chunks:
+        if chunk != end:
+            if end >= 0:
+                yield Run(first, end - first)
+            first = chunk
+        end = chunk + 1
+    if end >= 0:
+        yield Run(first, end - first)
+
+
+def pieces(run: Run, most: int) -> Iterator[Run]:
+    """Cut a run into pieces of at most `most` chunks."""
+    for first in range(run.first, run.end, most):
+        yield Run(first, min(most, run.end - first))

@@ -1,0 +1,248 @@
+"""A snapshot's image of one origin: the point in time, plus what was written to this image since.
+
+What is written goes to the delta layer, which is asked first; what the origin overwrote is in the preserved layers;
+the rest is still on the device. Writes are kept whole chunks at a time: a partial chunk is filled up from what the
+image shows. A chunk that the delta holds durably is overwritten in place only after an INTENT is in the journal, so
+that a crash in the middle is told apart from damage.
+
+`sync` makes the writes durable (I3). Until then a crash may keep, drop or tear them, as on any disk.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+from pyroaring import BitMap64
+
+from cow.chain import Piece, resolve
+from cow.commits import Commits
+from cow.errors import DamagedError, InvalidSnapshotError, PastEndError
+from cow.geometry import CHUNK_BYTES, Run, covering, missing_from, runs_of, split
+from cow.journal import Kind, Record
+from cow.layer import Layer
+from cow.origin import Origin
+
+MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
+
+
+class Image:
+    """Trio thread only. `reserve` is that of the preserver; `on_damage(sentence)` records a mismatch."""
+
+    def __init__(
+        self,
+        origin: Origin,
+        snapshot: int,
+        created_ns: int,
+        delta: Layer,
+        commits: Commits,
+        reserve: Callable[[int], Awaitable[None]],
+        on_damage: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.origin = origin
+        self.delta = delta
+        self.opened = 0  #: how many times the image is open
+        self._snapshot = snapshot
+        self._created_ns = created_ns
+        self._commits = commits
+        self._reserve = reserve
+        self._on_damage = on_damage
+        self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
+
+    @property
+    def size_bytes(self) -> int:
+        """The image's size, that of the device."""
+        return self.origin.size_bytes
+
+    @property
+    def modified_ns(self) -> int:
+        """When the contents last changed: the snapshot's time, or the last write to this image."""
+        return max(self._created_ns, self.delta.written_ns)
+
+    @property
+    def written_bytes(self) -> int:
+        """What was written to this image, in whole chunks."""
+        return len(self.delta.held) * CHUNK_BYTES
+
+    @property
+    def preserved_bytes(self) -> int:
+        """What the origin overwrote and this snapshot's layers keep, in whole chunks."""
+        try:
+            group = self.origin.group_of(self._snapshot)
+        except InvalidSnapshotError:
+            return 0
+        return sum(len(layer.held) for layer in group.layers) * CHUNK_BYTES
+
+    def own_layers(self) -> list[Layer]:
+        """The layers that would go, or be inherited, if the snapshot went."""
+        try:
+            return [self.delta, *self.origin.group_of(self._snapshot).layers]
+        except InvalidSnapshotError:
+            return []
+
+    def _layers(self) -> list[Layer]:
+        return [self.delta, *self.origin.layers_for(self._snapshot)]
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4
+
+        Raises DamagedError when one does not match, InvalidSnapshotError when the snapshot was given up, OSError
+        when a disk fails.
+        """
+        length = min(length, self.size_bytes - offset)
+        if length <= 0:
+            return b""
+        run = covering(offset, length)
+        data = await self._read_chunks(run)
+        start = offset - run.offset
+        return data if start == 0 and length == len(data) else data[start : start + length]
+
+    async def _read_chunks(self, run: Run) -> bytes:
+        try:
+            return await self._read_once(run)
+        except DamagedError:
+            pass  # perhaps only torn by a write that is under way
+        async with self._changing:
+            return await self._read_settled(run)
+
+    async def _read_settled(self, run: Run) -> bytes:
+        """Read while no write to this image is under way, so that a mismatch is damage."""
+        try:
+            return await self._read_once(run)
+        except DamagedError as error:
+            await self._on_damage(str(error))
+            raise
+
+    async def _read_once(self, run: Run) -> bytes:
+        while True:
+            layers = self._layers()
+            found = resolve(layers, run)
+            try:
+                return self._gather(found, nowait=True)
+            except BlockingIOError:
+                pass
+            pinned = [piece.layer for piece in found if piece.layer is not None]
+            for layer in pinned:
+                layer.pin()
+            try:
+                data = await trio.to_thread.run_sync(self._gather, found)
+            finally:
+                for layer in pinned:
+                    layer.unpin()
+            # A chunk that was read from the device may have been preserved and overwritten meanwhile. The set is
+            # changed before the device is, so if it is still missing from all layers, the bytes are the old ones. # I2
+            if not self._overtaken(found):
+                return data
+
+    def _gather(self, found: list[Piece], nowait: bool = False) -> bytes:
+        parts = [
+            self.origin.read_chunks(piece.run, nowait=nowait)
+            if piece.layer is None
+            else piece.layer.read(piece.run, nowait=nowait)
+            for piece in found
+        ]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _overtaken(self, found: list[Piece]) -> bool:
+        from_device = [piece.run for piece in found if piece.layer is None]
+        if not from_device:
+            return False
+        layers = self._layers()
+        return any(layer.held.range_cardinality(run.first, run.end) for run in from_device for layer in layers)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write into the delta. Returns the bytes written, fewer only at the image's end. Durable after `sync`.
+
+        Raises PastEndError beyond the end, QuotaError, StoreFullError or OSError when the store has no room or
+        fails, and the errors of `read` when a partial chunk cannot be filled up. Nothing has changed then, save that
+        an OSError may leave a part written.
+        """
+        if offset >= self.size_bytes:
+            raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
+        if offset + len(data) > self.size_bytes:
+            data = data[: self.size_bytes - offset]
+        if not data:
+            return 0
+        run = covering(offset, len(data))
+        async with self._changing:
+            self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
+            whole = await self._fill_up(offset, data, run)
+            await self._reserve(self.delta.new_bytes([run]))
+            await self._announce(run)
+            self.delta.pin()
+            try:
+                await trio.to_thread.run_sync(self._write_delta, run, whole)
+            finally:
+                self.delta.unpin()
+            for fresh in missing_from(self.delta.held, run):
+                self.delta.uncommitted.add_range(fresh.first, fresh.end)
+            self.delta.held.add_range(run.first, run.end)
+            self.delta.written_ns = time.time_ns()
+            if len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS:
+                await self._commit()
+        return len(data)
+
+    def _write_delta(self, run: Run, whole: bytes) -> None:
+        try:
+            self.delta.write(run.first, whole)
+        except OSError:
+            # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
+            affected = BitMap64()
+            affected.add_range(run.first, run.end)
+            self.delta.rehash(affected & self.delta.held)
+            raise
+
+    async def _fill_up(self, offset: int, data: bytes, run: Run) -> bytes:
+        """The whole chunks of `run` as they shall be."""
+        head, _, tail = split(offset, len(data))
+        before = after = b""
+        if head or (tail and run.chunks == 1):
+            first = await self._read_settled(Run(run.first, 1))
+            before = first[: offset - run.offset]
+            after = first[offset - run.offset + len(data) :]
+        if run.chunks > 1 and tail:
+            last = await self._read_settled(Run(run.end - 1, 1))
+            after = last[tail:]
+        return before + data + after if before or after else data
+
+    async def _announce(self, run: Run) -> None:
+        """Put an INTENT into the journal for the committed chunks that will be overwritten in place."""
+        overwritten = BitMap64()
+        overwritten.add_range(run.first, run.end)
+        overwritten &= self.delta.held
+        overwritten -= self.delta.uncommitted
+        overwritten -= self.delta.intended
+        if not overwritten:
+            return
+        self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
+        record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(iter(overwritten))))
+        await self._commits.commit([record], lambda: None)
+
+    async def sync(self) -> None:
+        """Make all writes that were acknowledged durable. # I3
+
+        Raises InvalidSnapshotError when the snapshot was given up, OSError or SyncError when the store fails.
+        """
+        async with self._changing:
+            self.origin.group_of(self._snapshot)
+            await self._commit()
+
+    async def _commit(self) -> None:
+        written = self.delta.uncommitted | self.delta.intended
+        if not written:
+            return
+        self.delta.pin()
+        try:
+            runs = list(runs_of(iter(written)))
+            sums = await trio.to_thread.run_sync(self._sync_data, runs)
+            record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
+            await self._commits.commit([record], lambda: self.delta.commit(runs))
+        finally:
+            self.delta.unpin()
+
+    def _sync_data(self, runs: list[Run]) -> bytes:
+        self.delta.sync_data()
+        return b"".join(self.delta.read_sums(run) for run in runs)

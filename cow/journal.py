@@ -1,0 +1,236 @@
+"""The journal: the one place where a commit becomes durable.
+
+A commit is one record, appended and synced. It says which chunks a layer now holds, with their checksums; the
+layer's own index files (`sums`, `map`) follow lazily and are made durable by a checkpoint, after which the journal
+starts afresh in a new file. Recovery replays the files in order; replaying twice gives the same result.
+
+Every 512-byte sector carries its own checksum, and a new file is all zeroes. So after a crash each sector is valid,
+or was never written, and everything else is damage: a torn append cannot be mistaken for a flipped bit, nor a flipped
+bit for a torn append. The bytes are described in FORMAT.md.
+
+This module does not know layers or snapshots. It has no lock: the store serialises `append` and `start_file`.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from xxhash import xxh3_64_digest
+
+from cow.device import Directory, File
+from cow.errors import CowError
+from cow.geometry import Run
+
+SECTOR_BYTES = 512
+SECTOR_PAYLOAD_BYTES = SECTOR_BYTES - 8
+FILE_BYTES = 4 << 20
+FILE_MAGIC = b"HCPFSJNL"
+RECORD_MAGIC = b"HCPFSREC"
+_FILE_HEADER = struct.Struct("<8sI16sQ")  # magic, format, store uuid, number
+_RECORD_HEADER = struct.Struct("<8sQIIQQQ")  # magic, sequence, kind, runs, layer, time_ns, bytes of the record
+_ZERO_SECTOR = bytes(SECTOR_BYTES)
+_PREFIX = "journal."
+
+
+class Kind(IntEnum):
+    """What a record says about its chunks."""
+
+    PRESERVED = 1  # the origin's old bytes, with their checksums, are durable in the layer
+    DELTA = 2  # a snapshot's own writes, with their checksums, are durable in the layer
+    INTENT = 3  # chunks that the layer held are being overwritten in place: their checksums may not match
+
+
+class JournalDamagedError(CowError):
+    """A sector of the journal is neither valid nor unwritten, or a committed record is missing."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One commit: `runs` of `layer`, at `time_ns`. `sums` has 8 bytes a chunk, or none for an INTENT."""
+
+    kind: Kind
+    layer: int
+    time_ns: int
+    runs: Sequence[Run]
+    sums: bytes = b""
+
+    def encode(self, sequence: int) -> bytes:
+        """The record's bytes, not yet cut into sectors."""
+        body = struct.pack(f"<{2 * len(self.runs)}Q", *(number for run in self.runs for number in run)) + self.sums
+        header = _RECORD_HEADER.pack(
+            RECORD_MAGIC, sequence, self.kind, len(self.runs), self.layer, self.time_ns, len(body)
+        )
+        return header + body
+
+
+def _seal(payload: bytes, number: int, sector: int) -> bytes:
+    return payload + xxh3_64_digest(payload, seed=(number << 32) + sector)
+
+
+def _sectors_of(encoded_bytes: int) -> int:
+    return -(-encoded_bytes // SECTOR_PAYLOAD_BYTES)
+
+
+class Journal:
+    """The journal files in a store's directory; appends go to the newest.
+
+    A `Journal` is first replayed with `replay`, then writes to a file made by `start_file`: a file of an earlier
+    run is never appended to.
+    """
+
+    def __init__(self, directory: Directory, store_uuid: bytes) -> None:
+        self._directory = directory
+        self._uuid = store_uuid
+        self._numbers = sorted(
+            int(name.removeprefix(_PREFIX))
+            for name in directory.names()
+            if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
+        )
+        self._file: File | None = None
+        self._next_sector = 0
+        self._sequence = 1
+        self._broken: str | None = None
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the journal files that exist, oldest first."""
+        return list(self._numbers)
+
+    def has_room(self, record: Record) -> bool:
+        """Whether the present file can take the record."""
+        size = _RECORD_HEADER.size + 16 * len(record.runs) + len(record.sums)
+        return (self._next_sector + _sectors_of(size)) * SECTOR_BYTES <= FILE_BYTES
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Append the records and sync: all of them are durable on return.
+
+        After an error the journal takes no more: what the kernel still holds of the failed append is unknown.
+        """
+        if self._file is None or self._broken is not None:
+            raise CowError(f"the journal in {self._directory.label} is closed after an error: {self._broken}")
+        sealed = bytearray()
+        for record in records:
+            encoded = record.encode(self._sequence)
+            self._sequence += 1
+            for start in range(0, len(encoded), SECTOR_PAYLOAD_BYTES):
+                payload = encoded[start : start + SECTOR_PAYLOAD_BYTES].ljust(SECTOR_PAYLOAD_BYTES, b"\0")
+                sealed += _seal(payload, self._numbers[-1], self._next_sector + len(sealed) // SECTOR_BYTES)
+        try:
+            self._file.pwrite(bytes(sealed), self._next_sector * SECTOR_BYTES)
+            self._file.sync()
+        except OSError as error:
+            self._broken = f"{error.strerror} at sector {self._next_sector} of {self._file.label}"
+            raise
+        self._next_sector += len(sealed) // SECTOR_BYTES
+
+    def start_file(self, records: Sequence[Record] = ()) -> list[int]:
+        """Begin a new, preallocated file with `records` in it; durable on return.
+
+        Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`).
+        On an error the present file stays in use.
+        """
+        older = list(self._numbers)
+        number = older[-1] + 1 if older else 1
+        name = f"{_PREFIX}{number:08d}"
+        file = self._directory.open(name, create=True)
+        try:
+            file.allocate(FILE_BYTES)
+            header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number)
+            file.pwrite(_seal(header.ljust(SECTOR_PAYLOAD_BYTES, b"\0"), number, 0), 0)
+            file.sync()
+            self._directory.sync()
+        except OSError:
+            file.close()
+            self._directory.unlink(name)
+            raise
+        self.close()
+        self._file, self._next_sector, self._broken = file, 1, None
+        self._numbers.append(number)
+        if records:
+            self.append(records)
+        return older
+
+    def retire(self, numbers: Sequence[int]) -> None:
+        """Remove older files after a checkpoint; durable on return."""
+        for number in numbers:
+            self._directory.unlink(f"{_PREFIX}{number:08d}")
+            self._numbers.remove(number)
+        self._directory.sync()
+
+    def close(self) -> None:
+        """Close the present file. All its records are durable already."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def replay(self) -> Iterator[Record]:
+        """Yield every durable record of all files, oldest first.
+
+        Raises JournalDamagedError where a record that was committed cannot be read.
+        """
+        for number in self._numbers:
+            file = self._directory.open(f"{_PREFIX}{number:08d}")
+            try:
+                yield from self._replay_file(file, number)
+            finally:
+                file.close()
+
+    def _replay_file(self, file: File, number: int) -> Iterator[Record]:
+        content = file.pread(FILE_BYTES, 0)
+        sectors = [_open_sector(content, number, sector, file.label) for sector in range(len(content) // SECTOR_BYTES)]
+        if not sectors or sectors[0] is None:
+            if any(sectors):
+                raise JournalDamagedError(f"{file.label} has no header; its records cannot be trusted")
+            return  # a crash while the file was made: nothing was ever committed to it
+        magic, format_number, uuid, found_number = _FILE_HEADER.unpack_from(sectors[0])
+        if (magic, format_number, uuid, found_number) != (FILE_MAGIC, 1, self._uuid, number):
+            raise JournalDamagedError(f"{file.label} belongs to another store or place")
+        at = 1
+        while at < len(sectors):
+            taken = _read_record(sectors, at, self._sequence)
+            if taken is None:
+                break
+            record, used = taken
+            yield record
+            self._sequence += 1
+            at += used
+        # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing.
+        for sector in range(at, len(sectors)):
+            header = _record_header(sectors[sector])
+            if header is not None and header[1] > self._sequence:
+                raise JournalDamagedError(f"{file.label}: record {self._sequence} at sector {at} is missing")
+
+
+def _open_sector(content: bytes, number: int, sector: int, label: str) -> bytes | None:
+    """The sector's payload, or None when it was never written."""
+    raw = content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
+    if raw == _ZERO_SECTOR:
+        return None
+    payload = raw[:SECTOR_PAYLOAD_BYTES]
+    if _seal(payload, number, sector) != raw:
+        raise JournalDamagedError(f"{label}: sector {sector} does not match its checksum")
+    return payload
+
+
+def _record_header(payload: bytes | None) -> tuple[bytes, int, int, int, int, int, int] | None:
+    if payload is None or not payload.startswith(RECORD_MAGIC):
+        return None
+    fields: tuple[bytes, int, int, int, int, int, int] = _RECORD_HEADER.unpack_from(payload)
+    return fields
+
+
+def _read_record(sectors: list[bytes | None], at: int, sequence: int) -> tuple[Record, int] | None:
+    """The record that starts at sector `at` and the sectors it takes; None when it is not there in full."""
+    header = _record_header(sectors[at])
+    if header is None or header[1] != sequence:
+        return None
+    _, _, kind, run_count, layer, time_ns, body_bytes = header
+    used = _sectors_of(_RECORD_HEADER.size + body_bytes)
+    payloads = sectors[at : at + used]
+    if len(payloads) < used or None in payloads:
+        return None
+    body = b"".join(payload for payload in payloads if payload is not None)[_RECORD_HEADER.size :][:body_bytes]
+    numbers = struct.unpack_from(f"<{2 * run_count}Q", body)
+    runs = [Run(first, count) for first, count in zip(numbers[::2], numbers[1::2], strict=True)]
+    return Record(Kind(kind), layer, time_ns, runs, body[16 * run_count :]), used

@@ -1,0 +1,312 @@
+"""A layer: the exceptions of one epoch, or one snapshot's own writes, for one origin.
+
+On disk it is a directory, made when first written: `data.NNNN` (sparse, at the device's own offsets, one file a TiB),
+`sums` (8 bytes a chunk) and `map` (the set of chunks at the last checkpoint). The bytes are described in FORMAT.md.
+
+The sets of chunks live here and change only on the trio thread; file calls are made from any thread. The layer does
+not decide when anything is durable: its owner calls `sync_data`, commits to the journal, then updates the sets.
+"""
+
+import struct
+import threading
+from collections.abc import Sequence
+
+from pyroaring import BitMap64
+from xxhash import xxh3_64_digest
+
+from cow.device import Directory, File
+from cow.errors import DamagedError, SyncError
+from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
+
+SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
+SUM_BYTES = 8
+MAP_MAGIC = b"HCPFSMAP"
+_MAP_HEADER = struct.Struct("<8sIQQQ")  # magic, format, layer, written_ns, bytes of the set
+_SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
+_MASK_64 = (1 << 64) - 1
+
+
+class Layer:
+    """A layer and its files. `chunks` is the size of the device in chunks."""
+
+    def __init__(self, parent: Directory, layer_id: int, chunks: int) -> None:
+        self.id = layer_id
+        self.chunks = chunks
+        self.held = BitMap64()  #: what readers find here
+        self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
+        self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
+        self.written_ns = 0  #: time of the last write to a delta, 0 when there was none
+        self.dirty = False  #: whether the journal has commits that the last checkpoint had not
+        self.damage: str | None = None  #: why nothing in this layer can be trusted
+        self._parent = parent
+        self._directory: Directory | None = None
+        self._files: dict[str, File] = {}
+        self._unsynced: set[str] = set()
+        self._opening = threading.Lock()  #: guards `_directory`, `_files` and `_unsynced`
+        self._pins = 0
+        self._closing = False
+        # Mixed into each checksum, so that a chunk at a wrong place or in a wrong layer is found out.
+        self._seed = (layer_id * 0x9E3779B97F4A7C15) & _MASK_64
+
+    @property
+    def name(self) -> str:
+        """The layer's directory name."""
+        return f"{self.id:016x}"
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _file(self, name: str, *, create: bool = False) -> File:
+        file = self._files.get(name)
+        if file is not None:
+            return file
+        with self._opening:
+            if name not in self._files:
+                if self._directory is None:
+                    self._directory = self._parent.subdirectory(self.name, create=create)
+                try:
+                    self._files[name] = self._directory.open(name)
+                except FileNotFoundError:
+                    if not create:
+                        raise
+                    self._files[name] = self._directory.open(name, create=True)
+                    self._directory.sync()
+            return self._files[name]
+
+    def pin(self) -> None:
+        """Keep the files open while another thread works on them; undone by `unpin`. Trio thread only."""
+        self._pins += 1
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a thread may be working on the files."""
+        return self._pins > 0
+
+    def unpin(self) -> None:
+        """Undo one `pin`; the last one of a closed layer closes the files."""
+        self._pins -= 1
+        if self._closing and self._pins == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Close all files, now or when the last pin goes. Nothing is synced."""
+        self._closing = True
+        if self._pins:
+            return
+        with self._opening:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            if self._directory is not None:
+                self._directory.close()
+                self._directory = None
+
+    def remove_files(self) -> None:
+        """Delete the layer's directory. The catalog must not name the layer any more."""
+        remove_layer_directory(self._parent, self.name)
+
+    def allocated_bytes(self) -> int:
+        """What the layer takes in the store. 0 before its first write."""
+        with self._opening:
+            if self._directory is None:
+                try:
+                    self._directory = self._parent.subdirectory(self.name)
+                except FileNotFoundError:
+                    return 0
+            return self._directory.allocated_bytes()
+
+    # -- chunks --------------------------------------------------------------------------------------------------
+
+    def checksums(self, first: int, data: bytes | memoryview) -> bytes:
+        """The checksums, 8 bytes each, of the whole chunks in `data`, which start at chunk `first`."""
+        view = memoryview(data)
+        seed = self._seed + first
+        return b"".join(
+            xxh3_64_digest(view[start : start + CHUNK_BYTES], seed=(seed + index) & _MASK_64)
+            for index, start in enumerate(range(0, len(view), CHUNK_BYTES))
+        )
+
+    def write(self, first: int, data: bytes | memoryview) -> bytes:
+        """Write whole chunks and their checksums, and return the checksums. Nothing is durable yet.
+
+        The caller puts the chunks into `held` once the write has returned.
+        """
+        sums = self.checksums(first, data)
+        view = memoryview(data)
+        for name, part in _by_segment(Run(first, len(view) // CHUNK_BYTES)):
+            start = (part.first - first) * CHUNK_BYTES
+            self._file(name, create=True).pwrite(
+                view[start : start + part.length], part.first % SEGMENT_CHUNKS * CHUNK_BYTES
+            )
+            with self._opening:
+                self._unsynced.add(name)
+        self.write_sums(first, sums)
+        return sums
+
+    def write_sums(self, first: int, sums: bytes) -> None:
+        """Put checksums into their slots. Durable after a checkpoint; until then the journal has them."""
+        self._file("sums", create=True).pwrite(sums, first * SUM_BYTES)
+
+    def read_sums(self, run: Run) -> bytes:
+        """The checksums of a run, from their slots."""
+        return self._file("sums").pread(run.chunks * SUM_BYTES, run.first * SUM_BYTES)
+
+    def read(self, run: Run, *, nowait: bool = False) -> bytes:
+        """Read whole chunks and check each against its checksum. # I4
+
+        Raises DamagedError naming the first chunk that does not match; BlockingIOError under `nowait` when a disk
+        would have to be waited for.
+        """
+        if self.damage is not None:
+            raise DamagedError(self.damage)
+        if nowait and "sums" not in self._files:
+            raise BlockingIOError
+        try:
+            data = b"".join(
+                self._read_part(self._file(name), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
+                for name, part in _by_segment(run)
+            )
+            sums = self._read_part(self._file("sums"), run.chunks * SUM_BYTES, run.first * SUM_BYTES, nowait)
+        except FileNotFoundError as error:
+            raise DamagedError(f"a file of layer {self.name} is missing from the store: {error.filename}") from error
+        found = self.checksums(run.first, data)
+        if found != sums or len(data) != run.length:
+            raise DamagedError(self._mismatch(run, found, sums))
+        return data
+
+    @staticmethod
+    def _read_part(file: File, length: int, offset: int, nowait: bool) -> bytes:
+        return file.pread_nowait(length, offset) if nowait else file.pread(length, offset)
+
+    def _mismatch(self, run: Run, found: bytes, expected: bytes) -> str:
+        bad = next(
+            (
+                index
+                for index in range(run.chunks)
+                if found[index * SUM_BYTES :][:SUM_BYTES] != expected[index * SUM_BYTES :][:SUM_BYTES]
+            ),
+            0,
+        )
+        chunk = run.first + bad
+        return (
+            f"chunk {chunk} (offset {chunk * CHUNK_BYTES}) of layer {self.name} does not match its checksum: the disk "
+            f"under the store, or something else, changed it; the rest stays readable"
+        )
+
+    def commit(self, runs: Sequence[Run]) -> None:
+        """Take over runs that the journal has: readers and the next checkpoint find them. Trio thread only."""
+        for run in runs:
+            self.held.add_range(run.first, run.end)
+            self.uncommitted.remove_range(run.first, run.end)
+            self.intended.remove_range(run.first, run.end)
+        self.dirty = True
+
+    def rehash(self, chunks: BitMap64) -> None:
+        """Take the chunks' bytes as they stand and write their checksums anew.
+
+        For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk.
+        """
+        for found in runs_of(iter(chunks)):
+            for part in (piece for _, segment in _by_segment(found) for piece in pieces(segment, 256)):
+                name = _segment_name(part.first // SEGMENT_CHUNKS)
+                data = self._file(name).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+                self.write_sums(part.first, self.checksums(part.first, data.ljust(part.length, b"\0")))
+
+    def new_bytes(self, runs: Sequence[Run]) -> int:
+        """An upper bound of what holding `runs` will add to the store, in bytes."""
+        total = 0
+        for run in runs:
+            fresh = run.chunks - self.held.range_cardinality(run.first, run.end)
+            pages = run.end // _SUM_PAGE_CHUNKS - run.first // _SUM_PAGE_CHUNKS + 1
+            total += fresh * CHUNK_BYTES + pages * 4096
+        return total
+
+    def sync_data(self) -> None:
+        """Make all data written so far durable. The checksums become durable with the journal's record."""
+        with self._opening:
+            names, self._unsynced = self._unsynced, set()
+        for name in names:
+            try:
+                self._file(name).sync()
+            except (OSError, SyncError):
+                with self._opening:
+                    self._unsynced |= names
+                raise
+
+    def punch(self, chunks: BitMap64) -> None:
+        """Give back the space of chunks that nobody reads here any more."""
+        for run in runs_of(iter(chunks)):
+            for name, part in _by_segment(run):
+                self._file(name).punch(part.first % SEGMENT_CHUNKS * CHUNK_BYTES, part.length)
+
+    # -- the checkpoint ------------------------------------------------------------------------------------------
+
+    def encode_map(self) -> bytes:
+        """The set of committed chunks as the content of `map`. Trio thread only."""
+        committed = self.held - self.uncommitted
+        committed.run_optimize()
+        body = committed.serialize()
+        content = _MAP_HEADER.pack(MAP_MAGIC, 1, self.id, self.written_ns, len(body)) + body
+        return content + xxh3_64_digest(content)
+
+    def save(self, content: bytes) -> None:
+        """Make `sums` and a `map` of that content durable. Nothing happens to a layer that was never written."""
+        try:
+            self._file("sums").sync()
+        except FileNotFoundError:
+            return
+        directory = self._directory
+        assert directory is not None  # `_file` opened it
+        file = directory.open("map.new", create=True)
+        try:
+            file.pwrite(content, 0)
+            file.truncate(len(content))
+            file.sync()
+        finally:
+            file.close()
+        directory.rename("map.new", "map")
+        directory.sync()
+
+    def load(self) -> None:
+        """Read `map` into `held`. A layer without one holds nothing; a bad one sets `damage`."""
+        try:
+            self._directory = self._parent.subdirectory(self.name)
+            file = self._directory.open("map")
+        except FileNotFoundError:
+            return
+        try:
+            content = file.pread(file.size_bytes, 0)
+        finally:
+            file.close()
+        body, digest = content[:-8], content[-8:]
+        if len(body) < _MAP_HEADER.size or xxh3_64_digest(body) != digest:
+            self.damage = f"the map of layer {self.name} does not match its checksum: what it holds is unknown"
+            return
+        magic, format_number, layer_id, self.written_ns, _ = _MAP_HEADER.unpack_from(body)
+        if (magic, format_number, layer_id) != (MAP_MAGIC, 1, self.id):
+            self.damage = f"the map of layer {self.name} is that of another layer: the store's files were moved"
+            return
+        self.held = BitMap64.deserialize(body[_MAP_HEADER.size :])
+
+
+def remove_layer_directory(layers: Directory, name: str) -> None:
+    """Delete a layer's directory and what is in it; a missing one is fine."""
+    try:
+        directory = layers.subdirectory(name)
+    except FileNotFoundError:
+        return
+    for file in directory.names():
+        directory.unlink(file)
+    directory.close()
+    layers.rmdir(name)
+
+
+def _segment_name(segment: int) -> str:
+    return f"data.{segment:04d}"
+
+
+def _by_segment(run: Run) -> list[tuple[str, Run]]:
+    segment, last = run.first // SEGMENT_CHUNKS, (run.end - 1) // SEGMENT_CHUNKS
+    if segment == last:
+        return [(_segment_name(segment), run)]
+    head = Run(run.first, (segment + 1) * SEGMENT_CHUNKS - run.first)
+    return [(_segment_name(segment), head), *_by_segment(Run(head.end, run.chunks - head.chunks))]

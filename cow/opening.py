@@ -1,0 +1,185 @@
+"""Opening a store: who may, which devices belong to it, recovery, and the clean close. # I7
+
+`open_store` is the engine's front door. Everything that does not fit is refused here, each with its own sentence,
+before anything is written: a store in use, of a newer format, made for other devices, on devices of another size or content.
+"""
+
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import trio
+
+from cow.catalog import Catalog, OriginRow
+from cow.device import Directory, OriginDevice
+from cow.errors import RefusedError, printable
+from cow.fingerprint import Fingerprint
+from cow.journal import Journal
+from cow.layer import Layer
+from cow.recovery import recover
+from cow.space import Space
+from cow.store import Store
+
+
+class Source(NamedTuple):
+    """What to take snapshots of: the image's name and the path of the device or file."""
+
+    name: bytes
+    path: str
+
+
+@dataclass
+class Opened:
+    """An open store, and what its opening found: sentences, empty after a clean stop."""
+
+    store: Store
+    was_clean: bool
+    findings: list[str] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def open_store(
+    path: str,
+    sources: Sequence[Source],
+    *,
+    quota_bytes: int | None = None,
+    read_only: bool = False,
+    on_trouble: Callable[[str], None] = lambda sentence: None,
+) -> AsyncIterator[Opened]:
+    """Open the store at `path`, made when missing, with its sources, and recover it.
+
+    At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
+    only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
+    Raises RefusedError, or OSError when something cannot be opened.
+    """
+    with ExitStack() as stack:
+        directory, catalog = await trio.to_thread.run_sync(_open_directory, path, stack)
+        devices = await trio.to_thread.run_sync(_open_devices, sources, read_only, stack)
+        rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
+        layers_directory = directory.subdirectory("layers", create=True)
+        stack.callback(layers_directory.close)
+        space = Space(directory, quota_bytes)
+        journal = Journal(directory, bytes.fromhex(str(catalog.setting("uuid"))))
+        stack.callback(journal.close)
+        catalog.set_setting("clean", 0)
+        recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory)
+        store = Store(catalog, journal, directory, layers_directory, space, read_only=read_only, on_trouble=on_trouble)
+        stack.callback(store.close_files)
+        store.open_origins(rows, devices)
+        _load(store, recovered.layers, stack)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            yield Opened(store, was_clean, recovered.findings)
+            nursery.cancel_scope.cancel()
+        await store.close()
+
+
+def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
+    for layer in layers.values():
+        stack.callback(layer.close)
+    store.load(layers)
+
+
+def _open_directory(path: str, stack: ExitStack) -> tuple[Directory, Catalog]:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    directory = Directory.open_path(path)
+    stack.callback(directory.close)
+    owner = os.fstat(directory.fd)
+    if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RefusedError(f"the store {path} can be written by others: chown it to yourself and chmod 0700 it")
+    os.fchmod(directory.fd, 0o700)
+    try:
+        lock = directory.lock("lock")
+    except BlockingIOError as error:
+        raise RefusedError(f"the store {path} is in use by another hcpfs: unmount that first") from error
+    stack.callback(lock.close)
+    foreign = [name for name in directory.names() if not _is_ours(name)]
+    if foreign:
+        raise RefusedError(
+            f"the directory {path} holds other things than a store ({foreign[0]}): name an empty or a new directory"
+        )
+    catalog = Catalog(path)
+    stack.callback(catalog.close)
+    directory.sync()
+    return directory, catalog
+
+
+def _is_ours(name: str) -> bool:
+    return name in ("lock", "layers") or name.startswith(("catalog.sqlite", "journal.", "hcpfs.log"))
+
+
+def _open_devices(sources: Sequence[Source], read_only: bool, stack: ExitStack) -> list[OriginDevice]:
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RefusedError(f"two sources are called {printable(twice)}: name them apart with NAME=PATH")
+    devices = []
+    for source in sources:
+        device = OriginDevice.open_path(source.path, read_only=read_only)
+        stack.callback(device.close)
+        devices.append(device)
+    return devices
+
+
+def _match(
+    catalog: Catalog, path: str, sources: Sequence[Source], devices: list[OriginDevice]
+) -> tuple[list[OriginRow], bool]:
+    """The catalog's rows for the sources, in their order, and whether the last stop was clean."""
+    was_clean = catalog.setting("clean") == 1
+    rows = {row.name: row for row in catalog.origins()}
+    if not rows:
+        _add_origins(catalog, sources, devices)
+        rows = {row.name: row for row in catalog.origins()}
+    wanted = {source.name for source in sources}
+    if rows.keys() != wanted:
+        raise RefusedError(
+            f"the store {path} was made for {_listed(rows)}, and you name {_listed(wanted)}: name the same sources, or "
+            f"another store"
+        )
+    for source, device in zip(sources, devices, strict=True):
+        _check_device(rows[source.name], path, device)
+    if not was_clean:
+        for row in rows.values():
+            row.modified_ns = time.time_ns()  # unknown: what was written before the crash may be newer than recorded
+    return [rows[source.name] for source in sources], was_clean
+
+
+def _listed(names: object) -> str:
+    return ", ".join(sorted(printable(name) for name in names))  # type: ignore[attr-defined]
+
+
+def _add_origins(catalog: Catalog, sources: Sequence[Source], devices: list[OriginDevice]) -> None:
+    rows = []
+    for source, device in zip(sources, devices, strict=True):
+        fingerprint = Fingerprint.of(device)
+        modified_ns = os.fstat(device.fd).st_mtime_ns
+        rows.append(
+            OriginRow(
+                0,
+                source.name,
+                os.fsencode(source.path),
+                device.size_bytes,
+                fingerprint.sums,
+                fingerprint.written,
+                modified_ns,
+            )
+        )
+    catalog.add_origins(rows)
+
+
+def _check_device(row: OriginRow, path: str, device: OriginDevice) -> None:
+    if device.size_bytes != row.size_bytes:
+        change = "grew" if device.size_bytes > row.size_bytes else "shrank"
+        raise RefusedError(
+            f"{device.label} {change} from {row.size_bytes} to {device.size_bytes} bytes since the store {path} was "
+            f"made: give it its old size, or use another store"
+        )
+    if not Fingerprint(row.head_sums, row.head_written).matches(Fingerprint.of(device)):
+        raise RefusedError(
+            f"{device.label} is not the device that the store {path} was made for, or was changed while hcpfs was not "
+            f"running: its first MiB differs. The snapshots in this store would be wrong for it: use another store"
+        )

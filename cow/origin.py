@@ -1,0 +1,197 @@
+"""An origin: the live device, and the epochs that its snapshots opened.
+
+The groups are the heart of it: each usable snapshot, oldest first, with the layers that serve it, its own and those it
+inherited from deleted newer ones. A chunk that is overwritten goes into the newest layer only; a snapshot reads the
+first layer from its own group onwards that has it. So one copy serves all snapshots.
+
+Reads and writes are async and take any offset and length; what blocks is done in a thread.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import trio
+from pyroaring import BitMap64
+
+from cow.catalog import Catalog, OriginRow
+from cow.device import OriginDevice
+from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
+from cow.fingerprint import HEAD_BYTES, Fingerprint
+from cow.gate import Gate
+from cow.geometry import Run, chunks_of, covering, missing_from
+from cow.layer import Layer
+from cow.preserver import Preserver
+
+
+@dataclass
+class Group:
+    """The preserved layers that serve one snapshot, in the order in which they are asked."""
+
+    snapshot: int
+    layers: list[Layer]
+
+
+@dataclass
+class Released:
+    """What the end of a snapshot left over: layers to remove, and chunks to punch out of others."""
+
+    dropped: list[Layer] = field(default_factory=list)
+    shadowed: list[tuple[Layer, BitMap64]] = field(default_factory=list)
+
+
+class Origin:
+    """One live device. Trio thread only."""
+
+    def __init__(
+        self,
+        row: OriginRow,
+        device: OriginDevice,
+        catalog: Catalog,
+        gate: Gate,
+        preserver: Preserver,
+        *,
+        read_only: bool,
+    ) -> None:
+        self.id = row.id
+        self.name = row.name
+        self.device = device
+        self.size_bytes = device.size_bytes
+        self.chunks = chunks_of(device.size_bytes)
+        self.modified_ns = row.modified_ns
+        self.fingerprint = Fingerprint(row.head_sums, row.head_written)
+        self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
+        self._catalog = catalog
+        self._gate = gate
+        self._preserver = preserver
+        self._read_only = read_only
+        self._marking = trio.Lock()  #: guards the writing of `fingerprint`'s mask
+
+    # -- the live image ------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read the device as it is now; fewer bytes only at its end."""
+        length = min(length, self.size_bytes - offset)
+        if length <= 0:
+            return b""
+        try:
+            return self.device.pread_nowait(length, offset)
+        except BlockingIOError:
+            return await trio.to_thread.run_sync(self.device.pread, length, offset)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
+
+        Returns the bytes written, fewer only at the device's end. Durable after `sync`. Raises PastEndError beyond
+        the end, ReadOnlyError, and OSError where the device itself fails.
+        """
+        if self._read_only:
+            raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
+        if offset >= self.size_bytes:
+            raise PastEndError(f"a write at offset {offset} is beyond the end of the device ({self.size_bytes} bytes)")
+        if offset + len(data) > self.size_bytes:
+            data = data[: self.size_bytes - offset]
+        if not data:
+            return 0
+        run = covering(offset, len(data))
+        async with self._gate.passing():
+            if offset < HEAD_BYTES and self.fingerprint.marked(run) is not None:
+                await self._mark_head(run)
+            await self._preserver.preserve(self, run)
+            if not self.device.pwrite_nowait(data, offset):
+                await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+            self.modified_ns = time.time_ns()
+        return len(data)
+
+    async def sync(self) -> None:
+        """Make all writes that were acknowledged durable. # I3"""
+        await trio.to_thread.run_sync(self.device.sync)
+
+    async def _mark_head(self, run: Run) -> None:
+        async with self._marking:
+            mask = self.fingerprint.marked(run)
+            if mask is not None:
+                await trio.to_thread.run_sync(self._catalog.set_head_written, self.id, mask)
+                self.fingerprint.mark(mask)
+
+    def read_chunks(self, run: Run, *, nowait: bool = False) -> bytes:
+        """Whole chunks of the device, the last one filled up with zeroes. Blocks, save under `nowait`."""
+        length = min(run.length, self.size_bytes - run.offset)
+        read = self.device.pread_nowait if nowait else self.device.pread
+        return read(length, run.offset).ljust(run.length, b"\0")
+
+    # -- epochs --------------------------------------------------------------------------------------------------
+
+    def open_epoch(self, snapshot: int, layer: Layer) -> None:
+        """From now on old bytes go into `layer`. No write may be under way."""
+        self.groups.append(Group(snapshot, [layer]))
+
+    @property
+    def newest_layer(self) -> Layer:
+        """Where old bytes go. There must be a snapshot."""
+        return self.groups[-1].layers[-1]
+
+    def unpreserved(self, run: Run) -> list[Run]:
+        """The parts of `run` that some snapshot still reads from the device."""
+        if not self.groups:
+            return []
+        missing = [run]
+        for layer in self.groups[-1].layers:
+            missing = [part for wanted in missing for part in missing_from(layer.held, wanted)]
+        return missing
+
+    def layers_for(self, snapshot: int) -> Iterator[Layer]:
+        """The layers that a snapshot reads, in order."""
+        start = self._position(snapshot)
+        return (layer for group in self.groups[start:] for layer in group.layers)
+
+    def group_of(self, snapshot: int) -> Group:
+        """The snapshot's group."""
+        return self.groups[self._position(snapshot)]
+
+    def _position(self, snapshot: int) -> int:
+        for position, group in enumerate(self.groups):
+            if group.snapshot == snapshot:
+                return position
+        raise InvalidSnapshotError("the snapshot was given up; its info says why")
+
+    def needing(self, chunks: BitMap64) -> list[int]:
+        """The snapshots that read some of `chunks` from the device, newest first."""
+        found = []
+        exposed = chunks
+        for group in reversed(self.groups):
+            for layer in group.layers:
+                exposed = exposed - layer.held
+            if not exposed:
+                break
+            found.append(group.snapshot)
+        return found
+
+    def release(self, snapshot: int, heir: int | None) -> Released:
+        """Take a snapshot out. Its layers go on to serve `heir`, the next older one, or are dropped.
+
+        What `heir` has already is not needed twice: those chunks are to be punched out.
+        """
+        position = self._position(snapshot)
+        group = self.groups.pop(position)
+        if heir is None:
+            return Released(dropped=group.layers)
+        inheriting = self.group_of(heir)
+        released = Released()
+        for layer in group.layers:
+            shadowed = drop_shadowed(inheriting.layers, layer)
+            if shadowed:
+                released.shadowed.append((layer, shadowed))
+            inheriting.layers.append(layer)
+        return released
+
+
+def drop_shadowed(before: list[Layer], layer: Layer) -> BitMap64:
+    """Take out of `layer` what layers asked before it hold, and return that."""
+    shadowed = BitMap64()
+    for earlier in before:
+        shadowed |= layer.held & earlier.held
+    if shadowed:
+        layer.held -= shadowed
+        layer.dirty = True
+    return shadowed

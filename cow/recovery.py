@@ -1,0 +1,109 @@
+"""Recovery: from what is on disk after any stop to layers that know what they hold.
+
+It runs at every opening, before anything else uses the store, and may itself be stopped anywhere: it ends with a
+checkpoint, and until then the old journal files stay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pyroaring import BitMap64
+
+from cow.catalog import Catalog, State
+from cow.device import Directory
+from cow.errors import CowError
+from cow.geometry import chunks_of
+from cow.journal import Journal, JournalDamagedError, Kind, Record
+from cow.layer import Layer, remove_layer_directory
+
+
+@dataclass
+class Recovered:
+    """The layers by id, and sentences on what was found."""
+
+    layers: dict[int, Layer]
+    findings: list[str] = field(default_factory=list)
+
+
+def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> Recovered:
+    """Drop half-taken snapshots, load the layers, replay the journal, remove what nothing refers to. Blocks.
+
+    All effects are durable on return, and the journal has a fresh file.
+    """
+    findings = _drop_pending(catalog)
+    chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
+    layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
+    _remove_orphans(layers_directory, {layer.name for layer in layers.values()})
+    for layer in layers.values():
+        _load(layer)
+    try:
+        for record in journal.replay():
+            _apply(record, layers)
+    except JournalDamagedError as error:
+        findings.append(_invalidate_all(catalog, str(error)))
+    for layer in layers.values():
+        if layer.intended:
+            layer.rehash(layer.intended)
+            layer.intended = BitMap64()
+    older = journal.start_file()
+    for layer in layers.values():
+        if layer.dirty:
+            layer.save(layer.encode_map())
+            layer.dirty = False
+    journal.retire(older)
+    findings += [layer.damage for layer in layers.values() if layer.damage is not None]
+    return Recovered(layers, findings)
+
+
+def heir_of(catalog_order: Sequence[tuple[int, State]], snapshot: int) -> int | None:
+    """The newest usable snapshot older than `snapshot`, from (id, state) pairs."""
+    older = [number for number, state in catalog_order if number < snapshot and state != State.INVALID]
+    return max(older, default=None)
+
+
+def _drop_pending(catalog: Catalog) -> list[str]:
+    rows = catalog.snapshots()
+    order = [(row.id, row.state) for row in rows if row.state != State.PENDING]
+    pending = [row for row in rows if row.state == State.PENDING]
+    for row in pending:
+        catalog.delete_snapshot(row.id, heir_of(order, row.id))
+    return [f"snapshot {row.name!r} was being taken at the stop, and is dropped" for row in pending]
+
+
+def _remove_orphans(layers_directory: Directory, wanted: set[str]) -> None:
+    for name in layers_directory.names():
+        if name not in wanted:
+            remove_layer_directory(layers_directory, name)
+    layers_directory.sync()
+
+
+def _load(layer: Layer) -> None:
+    try:
+        layer.load()
+    except (OSError, CowError, ValueError) as error:
+        layer.damage = f"the map of layer {layer.name} cannot be read ({error}): what it holds is unknown"
+
+
+def _apply(record: Record, layers: dict[int, Layer]) -> None:
+    layer = layers.get(record.layer)
+    if layer is None:
+        return  # of a snapshot that was deleted since
+    if any(run.end > layer.chunks for run in record.runs):
+        raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
+    layer.written_ns = max(layer.written_ns, record.time_ns)
+    if record.kind is Kind.INTENT:
+        for run in record.runs:
+            layer.intended.add_range(run.first, run.end)
+        return
+    at = 0
+    for run in record.runs:
+        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])
+        at += 8 * run.chunks
+    layer.commit(record.runs)
+
+
+def _invalidate_all(catalog: Catalog, cause: str) -> str:
+    reason = f"{cause}: which old bytes were kept since the last checkpoint is unknown, so no snapshot can be trusted"
+    for row in catalog.snapshots():
+        catalog.set_state(row.id, State.INVALID, reason)
+    return reason

@@ -1,0 +1,50 @@
+"""A snapshot: its name, its state, and an image for each origin."""
+
+from cow.catalog import SnapshotRow, State
+from cow.errors import BadNameError, NameTooLongError, printable
+from cow.image import Image
+
+MOST_NAME_BYTES = 255
+
+
+class Snapshot:
+    """A snapshot in memory. Trio thread only."""
+
+    def __init__(self, row: SnapshotRow, images: list[Image]) -> None:
+        self.row = row
+        self.images = images  #: in the order of the store's origins
+        self.leaving = False  #: being deleted: it cannot be opened any more
+
+    @property
+    def id(self) -> int:
+        """A number that no other snapshot of the store ever has."""
+        return self.row.id
+
+    @property
+    def name(self) -> bytes:
+        """Its present name."""
+        return self.row.name
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be read at all."""
+        return self.row.state in (State.PENDING, State.VALID, State.DAMAGED)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one of its images is open."""
+        return any(image.opened for image in self.images)
+
+    def image(self, name: bytes) -> Image | None:
+        """The image of that name."""
+        return next((image for image in self.images if image.origin.name == name), None)
+
+
+def check_name(name: bytes) -> None:
+    """Raise BadNameError or NameTooLongError unless a snapshot may be called so."""
+    if len(name) > MOST_NAME_BYTES:
+        raise NameTooLongError(f"a snapshot's name has at most {MOST_NAME_BYTES} bytes, and this one {len(name)}")
+    if not name or name.startswith(b".") or b"/" in name or any(byte < 0x20 or byte == 0x7F for byte in name):
+        raise BadNameError(
+            f"{printable(name)!r} cannot name a snapshot: no leading dot, no slash and no control character, please"
+        )

@@ -1,0 +1,394 @@
+"""The store: takes, renames and drops snapshots, gives them up when it must, keeps house, closes clean.
+
+It is opened by cow/opening.py. What it gives out (`Store.origins`, `Store.snapshots`, their images) is used on the
+trio thread of the caller.
+
+States of a snapshot, and who makes each step:
+
+    (none) --create_snapshot--> pending --create_snapshot--> valid --read of a bad chunk--> damaged
+    pending --recovery, or an error in create_snapshot--> (none)
+    valid, damaged --no room, or old bytes not preserved--> invalid
+    valid, damaged, invalid --delete_snapshot--> (none)
+"""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import trio
+from pyroaring import BitMap64
+
+from cow.catalog import Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
+from cow.commits import Checkpoint, Commits
+from cow.device import Directory, OriginDevice
+from cow.errors import (
+    CowError,
+    NameTakenError,
+    NotFoundError,
+    ReadOnlyError,
+    RefusedError,
+    SnapshotBusyError,
+    printable,
+)
+from cow.fingerprint import Fingerprint
+from cow.gate import Gate
+from cow.image import Image
+from cow.journal import Journal
+from cow.layer import Layer, remove_layer_directory
+from cow.origin import Origin, Released, drop_shadowed
+from cow.preserver import Preserver
+from cow.recovery import heir_of
+from cow.snapshot import Snapshot, check_name
+from cow.space import Space
+
+DRAIN_SECONDS = 30.0
+
+Evidence = dict[str, str]
+Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
+
+
+@asynccontextmanager
+async def nothing_to_quiesce() -> AsyncIterator[Evidence]:
+    """The `quiesce` of a store whose origins nobody has mounted."""
+    yield {"quiesced": "no"}
+
+
+class Store:
+    """An open store. Made by `open_store`."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        journal: Journal,
+        directory: Directory,
+        layers_directory: Directory,
+        space: Space,
+        *,
+        read_only: bool,
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self.space = space
+        self.read_only = read_only
+        self.origins: list[Origin] = []
+        self.path = directory.label
+        self._on_trouble = on_trouble
+        self._catalog = catalog
+        self._layers_directory = layers_directory
+        self._layers: dict[int, Layer] = {}
+        self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
+        self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
+        self._gate = Gate()
+        self._commits = Commits(journal, lambda: self._layers.values(), self._keep_checkpoint)
+        self._preserver = Preserver(self._commits, space.reserve, self._make_room, self._give_up)
+        self._checkpoints: list[Checkpoint] = []
+        self._punches: list[tuple[Layer, BitMap64]] = []
+        self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
+        self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
+        self._chores = trio.Event()
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots that exist for users, oldest first."""
+        return [one for one in self._snapshots.values() if one.row.state != State.PENDING and not one.leaving]
+
+    def find(self, name: bytes) -> Snapshot | None:
+        """The snapshot of that name."""
+        return next((one for one in self.snapshots if one.name == name), None)
+
+    def by_id(self, number: int) -> Snapshot | None:
+        """The snapshot of that id."""
+        found = self._snapshots.get(number)
+        return None if found is None or found.leaving or found.row.state == State.PENDING else found
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    async def create_snapshot(self, name: bytes, quiesce: Quiesce = nothing_to_quiesce) -> Snapshot:
+        """Take a snapshot of all origins at one instant. It is durable and complete on return. # I5
+
+        `quiesce` is entered before writes are held and left right after; the evidence it yields goes into `info`.
+        Raises the errors of names, ReadOnlyError, QuotaError, StoreFullError, HoldTimeoutError, and OSError where an
+        origin cannot be synced; the snapshot does not exist then.
+        """
+        check_name(name)
+        self._check_name_is_free(name)
+        if self.read_only:
+            raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
+        await self.space.reserve(0)
+        async with quiesce() as evidence:
+            began = time.perf_counter_ns()
+            async with self._gate.hold(DRAIN_SECONDS), self._layout:
+                self._check_name_is_free(name)
+                snapshot = await self._open_epoch(name)
+            evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
+        try:
+            # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
+            for origin in self.origins:
+                await origin.sync()
+            await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                async with self._layout:
+                    await self._remove(snapshot)
+            raise
+        snapshot.row.evidence.update(evidence)
+        snapshot.row.state = State.VALID
+        return snapshot
+
+    def _check_name_is_free(self, name: bytes) -> None:
+        if any(one.name == name for one in self._snapshots.values()):
+            raise NameTakenError(f"there is a snapshot {printable(name)} already: choose another name")
+
+    async def _open_epoch(self, name: bytes) -> Snapshot:
+        row, layer_rows = await trio.to_thread.run_sync(self._catalog.add_snapshot, name, time.time_ns())
+        # atomic: no checkpoint. Between the commit and here no write is let in.
+        chunks = {origin.id: origin.chunks for origin in self.origins}
+        for layer_row in layer_rows:
+            self._layers[layer_row.id] = Layer(self._layers_directory, layer_row.id, chunks[layer_row.origin])
+        preserved = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.PRESERVED}
+        deltas = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.DELTA}
+        for origin in self.origins:
+            origin.open_epoch(row.id, preserved[origin.id])
+        return self._add(row, deltas)
+
+    def _add(self, row: SnapshotRow, deltas: dict[int, Layer]) -> Snapshot:
+        async def on_damage(sentence: str) -> None:
+            await self._damaged(row.id, sentence)
+
+        images = [
+            Image(
+                origin,
+                row.id,
+                row.created_ns,
+                deltas[origin.id],
+                self._commits,
+                self.space.reserve,
+                on_damage,
+            )
+            for origin in self.origins
+            if origin.id in deltas
+        ]
+        self._snapshots[row.id] = Snapshot(row, images)
+        return self._snapshots[row.id]
+
+    async def rename_snapshot(self, old: bytes, new: bytes) -> None:
+        """Rename a snapshot, durably. Raises NotFoundError, NameTakenError and the errors of names. # I5"""
+        check_name(new)
+        async with self._layout:
+            snapshot = self._get(old)
+            if old == new:
+                return
+            self._check_name_is_free(new)
+            self._check_writable()
+            await trio.to_thread.run_sync(self._catalog.rename_snapshot, snapshot.id, new)
+            snapshot.row.name = new
+
+    async def delete_snapshot(self, name: bytes) -> None:
+        """Delete a snapshot, durably; its space comes back soon after. # I5
+
+        Raises NotFoundError, and SnapshotBusyError while one of its images is open.
+        """
+        async with self._layout:
+            snapshot = self._get(name)
+            self._check_writable()
+            if snapshot.is_open:
+                raise SnapshotBusyError(
+                    f"snapshot {printable(name)} is in use: close its image (unmount it, losetup -d) and try again"
+                )
+            await self._remove(snapshot)
+
+    def _get(self, name: bytes) -> Snapshot:
+        found = self.find(name)
+        if found is None:
+            raise NotFoundError(f"there is no snapshot {printable(name)}")
+        return found
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnlyError("mounted read-only: mount without the option ro to change snapshots")
+
+    async def _remove(self, snapshot: Snapshot) -> None:
+        snapshot.leaving = True
+        heir = self._heir_of(snapshot)
+        try:
+            await trio.to_thread.run_sync(self._catalog.delete_snapshot, snapshot.id, heir)
+        except BaseException:
+            snapshot.leaving = False
+            raise
+        self._release(snapshot, heir)
+        del self._snapshots[snapshot.id]
+
+    def _heir_of(self, snapshot: Snapshot) -> int | None:
+        return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
+
+    def _release(self, snapshot: Snapshot, heir: int | None) -> None:
+        """Let go of a snapshot's layers, as the catalog has done already."""
+        released = Released()
+        for image in snapshot.images:
+            released.dropped.append(image.delta)
+            if snapshot.usable:
+                one = image.origin.release(snapshot.id, heir)
+                released.dropped += one.dropped
+                released.shadowed += one.shadowed
+        for layer in released.dropped:
+            self._layers.pop(layer.id, None)
+            layer.close()
+            self._dropped[layer.name] = layer
+        self._punches += released.shadowed
+        self._chores.set()
+
+    async def _damaged(self, number: int, sentence: str) -> None:
+        snapshot = self._snapshots.get(number)
+        if snapshot is None or snapshot.row.state != State.VALID:
+            return
+        snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
+        self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
+        await trio.to_thread.run_sync(self._catalog.set_state, number, State.DAMAGED, sentence)
+
+    # -- when there is no room, or the store fails ---------------------------------------------------------------
+
+    async def _make_room(self) -> bool:
+        """Give up the oldest snapshot that is not open, or the oldest: the policy drop-oldest."""
+        usable = [one for one in self._snapshots.values() if one.usable and not one.leaving]
+        if not usable:
+            return False
+        least_wanted = min(usable, key=lambda one: (one.is_open, one.id))
+        await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
+        await self._sweep()
+        await self.space.measure()
+        return True
+
+    async def _give_up(self, numbers: Sequence[int], reason: str) -> None:
+        """Make snapshots invalid, durably, so that the origin can go on. # I8"""
+        async with self._layout:
+            for number in numbers:
+                snapshot = self._snapshots.get(number)
+                if snapshot is None or not snapshot.usable:
+                    continue
+                heir = self._heir_of(snapshot)
+                await trio.to_thread.run_sync(self._catalog.give_up_snapshot, number, heir, reason)
+                self._release(snapshot, heir)
+                snapshot.row.state, snapshot.row.reason = State.INVALID, reason
+                self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
+
+    # -- housekeeping --------------------------------------------------------------------------------------------
+
+    def _keep_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints.append(checkpoint)
+        self._chores.set()
+
+    async def _keep_house(self) -> None:
+        while True:
+            await self._chores.wait()
+            self._chores = trio.Event()
+            try:
+                await self._do_chores()
+            except (CowError, OSError) as error:
+                self._on_trouble(f"housekeeping of the store {self.path} failed, nothing is lost: {error}")
+
+    async def _do_chores(self) -> None:
+        while self._checkpoints:
+            async with self._files:
+                await self._commits.save(self._checkpoints[0])
+                self._checkpoints.pop(0)
+        await self._sweep()
+        while self._punches:
+            layer, chunks = self._punches[0]
+            if layer.id in self._layers:
+                layer.pin()
+                try:
+                    await trio.to_thread.run_sync(layer.punch, chunks)
+                finally:
+                    layer.unpin()
+            self._punches.pop(0)
+        await self.space.measure()
+
+    async def _sweep(self) -> None:
+        """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
+        async with self._files:
+            for name, layer in list(self._dropped.items()):
+                if not layer.pinned:
+                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                    del self._dropped[name]
+
+    # -- opening and closing -------------------------------------------------------------------------------------
+
+    def open_origins(self, rows: Sequence[OriginRow], devices: Sequence[OriginDevice]) -> None:
+        """Take over the devices, in the order of the catalog's rows. Called once, by the opener."""
+        for row, device in zip(rows, devices, strict=True):
+            self.origins.append(
+                Origin(row, device, self._catalog, self._gate, self._preserver, read_only=self.read_only)
+            )
+
+    def load(self, layers: dict[int, Layer]) -> None:
+        """Put together the snapshots from what recovery found. Called once, by the opener.
+
+        Raises RefusedError when the catalog does not make sense.
+        """
+        self._layers = layers
+        layer_rows = self._catalog.layers()
+        for row in self._catalog.snapshots():
+            own = [layer for layer in layer_rows if layer.snapshot == row.id]
+            if row.state != State.INVALID:
+                for origin in self.origins:
+                    self._load_group(origin, row, own)
+            self._add(row, {layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
+
+    def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
+        preserved = [
+            self._layers[layer.id] for layer in own if layer.role == Role.PRESERVED and layer.origin == origin.id
+        ]
+        if not preserved or not any(layer.role == Role.DELTA and layer.origin == origin.id for layer in own):
+            raise RefusedError(
+                f"the catalog of {self.path} lacks the layers of snapshot {printable(row.name)}: it was edited or is "
+                f"damaged; restore it from a backup"
+            )
+        origin.open_epoch(row.id, preserved[0])
+        group = origin.group_of(row.id)
+        for layer in preserved[1:]:
+            shadowed = drop_shadowed(group.layers, layer)
+            if shadowed:
+                self._punches.append((layer, shadowed))
+                self._chores.set()
+            group.layers.append(layer)
+
+    async def run(self) -> None:
+        """The store's background work; runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._preserver.run)
+            nursery.start_soon(self._keep_house)
+
+    async def close(self) -> None:
+        """Make everything durable and record a clean stop. `run` has ended, and no call is under way.
+
+        Raises where something cannot be made durable; the stop is not clean then, and the next opening recovers.
+        """
+        for snapshot in self._snapshots.values():
+            if snapshot.usable:
+                for image in snapshot.images:
+                    await image.sync()
+        if not self.read_only:
+            for origin in self.origins:
+                await origin.sync()
+        await self._commits.checkpoint()
+        await self._do_chores()
+        await trio.to_thread.run_sync(self._record_clean_stop)
+
+    def _record_clean_stop(self) -> None:
+        for origin in self.origins:
+            fingerprint = Fingerprint.of(origin.device)
+            self._catalog.set_origin(
+                origin.id,
+                path=os.fsencode(origin.device.label),
+                head_sums=fingerprint.sums,
+                head_written=fingerprint.written,
+                modified_ns=origin.modified_ns,
+            )
+        self._catalog.set_setting("clean", 1)
+
+    def close_files(self) -> None:
+        """Close the layers' files, whatever came before."""
+        for layer in [*self._layers.values(), *self._dropped.values()]:
+            layer.close()

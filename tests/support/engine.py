@@ -1,0 +1,73 @@
+"""Runs the engine on a trio thread of its own, for tests that are not async themselves."""
+
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import trio
+
+from cow import Source, open_store
+from cow.store import Store
+
+T = TypeVar("T")
+
+
+class _KilledError(Exception):
+    """Stands for a kill: nothing of a clean stop is done."""
+
+
+class Engine:
+    """An open store. `call` runs an async function of it; `close` stops clean, `kill` does not."""
+
+    def __init__(self, path: str, sources: Sequence[Source], **options: Any) -> None:
+        self._path, self._sources, self._options = path, sources, options
+        self.troubles: list[str] = []
+        self.findings: list[str] = []
+        self.store: Store
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._killed = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except* _KilledError:
+            pass
+        except* BaseException as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+            self._failure = error
+        finally:
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._stop = trio.Event()
+        async with open_store(self._path, self._sources, on_trouble=self.troubles.append, **self._options) as opened:
+            self.store = opened.store
+            self.findings = opened.findings
+            self.was_clean = opened.was_clean
+            self._ready.set()
+            await self._stop.wait()
+            if self._killed:
+                raise _KilledError
+
+    def call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        return trio.from_thread.run(function, *arguments, trio_token=self._token)
+
+    def close(self) -> None:
+        trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def kill(self) -> None:
+        self._killed = True
+        self.close()
