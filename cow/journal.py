@@ -27,7 +27,7 @@ SECTOR_PAYLOAD_BYTES = SECTOR_BYTES - 8
 FILE_BYTES = 4 << 20
 FILE_MAGIC = b"HCPFSJNL"
 RECORD_MAGIC = b"HCPFSREC"
-_FILE_HEADER = struct.Struct("<8sI16sQ")  # magic, format, store uuid, number
+_FILE_HEADER = struct.Struct("<8sI16sQQ")  # magic, format, store uuid, number, first sequence
 _RECORD_HEADER = struct.Struct("<8sQIIQQQ")  # magic, sequence, kind, runs, layer, time_ns, bytes of the record
 _ZERO_SECTOR = bytes(SECTOR_BYTES)
 _PREFIX = "journal."
@@ -128,15 +128,17 @@ class Journal:
         """Begin a new, preallocated file with `records` in it; durable on return.
 
         Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`).
-        On an error the present file stays in use.
+        On an error the present file stays in use. Raises CowError after a failed append.
         """
+        if self._broken is not None:
+            raise CowError(f"the journal in {self._directory.label} is closed after an error: {self._broken}")
         older = list(self._numbers)
         number = older[-1] + 1 if older else 1
         name = f"{_PREFIX}{number:08d}"
         file = self._directory.open(name, create=True)
         try:
             file.allocate(FILE_BYTES)
-            header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number)
+            header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number, self._sequence)
             file.pwrite(_seal(header.ljust(SECTOR_PAYLOAD_BYTES, b"\0"), number, 0), 0)
             file.sync()
             self._directory.sync()
@@ -145,7 +147,7 @@ class Journal:
             self._directory.unlink(name)
             raise
         self.close()
-        self._file, self._next_sector, self._broken = file, 1, None
+        self._file, self._next_sector = file, 1
         self._numbers.append(number)
         if records:
             self.append(records)
@@ -183,9 +185,12 @@ class Journal:
             if any(sectors):
                 raise JournalDamagedError(f"{file.label} has no header; its records cannot be trusted")
             return  # a crash while the file was made: nothing was ever committed to it
-        magic, format_number, uuid, found_number = _FILE_HEADER.unpack_from(sectors[0])
+        magic, format_number, uuid, found_number, sequence = _FILE_HEADER.unpack_from(sectors[0])
         if (magic, format_number, uuid, found_number) != (FILE_MAGIC, 1, self._uuid, number):
             raise JournalDamagedError(f"{file.label} belongs to another store or place")
+        if number != self._numbers[0] and sequence != self._sequence:
+            raise JournalDamagedError(f"{file.label} begins with record {sequence}, and {self._sequence} is missing")
+        self._sequence = sequence
         at = 1
         while at < len(sectors):
             taken = _read_record(sectors, at, self._sequence)

@@ -12,7 +12,13 @@ from cow import Source
 from tests.support.engine import Engine
 
 CHUNK = 4096
-SIZES = [1, 512, 4096, 4097, 10 * CHUNK + 512, 40 * CHUNK, 40 * CHUNK + 3584]
+SIZES = [12 * CHUNK, 12 * CHUNK + 3584, 20 * CHUNK + 512, 512]
+OFFSETS = st.builds(
+    lambda chunk, within: chunk * CHUNK + within,
+    st.sampled_from(range(21)),
+    st.sampled_from([0, 0, 0, 512, 1023, 4095]),
+)
+LENGTHS = st.sampled_from([CHUNK, CHUNK, 2 * CHUNK, 5 * CHUNK, 512, 1, 5000])
 
 
 class ModelImage:
@@ -69,15 +75,13 @@ class EngineAgainstModel(RuleBasedStateMachine):
         offset %= self.size
         return offset, data[: self.size - offset]
 
-    @rule(offset=st.integers(0, 41 * CHUNK), length=st.integers(1, 5 * CHUNK), fill=st.integers(0, 255))
+    @rule(offset=OFFSETS, length=LENGTHS, fill=st.integers(0, 255))
     def write_live(self, offset: int, length: int, fill: int) -> None:
         offset, data = self.cut(offset, bytes([fill]) * length)
         assert self.engine.call(self.engine.store.origins[0].write, offset, data) == len(data)
         self.live[offset : offset + len(data)] = data
 
-    @rule(
-        name=snapshots, offset=st.integers(0, 41 * CHUNK), length=st.integers(1, 5 * CHUNK), fill=st.integers(0, 255)
-    )
+    @rule(name=snapshots, offset=OFFSETS, length=LENGTHS, fill=st.integers(0, 255))
     def write_snapshot(self, name: str, offset: int, length: int, fill: int) -> None:
         offset, data = self.cut(offset, bytes([fill]) * length)
         assert self.engine.call(self.image(name).write, offset, data) == len(data)
@@ -92,6 +96,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
     def flush_live(self) -> None:
         self.engine.call(self.engine.store.origins[0].sync)
 
+    @precondition(lambda self: len(self.images) < 8)
     @rule(target=snapshots)
     def snapshot(self) -> str:
         self.counter += 1
@@ -113,7 +118,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         self.images[new] = self.images.pop(name)
         return new
 
-    @rule(name=snapshots, offset=st.integers(0, 41 * CHUNK), length=st.integers(1, 9 * CHUNK))
+    @rule(name=snapshots, offset=OFFSETS, length=LENGTHS)
     def read_snapshot(self, name: str, offset: int, length: int) -> None:
         expected = bytes(self.images[name].content[offset : offset + length])
         assert self.engine.call(self.image(name).read, offset, length) == expected
@@ -129,6 +134,10 @@ class EngineAgainstModel(RuleBasedStateMachine):
         assert self.device.read_bytes() == self.live
         self.open()
         assert self.engine.was_clean
+        self.check_all()
+
+    @rule()
+    def every_image_reads_right(self) -> None:
         self.check_all()
 
     @rule()
@@ -161,8 +170,8 @@ class EngineAgainstModel(RuleBasedStateMachine):
 
 
 EngineAgainstModel.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=60,
+    max_examples=150,
+    stateful_step_count=80,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
