@@ -72,12 +72,16 @@ class Image:
             return 0
         return sum(len(layer.held) for layer in group.layers) * CHUNK_BYTES
 
-    def own_layers(self) -> list[Layer]:
-        """The layers that would go, or be inherited, if the snapshot went."""
+    async def allocated_bytes(self) -> int:
+        """What the snapshot takes in the store for this image, checksums included."""
         try:
-            return [self.delta, *self.origin.group_of(self._snapshot).layers]
+            layers = [self.delta, *self.origin.group_of(self._snapshot).layers]
         except InvalidSnapshotError:
-            return []
+            return 0
+        written = [layer for layer in layers if layer.held]
+        if not written:
+            return 0
+        return await trio.to_thread.run_sync(lambda: sum(layer.allocated_bytes() for layer in written))
 
     def _layers(self) -> list[Layer]:
         return [self.delta, *self.origin.layers_for(self._snapshot)]

@@ -1,7 +1,7 @@
 """Opening a store: who may, which devices belong to it, recovery, and the clean close. # I7
 
 `open_store` is the engine's front door. Everything that does not fit is refused here, each with its own sentence,
-before anything is written: a store in use, of a newer format, made for other devices, on devices of another size or content.
+before anything is written: a store in use, of a newer format, made for other devices, or on devices that changed.
 """
 
 import os

@@ -85,7 +85,7 @@ class Preserver:
             if batch.error is not None:
                 raise CowError(
                     f"the old bytes could not be preserved, nor the snapshots that need them be given up "
-                    f"({batch.error}): check the store's disk; the origin can be written again once the snapshots are gone"
+                    f"({batch.error}): check the store's disk; rmdir the snapshots to go on without them"
                 ) from batch.error
 
     async def run(self) -> None:

@@ -1,0 +1,5 @@
+"""`python -m hcpfs` is `hcpfs`."""
+
+from hcpfs.cli import main
+
+main()

@@ -1,0 +1,223 @@
+"""The command line: `hcpfs mount`, `umount`, `ls`; and `hcpfs SOURCE MOUNTPOINT -o ...`, as mount(8) calls it."""
+
+import errno
+import json
+import logging
+import os
+import select
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cow.catalog import FILE_NAME
+from cow.errors import CowError
+from hcpfs import __version__, background, beneath
+from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+
+
+class _Sentence(click.ClickException):
+    """An error as one sentence on standard error."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"hcpfs: {self.message}", err=True, file=file)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="hcpfs %(version)s")
+def cli() -> None:
+    r"""Copy-on-write snapshots of block devices, as files.
+
+    \b
+      hcpfs mount /dev/sdb1 /mnt/hcp      serve the device
+      mkdir /mnt/hcp/snaps/monday         take a snapshot, now
+      cp /mnt/hcp/snaps/monday/sdb1.img . back it up
+      rmdir /mnt/hcp/snaps/monday         drop it
+      hcpfs umount /mnt/hcp               stop; the snapshots stay
+
+    From the mount on, use the device through /mnt/hcp/live/sdb1.img only, for example with
+    `mount -o loop /mnt/hcp/live/sdb1.img /srv`.
+    """
+
+
+@cli.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE... MOUNTPOINT")
+@click.option("--store", metavar="DIR", help="Where old bytes are kept. Default: a folder below /var/lib/hcpfs.")
+@click.option("--quota", metavar="SIZE", help="The most that the store may take, such as 20G. Default: no limit.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
+@click.option(
+    "-o", "options", multiple=True, metavar="OPT,...",
+    help="store=DIR, quota=SIZE, source=[NAME=]PATH, ro, allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
+)  # fmt: skip
+@click.option("--ready-fd", type=int, hidden=True)
+def mount(
+    sources: tuple[str, ...],
+    store: str | None,
+    quota: str | None,
+    foreground: bool,
+    options: tuple[str, ...],
+    ready_fd: int | None,
+) -> None:
+    """Serve SOURCE..., block devices or image files, at MOUNTPOINT.
+
+    A SOURCE may be NAME=PATH; else its image is called after its base name, with .img. Several SOURCEs are one
+    consistency group: one mkdir takes a snapshot of all of them at the same instant. Returns when the mount is usable.
+    """
+    try:
+        wanted = _mount_options(sources, store, quota, foreground, options)
+    except UsageError as error:
+        raise _Sentence(str(error)) from error
+    if ready_fd is None and not wanted.foreground:
+        arguments = ["mount", *_absolute(sources[:-1]), wanted.mountpoint, "--store", wanted.store_path]
+        if quota is not None:
+            arguments += ["--quota", quota]
+        sentence = background.run_in_background([*arguments, *(word for text in options for word in ("-o", text))])
+        if sentence is not None:
+            raise _Sentence(sentence)
+        return
+    _serve(wanted, ready_fd)
+
+
+def _absolute(sources: Sequence[str]) -> list[str]:
+    parsed = [parse_source(source) for source in sources]
+    return [f"{os.fsdecode(source.name)}={source.path}" for source in parsed]
+
+
+def _mount_options(
+    sources: tuple[str, ...], store: str | None, quota: str | None, foreground: bool, options: tuple[str, ...]
+) -> MountOptions:
+    wanted = MountOptions(mountpoint=os.path.abspath(sources[-1]), foreground=foreground)
+    wanted.sources = [parse_source(source) for source in sources[:-1]]
+    apply_options(wanted, options)
+    if store is not None:
+        wanted.store = store
+    if quota is not None:
+        wanted.quota_bytes = parse_size(quota)
+    if not wanted.sources:
+        raise UsageError("name at least one SOURCE and the MOUNTPOINT: hcpfs mount /dev/sdb1 /mnt/hcp")
+    return wanted
+
+
+def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
+    from hcpfs.mount import check, serve  # the other commands need no pyfuse3, and start faster without it
+
+    ready = [ready_fd]
+
+    def on_ready() -> None:
+        background.answer(ready.pop(), background.READY)
+        ready.append(None)
+
+    os.umask(0o077)
+    with ExitStack() as stack:
+        try:
+            check(wanted)
+            os.makedirs(wanted.store_path, mode=0o700, exist_ok=True)
+            stack.callback(background.log_to(None if wanted.foreground else wanted.store_path).stop)
+            serve(wanted, on_ready)
+        except (CowError, OSError) as error:
+            logging.getLogger("hcpfs").error("%s", error)
+            background.answer(ready[0], str(error))
+            raise _Sentence(str(error)) from error
+
+
+@cli.command()
+@click.argument("mountpoint")
+def umount(mountpoint: str) -> None:
+    """Unmount MOUNTPOINT and wait until all is durable and the devices are released. The snapshots stay."""
+    path = os.path.abspath(mountpoint)
+    status = _read_status(path)
+    command = ["umount", path] if os.geteuid() == 0 else ["fusermount3", "-u", path]
+    daemon = os.pidfd_open(int(status["pid"]))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        users = [loop.path for loop in beneath.loops() if loop.backing_device == os.stat(path).st_dev]
+        hint = f" Loop devices on its images: {' '.join(users)}." if users else ""
+        raise _Sentence(f"{path} cannot be unmounted: {done.stderr.strip()}.{hint} Unmount and detach what uses it.")
+    select.select([daemon], [], [])
+    if not _stopped_clean(status["store"]):
+        raise _Sentence(
+            f"the daemon ended, but not clean; the next mount recovers. Its log says why: "
+            f"{os.path.join(status['store'], background.LOG_NAME)}"
+        )
+
+
+def _stopped_clean(store: str) -> bool:
+    catalog = sqlite3.connect(f"file:{os.path.join(store, FILE_NAME)}?mode=ro", uri=True)
+    try:
+        return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
+    finally:
+        catalog.close()
+
+
+@cli.command("ls")
+@click.argument("mountpoint")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_snapshots(mountpoint: str, as_json: bool) -> None:
+    """List the snapshots at MOUNTPOINT."""
+    path = os.path.abspath(mountpoint)
+    _read_status(path)
+    found = []
+    for name in sorted(os.listdir(os.path.join(os.fsencode(path), b"snaps"))):
+        try:
+            text = Path(os.fsdecode(os.path.join(os.fsencode(path), b"snaps", name, b"info"))).read_bytes()
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        found.append({"name": name.decode("utf-8", "backslashreplace"), **_parse(text)})
+    found.sort(key=lambda one: one["created"])
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("NAME", overflow="fold")
+    for title in ("CREATED", "STATE", "QUIESCED"):
+        table.add_column(title)
+    for title in ("SIZE", "PRESERVED", "WRITTEN"):
+        table.add_column(title, justify="right")
+    for one in found:
+        sizes = [_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")]
+        table.add_row(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-"), *sizes)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _parse(text: bytes) -> dict[str, str]:
+    pairs = (line.partition(" ") for line in text.decode("utf-8", "backslashreplace").splitlines())
+    return {key: value for key, _, value in pairs}
+
+
+def _human(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "K", "M", "G"):
+        if size < 1024:
+            return f"{size:.0f}{unit}" if unit == "B" or size >= 10 else f"{size:.1f}{unit}"
+        size /= 1024
+    return f"{size:.1f}T"
+
+
+def _read_status(path: str) -> dict[str, str]:
+    try:
+        kinds = [mount.filesystem for mount in beneath.mounts() if mount.mountpoint == path]
+        if kinds and kinds[-1] == beneath.FILESYSTEM_TYPE:
+            return _parse(Path(path, "status").read_bytes())
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise _Sentence(
+                f"the daemon of {path} is dead: umount -l {path}, losetup -d what sat on it, and mount again"
+            ) from error
+        raise _Sentence(f"{path} cannot be read: {error.strerror}") from error
+    raise _Sentence(f"no hcpfs is mounted at {path}")
+
+
+def main() -> NoReturn:
+    """Run the command line. Without a command it is a mount, as mount(8) calls `hcpfs SOURCE MOUNTPOINT -o ...`."""
+    words = sys.argv[1:]
+    if len(words) >= 2 and words[0] not in cli.commands and not words[0].startswith("-"):
+        words.insert(0, "mount")
+    cli.main(args=words, prog_name="hcpfs")
+    raise AssertionError("click exits")

@@ -1,0 +1,205 @@
+"""The adapter between pyfuse3 and the tree. A protocol adapter only: what the file system is stands in tree.py.
+
+Extended attributes answer ENOSYS (pyfuse3's default), once, which spares a request for `security.capability` before
+every write.
+"""
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileInfo,
+    FUSEError,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from cow.errors import CowError, NotFoundError
+from hcpfs.tree import Access, Attributes, NotPermittedError, Tree
+
+ENTRY_SECONDS = 300.0  # names change through this mount only
+ATTRIBUTE_SECONDS = 1.0  # st_blocks of a snapshot grows as the origin is overwritten
+
+log = logging.getLogger("hcpfs")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _answered(
+    handler: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    """Turn what a handler raises into the errno for the caller, and keep the sentence."""
+
+    @functools.wraps(handler)
+    async def answer(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except NotFoundError as error:
+            raise FUSEError(error.errno) from error
+        except CowError as error:
+            self.tree.record_error(error.errno, str(error))
+            raise FUSEError(error.errno) from error
+        except OSError as error:
+            self.tree.record_error(error.errno or errno.EIO, f"{handler.__name__}: {error}")
+            raise FUSEError(error.errno or errno.EIO) from error
+        except FUSEError:
+            raise
+        except Exception as error:
+            # Any other exception would end the session and take the origin away from its users.
+            log.exception("a defect of hcpfs in %s", handler.__name__)
+            self.tree.record_error(errno.EIO, f"a defect of hcpfs in {handler.__name__}: {error!r}; please report it")
+            raise FUSEError(errno.EIO) from error
+
+    return cast(Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]], answer)
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers; each translates one request."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, tree: Tree, access: Access) -> None:
+        super().__init__()
+        self.tree = tree
+        self._access = access
+
+    def _attributes(self, found: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = found.inode
+        entry.st_mode = found.mode
+        entry.st_nlink = found.links
+        entry.st_uid = self._access.uid
+        entry.st_gid = self._access.gid
+        entry.st_size = found.size
+        entry.st_blocks = found.blocks
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.modified_ns
+        entry.entry_timeout = ENTRY_SECONDS
+        entry.attr_timeout = ATTRIBUTE_SECONDS
+        return entry
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(await self.tree.attributes(self.tree.lookup(parent_inode, name)))
+
+    async def forget(self, inode_list: object) -> None:
+        """Nothing is remembered for the kernel."""
+
+    @_answered
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(await self.tree.attributes(inode))
+
+    @_answered
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        if fields.update_size:
+            await self.tree.set_size(inode, attr.st_size)
+        if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_mtime:
+            raise NotPermittedError("owner, mode and times are hcpfs's own; mount with the options uid, gid and mode")
+        return self._attributes(await self.tree.attributes(inode))
+
+    @_answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes(await self.tree.attributes(await self.tree.mkdir(parent_inode, name)))
+
+    @_answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self.tree.rmdir(parent_inode, name)
+
+    @_answered
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        exchange = bool(flags & pyfuse3.RENAME_EXCHANGE)
+        await self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, exchange=exchange)
+
+    @_answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        raise NotPermittedError("images cannot be removed one by one: rmdir the snapshot")
+
+    @_answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        raise NotPermittedError("no files can be made here: mkdir in snaps/ takes a snapshot")
+
+    @_answered
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermittedError("no files can be made here: mkdir in snaps/ takes a snapshot")
+
+    @_answered
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermittedError("no links can be made here")
+
+    @_answered
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermittedError("no links can be made here")
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        opening = self.tree.open(inode)
+        # Images change only through this mount, so the kernel may keep what it has cached of them.
+        return FileInfo(fh=opening.number, direct_io=opening.is_text, keep_cache=not opening.is_text)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self.tree.handle(fh).read(off, size)
+
+    @_answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self.tree.handle(fh).write(off, buf)
+
+    @_answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self.tree.handle(fh).sync()
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        self.tree.close(fh)
+
+    @_answered
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return inode
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        for entry in list(self.tree.entries(fh)):
+            if entry.cookie <= start_id:
+                continue
+            try:
+                attributes = self._attributes(await self.tree.attributes(entry.inode))
+            except NotFoundError:
+                continue  # removed while we listed
+            if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie):
+                return
+
+    async def releasedir(self, fh: int) -> None:
+        """A directory's handle is its inode."""
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Names are durable already when mkdir, rmdir and rename return. # I5"""
+
+    @_answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = self.tree.store.space
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = space.total_bytes // 4096
+        data.f_bfree = data.f_bavail = space.available_bytes // 4096
+        data.f_files = data.f_ffree = data.f_favail = 1 << 32
+        data.f_namemax = 255
+        return data

@@ -1,0 +1,112 @@
+"""What a person writes on the command line or in /etc/fstab, turned into values: sizes, sources, mount options."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from xxhash import xxh3_64_hexdigest
+
+from cow import Source
+from hcpfs.tree import Access
+
+STORES = "/var/lib/hcpfs"
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+# Options of mount(8) and of fstab that are its own business, or true of this file system anyway.
+_IGNORED = {
+    "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "nofail", "_netdev", "exec", "noexec",
+    "suid", "nosuid", "dev", "nodev", "async", "atime", "noatime", "relatime", "norelatime", "diratime", "nodiratime",
+    "strictatime", "lazytime", "nolazytime",
+}  # fmt: skip
+
+
+class UsageError(ValueError):
+    """What was written makes no sense; the sentence says what would."""
+
+
+@dataclass
+class MountOptions:
+    """Everything about a mount, from the command line and -o together."""
+
+    sources: list[Source] = field(default_factory=list)
+    mountpoint: str = ""
+    store: str | None = None
+    quota_bytes: int | None = None
+    read_only: bool = False
+    allow_other: bool = False
+    access: Access = field(default_factory=Access)
+    freeze_seconds: float = 10.0
+    foreground: bool = False
+
+    @property
+    def store_path(self) -> str:
+        """The store's directory: as given, or one for this set of sources."""
+        if self.store is not None:
+            return os.path.abspath(self.store)
+        names = "+".join(os.fsdecode(source.name) for source in self.sources)
+        paths = "\0".join(sorted(os.path.abspath(source.path) for source in self.sources))
+        return os.path.join(STORES, f"{names[:100]}-{xxh3_64_hexdigest(os.fsencode(paths))}")
+
+
+def parse_size(text: str) -> int:
+    """A size in bytes, from digits and K, M, G or T (powers of 1024). Raises UsageError."""
+    match = re.fullmatch(r"([0-9]+)([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size: write a number, and K, M, G or T for powers of 1024, such as 20G")
+    return int(match[1]) << _UNITS[match[2].upper()]
+
+
+def parse_source(text: str) -> Source:
+    """NAME=PATH, or a path, whose image is called after its base name with .img. Raises UsageError."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        path = text
+        name = os.path.basename(os.path.abspath(path))
+        name = name if name.endswith(".img") else f"{name}.img"
+    encoded = os.fsencode(name)
+    if not encoded or encoded.startswith(b".") or b"/" in encoded or len(encoded) > 255 or encoded == b"info":
+        raise UsageError(f"{name!r} cannot name an image: no slash, no leading dot, not 'info', at most 255 bytes")
+    return Source(encoded, os.path.abspath(path))
+
+
+def apply_options(options: MountOptions, texts: Iterable[str]) -> None:
+    """Take over `-o` texts, each a comma-separated list. Raises UsageError for what is not known."""
+    for text in texts:
+        for option in filter(None, text.split(",")):
+            _apply_option(options, option)
+
+
+def _apply_option(options: MountOptions, option: str) -> None:
+    key, _, value = option.partition("=")
+    if key in ("store", "quota", "source", "uid", "gid", "mode", "freeze") and not value:
+        raise UsageError(f"the option {key} needs a value: {key}=...")
+    match key:
+        case "store":
+            options.store = value
+        case "quota":
+            options.quota_bytes = parse_size(value)
+        case "source":
+            options.sources.append(parse_source(value))
+        case "ro":
+            options.read_only = True
+        case "allow_other":
+            options.allow_other = True
+        case "foreground":
+            options.foreground = True
+        case "uid" | "gid" | "mode":
+            try:
+                number = int(value, 8 if key == "mode" else 10)
+            except ValueError:
+                raise UsageError(f"{key}={value} is not a number") from None
+            options.access = options.access._replace(**{key: number & 0o777 if key == "mode" else number})
+        case "freeze":
+            try:
+                options.freeze_seconds = float(value)
+            except ValueError:
+                raise UsageError(f"freeze={value} is not a number of seconds") from None
+        case _:
+            if key not in _IGNORED and not key.startswith(("x-", "comment")):
+                raise UsageError(
+                    f"the mount option {option!r} is not known: there are store, quota, source, ro, allow_other, uid, "
+                    f"gid, mode, freeze and foreground"
+                )

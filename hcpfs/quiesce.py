@@ -1,0 +1,173 @@
+"""Quiescing: what is done on the outside so that an image needs no journal recovery.
+
+Before the engine holds writes: have the kernel write back what it caches of `live/` (mmap), find the file systems that
+are mounted from loop devices on `live/`, and freeze them, which makes them write out and pause. After the hold they are
+thawed, in every outcome (see hcpfs/freezer.py). A failure here never fails the snapshot: it is then crash-consistent,
+as after a power cut, and its `info` says so and why.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from cow.store import Evidence
+from hcpfs import beneath
+
+FREEZE_SECONDS = 10.0
+WRITE_BACK_SECONDS = 30.0
+
+
+class Freezer:
+    """The daemon's end of the freezer process. One request at a time."""
+
+    def __init__(self) -> None:
+        self._process: trio.Process | None = None
+        self._turn = trio.Lock()
+        self._received = b""
+
+    async def start(self) -> None:
+        """Have the process running."""
+        if self._process is None or self._process.poll() is not None:
+            self._received = b""
+            self._process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "hcpfs.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
+            )
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        await self.start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        await process.stdin.send_all(json.dumps(request).encode() + b"\n")
+        while b"\n" not in self._received:
+            received = await process.stdout.receive_some()
+            if not received:
+                raise trio.BrokenResourceError("the freezer process died")
+            self._received += received
+        line, _, self._received = self._received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    @asynccontextmanager
+    async def frozen(self, paths: Iterable[str], seconds: float) -> AsyncIterator[dict[str, Any]]:
+        """Freeze the file systems around the block, for at most `seconds`.
+
+        Yields the freezer's answer. When it does not come in time nothing counts as frozen, and whatever it froze is
+        thawed as soon as the kernel lets go of it.
+        """
+        async with self._turn:
+            answer: dict[str, Any] = {"frozen": [], "refused": {}}
+            try:
+                with trio.fail_after(seconds):
+                    answer = await self._ask({"freeze": list(paths), "seconds": seconds})
+            except trio.TooSlowError:
+                answer["refused"] = dict.fromkeys(paths, f"it did not freeze within {seconds:g} s")
+                await self.stop()
+            except trio.BrokenResourceError as error:
+                answer["refused"] = dict.fromkeys(paths, str(error))
+                await self.stop()
+            try:
+                yield answer
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._thaw(answer, seconds)
+
+    async def _thaw(self, answer: dict[str, Any], seconds: float) -> None:
+        if not answer["frozen"]:
+            return
+        try:
+            with trio.fail_after(seconds):
+                reply = await self._ask({"thaw": True})
+        except (trio.TooSlowError, trio.BrokenResourceError):
+            await self.stop()  # the broken pipe makes it thaw
+            reply = {"late": True}
+        answer["late"] = reply["late"]
+
+    async def stop(self) -> None:
+        """Break the pipe: the process thaws what is frozen, and ends."""
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            await process.stdin.aclose()
+
+    async def end(self) -> None:
+        """Stop, and wait for the process to be gone."""
+        process = self._process
+        await self.stop()
+        if process is not None:
+            with trio.move_on_after(FREEZE_SECONDS):
+                await process.wait()
+
+
+class Quiescer:
+    """Quiesces the live images of one mount."""
+
+    def __init__(self, mountpoint: str, inodes: dict[str, int], freezer: Freezer, freeze_seconds: float) -> None:
+        self._mountpoint = mountpoint
+        self._inodes = inodes  #: of the live images, by path
+        self._freezer = freezer
+        self._freeze_seconds = freeze_seconds
+        self._device: int | None = None
+
+    async def learn_device(self) -> None:
+        """Ask the kernel for the mount's device number; the loop must be serving."""
+        self._device = (await trio.to_thread.run_sync(os.stat, self._mountpoint)).st_dev
+
+    @asynccontextmanager
+    async def quiesce(self) -> AsyncIterator[Evidence]:
+        """Around the hold. Yields the evidence for `info`; `quiesced` is yes, no or nothing-mounted."""
+        notes: list[str] = []
+        with trio.move_on_after(WRITE_BACK_SECONDS) as limit:
+            await trio.to_thread.run_sync(self._write_back, notes, abandon_on_cancel=True)
+        if limit.cancelled_caught:
+            notes.append(f"cached writes were not written back within {WRITE_BACK_SECONDS:g} s")
+        mountpoints = await trio.to_thread.run_sync(self._mounted_file_systems)
+        began = time.perf_counter_ns()
+        if not mountpoints:
+            yield _evidence("nothing-mounted", notes)
+            return
+        async with self._freezer.frozen(mountpoints, self._freeze_seconds) as answer:
+            freeze_us = (time.perf_counter_ns() - began) // 1000
+            notes += [f"{path} was not frozen: {reason}" for path, reason in answer["refused"].items()]
+            evidence = _evidence("no" if answer["refused"] else "yes", notes)
+            evidence["frozen"] = " ".join(path.replace(" ", "\\040") for path in answer["frozen"])
+            evidence["freeze_us"] = str(freeze_us)
+            yield evidence
+        if answer.get("late"):
+            evidence["quiesced"] = "no"
+            evidence["quiesce_note"] = f"the file system was thawed after {self._freeze_seconds:g} s, before the end"
+
+    def _write_back(self, notes: list[str]) -> None:
+        for path in self._inodes:
+            try:
+                fd = os.open(os.path.join(self._mountpoint, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    if os.fstat(fd).st_dev != self._device:
+                        raise OSError(0, "the mount point shows another file system now")
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                notes.append(f"cached writes to {path} were not written back: {error.strerror}")
+
+    def _mounted_file_systems(self) -> list[str]:
+        if self._device is None:
+            return []
+        found: list[str] = []
+        for loop in beneath.loops_on(self._device, set(self._inodes.values())):
+            found += [path for path in beneath.mountpoints_of(loop.device) if path not in found]
+        return found
+
+
+def _evidence(quiesced: str, notes: list[str]) -> Evidence:
+    evidence = {"quiesced": quiesced}
+    if notes:
+        evidence["quiesce_note"] = "; ".join(notes)
+    return evidence

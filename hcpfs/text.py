@@ -1,0 +1,95 @@
+"""The files `status` and `info`: `key value` lines, flat-keyed as in cgroup v2. Pure functions of what is there."""
+
+import errno
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cow.errors import printable
+from cow.snapshot import Snapshot
+from cow.store import Store
+from hcpfs import __version__
+
+
+@dataclass
+class LastError:
+    """The last error that somebody was told by an errno alone, or by nobody."""
+
+    time_ns: int
+    errno: int
+    sentence: str
+
+
+def lines(pairs: Iterable[tuple[str, object]]) -> bytes:
+    """`key value` lines; what would break a line is escaped."""
+    return b"".join(f"{key} {_one_line(str(value))}\n".encode("utf-8", "backslashreplace") for key, value in pairs)
+
+
+def _one_line(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def when(time_ns: int) -> str:
+    """A time as ISO 8601 in UTC, to the microsecond."""
+    seconds, rest = divmod(time_ns, 1_000_000_000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest // 1000:06d}Z"
+
+
+def _key(name: bytes) -> str:
+    return printable(name).replace(" ", "\\040").replace("\n", "\\n")
+
+
+def info(snapshot: Snapshot) -> bytes:
+    """The text of a snapshot's `info`."""
+    row = snapshot.row
+    pairs: list[tuple[str, object]] = [("created", when(row.created_ns)), ("state", row.state.value)]
+    if row.reason:
+        pairs.append(("reason", row.reason))
+    pairs += [
+        ("parent", "-"),
+        ("device", " ".join(_key(os.fsencode(image.origin.device.label)) for image in snapshot.images)),
+        ("size", sum(image.size_bytes for image in snapshot.images)),
+        ("preserved_bytes", sum(image.preserved_bytes for image in snapshot.images)),
+        ("written_bytes", sum(image.written_bytes for image in snapshot.images)),
+    ]
+    pairs += row.evidence.items()
+    for image in snapshot.images:
+        key = _key(image.origin.name)
+        pairs += [
+            (f"{key}.size", image.size_bytes),
+            (f"{key}.preserved_bytes", image.preserved_bytes),
+            (f"{key}.written_bytes", image.written_bytes),
+            (f"{key}.modified", when(image.modified_ns)),
+        ]
+    return lines(pairs)
+
+
+def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], last: LastError | None) -> bytes:
+    """The text of `status`."""
+    states = [snapshot.row.state.value for snapshot in store.snapshots]
+    pairs: list[tuple[str, object]] = [
+        ("version", __version__),
+        ("pid", os.getpid()),
+        ("mountpoint", mountpoint),
+        ("store", store.path),
+        ("read_only", int(store.read_only)),
+        ("quota_bytes", "-" if store.space.quota_bytes is None else store.space.quota_bytes),
+        ("used_bytes", store.space.used_bytes),
+        ("available_bytes", store.space.available_bytes),
+        ("on_full", "drop-oldest"),
+        ("snapshots", len(states)),
+    ]
+    pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "invalid")]
+    for origin in store.origins:
+        key = _key(origin.name)
+        pairs += [(f"{key}.device", origin.device.label), (f"{key}.size", origin.size_bytes)]
+    pairs.append(("last_stop", "clean" if was_clean else "not-clean"))
+    pairs += [("found", finding) for finding in findings]
+    if last is not None:
+        pairs += [
+            ("last_error_time", when(last.time_ns)),
+            ("last_error_errno", errno.errorcode.get(last.errno, "-")),
+            ("last_error", last.sentence),
+        ]
+    return lines(pairs)

@@ -1,0 +1,318 @@
+"""The tree: what the file system is. Knows no pyfuse3 and can be used without a mount.
+
+    /  live/NAME.img   snaps/SNAPSHOT/{NAME.img, info}   status
+
+Inode numbers are computed, not allocated, and never used twice: the fixed ones are small, and those of a snapshot
+follow from its id. So nothing has to be remembered for the kernel, and `forget` has nothing to do.
+"""
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import trio
+
+from cow.errors import CowError, NotFoundError, SnapshotBusyError
+from cow.image import Image
+from cow.opening import Opened
+from cow.origin import Origin
+from cow.snapshot import Snapshot
+from cow.store import Quiesce
+from hcpfs.text import LastError, info, status
+
+ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
+_FIRST_LIVE_IMAGE = 16
+_SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
+_INFO = 1
+_FIRST_IMAGE = 16
+_RELEASE_GRACE_SECONDS = 0.5
+
+log = logging.getLogger("hcpfs")
+
+
+class NotPermittedError(CowError):
+    """The tree has a fixed shape: only mkdir, rmdir and rename in snaps/, and writes to images."""
+
+    errno = errno.EPERM
+
+
+class DirectoryAsFileError(CowError):
+    """A directory was used as a file."""
+
+    errno = errno.EISDIR
+
+
+class NotDirectoryError(CowError):
+    """A file was used as a directory."""
+
+    errno = errno.ENOTDIR
+
+
+class Access(NamedTuple):
+    """Who may use the images: owner and mode. Directories get the mode's read bits as search bits too."""
+
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o600
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What stat(2) shows. `blocks` are 512 bytes each."""
+
+    inode: int
+    mode: int
+    links: int
+    size: int
+    blocks: int
+    modified_ns: int
+
+
+class Entry(NamedTuple):
+    """A directory entry; `cookie` is where a listing goes on after it."""
+
+    name: bytes
+    inode: int
+    cookie: int
+
+
+class Handle(Protocol):
+    """An open file."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read; short only at the end."""
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write; short only at the end."""
+
+    async def sync(self) -> None:
+        """Make writes durable."""
+
+
+class _Text:
+    """An open `status` or `info`: the text as it was at the open."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return self._content[offset : offset + length]
+
+    async def write(self, offset: int, data: bytes) -> int:
+        raise NotPermittedError("status and info can only be read")
+
+    async def sync(self) -> None:
+        return
+
+
+class Opening(NamedTuple):
+    """The answer to an open: the handle's number, and whether it is text, whose size is not known beforehand."""
+
+    number: int
+    is_text: bool
+
+
+class Tree:
+    """The file system over an open store. Trio thread only; raises CowError and OSError."""
+
+    def __init__(self, opened: Opened, mountpoint: str, quiesce: Quiesce, access: Access) -> None:
+        self.store = opened.store
+        self._opened = opened
+        self._mountpoint = mountpoint
+        self._quiesce = quiesce
+        self._access = access
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 1
+        self._last_error: LastError | None = None
+        self._changed_ns = time.time_ns()  #: when the list of snapshots last changed
+        self._released = trio.Event()  #: fires when an image is closed
+
+    # -- names and attributes ------------------------------------------------------------------------------------
+
+    def live_inodes(self) -> dict[str, int]:
+        """The live images: path below the mount point, and inode."""
+        return {
+            f"live/{os.fsdecode(origin.name)}": _FIRST_LIVE_IMAGE + place
+            for place, origin in enumerate(self.store.origins)
+        }
+
+    def entries(self, inode: int) -> Iterator[Entry]:
+        """The entries of a directory in the order of their cookies."""
+        yield Entry(b".", inode, 1)
+        yield Entry(b"..", SNAPS if inode >> _SNAPSHOT_SHIFT else ROOT, 2)
+        snapshot = self._snapshot(inode)
+        if inode == ROOT:
+            named = [(b"live", LIVE), (b"snaps", SNAPS), (b"status", STATUS)]
+        elif inode == LIVE:
+            named = [(origin.name, _FIRST_LIVE_IMAGE + place) for place, origin in enumerate(self.store.origins)]
+        elif inode == SNAPS:
+            for one in self.store.snapshots:
+                yield Entry(one.name, one.id << _SNAPSHOT_SHIFT, 2 + one.id)
+            return
+        elif snapshot is not None and inode == snapshot.id << _SNAPSHOT_SHIFT:
+            named = [(image.origin.name, inode + _FIRST_IMAGE + place) for place, image in enumerate(snapshot.images)]
+            named.append((b"info", inode + _INFO))
+        else:
+            raise NotDirectoryError("not a directory")
+        for place, (name, number) in enumerate(named):
+            yield Entry(name, number, 3 + place)
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        """The inode of a name. Raises NotFoundError."""
+        if parent == SNAPS and name not in (b".", b".."):
+            snapshot = self.store.find(name)
+            if snapshot is not None:
+                return snapshot.id << _SNAPSHOT_SHIFT
+        else:
+            for entry in self.entries(parent):
+                if entry.name == name:
+                    return entry.inode
+        raise NotFoundError("no such file or directory")
+
+    async def attributes(self, inode: int) -> Attributes:
+        """What stat(2) shows for the inode. Raises NotFoundError when it is gone."""
+        if inode in (ROOT, LIVE, SNAPS):
+            links = {ROOT: 4, LIVE: 2, SNAPS: 2 + len(self.store.snapshots)}[inode]
+            return self._directory(inode, links, self._changed_ns)
+        if inode == STATUS:
+            return self._text(inode, self._status(), time.time_ns())
+        if not inode >> _SNAPSHOT_SHIFT:
+            origin = self._origin(inode)
+            blocks = -(-origin.size_bytes // 512)
+            return self._image(inode, origin.size_bytes, blocks, origin.modified_ns)
+        snapshot = self._snapshot(inode)
+        if snapshot is None:
+            raise NotFoundError("the snapshot was removed")
+        place = inode - (snapshot.id << _SNAPSHOT_SHIFT)
+        if place == 0:
+            return self._directory(inode, 2, snapshot.row.created_ns)
+        if place == _INFO:
+            return self._text(inode, info(snapshot), max(image.modified_ns for image in snapshot.images))
+        image = self._snapshot_image(snapshot, inode)
+        allocated = await image.allocated_bytes()
+        return self._image(inode, image.size_bytes, -(-allocated // 512), image.modified_ns)
+
+    def _directory(self, inode: int, links: int, modified_ns: int) -> Attributes:
+        readable = self._access.mode & 0o444
+        mode = stat.S_IFDIR | 0o700 | readable | readable >> 2
+        return Attributes(inode, mode, links, 0, 0, modified_ns)
+
+    def _text(self, inode: int, content: bytes, modified_ns: int) -> Attributes:
+        return Attributes(inode, stat.S_IFREG | self._access.mode & 0o444, 1, len(content), 0, modified_ns)
+
+    def _image(self, inode: int, size: int, blocks: int, modified_ns: int) -> Attributes:
+        return Attributes(inode, stat.S_IFREG | self._access.mode, 1, size, blocks, modified_ns)
+
+    def _snapshot(self, inode: int) -> Snapshot | None:
+        return self.store.by_id(inode >> _SNAPSHOT_SHIFT)
+
+    def _origin(self, inode: int) -> Origin:
+        place = inode - _FIRST_LIVE_IMAGE
+        if not 0 <= place < len(self.store.origins):
+            raise NotFoundError("no such file or directory")
+        return self.store.origins[place]
+
+    def _snapshot_image(self, snapshot: Snapshot, inode: int) -> Image:
+        place = inode - (snapshot.id << _SNAPSHOT_SHIFT) - _FIRST_IMAGE
+        if not 0 <= place < len(snapshot.images):
+            raise NotFoundError("no such file or directory")
+        return snapshot.images[place]
+
+    def _status(self) -> bytes:
+        return status(self.store, self._mountpoint, self._opened.was_clean, self._opened.findings, self._last_error)
+
+    # -- changes -------------------------------------------------------------------------------------------------
+
+    async def mkdir(self, parent: int, name: bytes) -> int:
+        """Take a snapshot; the inode of its directory."""
+        if parent != SNAPS:
+            raise NotPermittedError("directories can only be made in snaps/, where each is a snapshot")
+        snapshot = await self.store.create_snapshot(name, self._quiesce)
+        self._changed_ns = time.time_ns()
+        log.info("snapshot %s taken: %s", os.fsdecode(name), snapshot.row.evidence)
+        return snapshot.id << _SNAPSHOT_SHIFT
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        """Drop a snapshot, whatever is listed in it."""
+        if parent != SNAPS:
+            raise NotPermittedError("only snapshots, the directories in snaps/, can be removed")
+        try:
+            await self.store.delete_snapshot(name)
+        except SnapshotBusyError:
+            # A loop device that was just detached closes its file a moment later.
+            with trio.move_on_after(_RELEASE_GRACE_SECONDS):
+                await self._until_closed(name)
+            await self.store.delete_snapshot(name)
+        self._changed_ns = time.time_ns()
+        log.info("snapshot %s removed", os.fsdecode(name))
+
+    async def _until_closed(self, name: bytes) -> None:
+        while (snapshot := self.store.find(name)) is not None and snapshot.is_open:
+            await self._released.wait()
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool) -> None:
+        """Rename a snapshot; the new name must be free."""
+        if parent != SNAPS or new_parent != SNAPS or exchange:
+            raise NotPermittedError("only snapshots can be renamed, and only within snaps/")
+        await self.store.rename_snapshot(name, new_name)
+        self._changed_ns = time.time_ns()
+
+    async def set_size(self, inode: int, size: int) -> None:
+        """Accept an image's own size, which tools set after writing, and refuse any other."""
+        if size != (await self.attributes(inode)).size:
+            raise NotPermittedError("an image has the size of its device and cannot be truncated or extended")
+
+    # -- open files ----------------------------------------------------------------------------------------------
+
+    def open(self, inode: int) -> Opening:
+        """Open a file."""
+        handle = self._handle(inode)
+        number = self._next_handle
+        self._next_handle += 1
+        self._handles[number] = handle
+        if isinstance(handle, Image):
+            handle.opened += 1
+        return Opening(number, isinstance(handle, _Text))
+
+    def _handle(self, inode: int) -> Handle:
+        if inode == STATUS:
+            return _Text(self._status())
+        if inode in (ROOT, LIVE, SNAPS):
+            raise DirectoryAsFileError("a directory cannot be opened as a file")
+        if not inode >> _SNAPSHOT_SHIFT:
+            return self._origin(inode)
+        snapshot = self._snapshot(inode)
+        if snapshot is None:
+            raise NotFoundError("the snapshot was removed")
+        if inode == (snapshot.id << _SNAPSHOT_SHIFT) + _INFO:
+            return _Text(info(snapshot))
+        return self._snapshot_image(snapshot, inode)
+
+    def handle(self, number: int) -> Handle:
+        """The open file of that number."""
+        return self._handles[number]
+
+    def close(self, number: int) -> None:
+        """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
+        handle = self._handles.pop(number)
+        if isinstance(handle, Image):
+            handle.opened -= 1
+            self._released.set()
+            self._released = trio.Event()
+
+    # -- errors --------------------------------------------------------------------------------------------------
+
+    def record_error(self, number: int, sentence: str) -> None:
+        """Keep the words for an errno, for `status` and the log."""
+        self._last_error = LastError(time.time_ns(), number, sentence)
+        log.warning("%s: %s", errno.errorcode.get(number, "error"), sentence)
+
+    def record_trouble(self, sentence: str) -> None:
+        """Keep what nobody is told by an errno."""
+        self._last_error = LastError(time.time_ns(), 0, sentence)
+        log.warning("%s", sentence)

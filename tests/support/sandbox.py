@@ -1,0 +1,193 @@
+"""A scratch directory with disk images, real mounts and loop devices in it, all gone at the end, also after a failure."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hcpfs import beneath
+
+HCPFS = [sys.executable, "-m", "hcpfs"]
+MNT_DETACH = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def run(*command: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command; its output is in the error when it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(map(str, command))} exited {done.returncode}: {done.stdout}{done.stderr}")
+    return done
+
+
+def wait_until(condition, seconds: float = 20.0, what: str = "condition") -> None:
+    """Poll what the kernel does later (a process's end, a lazy close); fail when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
+        time.sleep(0.01)
+
+
+def status_of(mountpoint: Path) -> dict[str, str]:
+    return parse((mountpoint / "status").read_bytes())
+
+
+def parse(text: bytes) -> dict[str, str]:
+    return dict(line.partition(" ")[::2] for line in text.decode("utf-8", "backslashreplace").splitlines())
+
+
+class Served:
+    """A mounted hcpfs."""
+
+    def __init__(
+        self, sandbox: "Sandbox", mountpoint: Path, store: Path, sources: list[str], options: list[str]
+    ) -> None:
+        self.sandbox = sandbox
+        self.path = mountpoint
+        self.store = store
+        self.sources = sources
+        self.options = options
+        self.pid = int(self.status["pid"])
+
+    @property
+    def live(self) -> Path:
+        """The first live image."""
+        return sorted((self.path / "live").iterdir())[0]
+
+    @property
+    def snaps(self) -> Path:
+        return self.path / "snaps"
+
+    @property
+    def status(self) -> dict[str, str]:
+        return status_of(self.path)
+
+    def info(self, name: str) -> dict[str, str]:
+        return parse((self.snaps / name / "info").read_bytes())
+
+    def image(self, name: str) -> Path:
+        """The first image of a snapshot."""
+        return self.snaps / name / self.live.name
+
+    def umount(self) -> None:
+        run(*HCPFS, "umount", self.path)
+
+    def kill(self) -> None:
+        """Kill -9 the daemon and clear away its dead mount."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not _alive(self.pid), what="the end of the daemon")
+        _detach(self.path)
+
+    def again(self) -> "Served":
+        """Mount once more with the same arguments."""
+        return self.sandbox.mount(*self.sources, mountpoint=self.path, store=self.store, options=self.options)
+
+    def remount(self) -> "Served":
+        self.umount()
+        return self.again()
+
+
+class Sandbox:
+    """Everything that a test makes outside of Python. `close` removes it all, in the right order."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="hcpfs-test-", dir="/dev/shm"))
+        self._loops: list[str] = []
+        self._daemons: list[int] = []
+        self._processes: list[subprocess.Popen] = []
+
+    def disk(self, name: str = "disk.img", size: int = 8 << 20, content: bytes | None = None) -> Path:
+        """A disk image: zeroes, or `content`."""
+        path = self.path / name
+        if content is not None:
+            path.write_bytes(content)
+        else:
+            with path.open("wb") as file:
+                file.truncate(size)
+        return path
+
+    def mount(
+        self,
+        *sources: object,
+        mountpoint: Path | None = None,
+        store: Path | None = None,
+        options: list[str] | None = None,
+    ) -> Served:
+        """Mount, in the background; `options` are more words for the command line."""
+        mountpoint = mountpoint or self.path / "mnt"
+        store = store or self.path / "store"
+        mountpoint.mkdir(exist_ok=True)
+        options = options or []
+        words = [str(source) for source in sources]
+        run(*HCPFS, "mount", *words, mountpoint, "--store", store, *options)
+        served = Served(self, mountpoint, store, words, options)
+        self._daemons.append(served.pid)
+        return served
+
+    def refusal(self, *words: object) -> str:
+        """The sentence with which `hcpfs mount` refuses."""
+        done = run(*HCPFS, "mount", *words, check=False)
+        assert done.returncode != 0, "the mount was not refused"
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip()
+
+    def loop(self, file: Path, *options: str) -> str:
+        """A loop device on the file."""
+        device = run("losetup", "--find", "--show", *options, file).stdout.strip()
+        self._loops.append(device)
+        return device
+
+    def unloop(self, device: str) -> None:
+        run("losetup", "-d", device)
+        self._loops.remove(device)
+
+    def mount_device(self, device: object, name: str = "fs", *options: str) -> Path:
+        """Mount a file system at a directory of the sandbox."""
+        target = self.path / name
+        target.mkdir(exist_ok=True)
+        run("mount", *options, device, target)
+        return target
+
+    def spawn(self, *command: object, **options: object) -> subprocess.Popen:
+        """A process that does not outlive the test."""
+        process = subprocess.Popen([str(word) for word in command], **options)
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._unmount_all()
+        for device in reversed(self._loops):
+            run("losetup", "-d", device, check=False)
+        for pid in self._daemons:
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda pid=pid: not _alive(pid), seconds=10)
+            if _alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.path)
+
+    def _unmount_all(self) -> None:
+        inside = [mount.mountpoint for mount in beneath.mounts() if mount.mountpoint.startswith(f"{self.path}/")]
+        for mountpoint in reversed(inside):
+            if run("umount", mountpoint, check=False).returncode != 0:
+                _detach(Path(mountpoint))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _detach(path: Path) -> None:
+    _libc.umount2(os.fsencode(path), MNT_DETACH)
