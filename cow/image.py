@@ -39,7 +39,7 @@ class Image:
         on_damage: Callable[[str], Awaitable[None]],
     ) -> None:
         self.origin = origin
-        self.delta = delta
+        self.delta = delta  #: written by this image alone # I9
         self.opened = 0  #: how many times the image is open
         self._snapshot = snapshot
         self._created_ns = created_ns

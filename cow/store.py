@@ -279,6 +279,10 @@ class Store:
         self._checkpoints.append(checkpoint)
         self._chores.set()
 
+    async def checkpoint(self) -> None:
+        """Start a new journal file; what came before is saved into the layers by the housekeeping."""
+        await self._commits.checkpoint()
+
     async def _keep_house(self) -> None:
         while True:
             await self._chores.wait()

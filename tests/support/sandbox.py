@@ -1,4 +1,4 @@
-"""A scratch directory with disk images, real mounts and loop devices in it, all gone at the end, also after a failure."""
+"""A scratch directory with disk images, real mounts and loop devices, all gone at the end, also after a failure."""
 
 import contextlib
 import ctypes
@@ -154,6 +154,14 @@ class Sandbox:
         target.mkdir(exist_ok=True)
         run("mount", *options, device, target)
         return target
+
+    def format(self, device: object, kind: str) -> None:
+        """Make a file system. Our images take no discard."""
+        run(*{"ext4": ("mkfs.ext4", "-q", "-E", "nodiscard"), "xfs": ("mkfs.xfs", "-q", "-K")}[kind], device)
+
+    def unmount(self, target: Path) -> None:
+        """Unmount; the kernel, or an ending process, may keep it busy for a moment."""
+        wait_until(lambda: run("umount", target, check=False).returncode == 0, what=f"umount {target}")
 
     def spawn(self, *command: object, **options: object) -> subprocess.Popen:
         """A process that does not outlive the test."""

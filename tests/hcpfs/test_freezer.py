@@ -1,0 +1,95 @@
+"""The freezer process on a real ext4: it thaws in every outcome."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.sandbox import Sandbox, run, wait_until
+
+
+class Helper:
+    def __init__(self, sandbox: Sandbox, files: Path) -> None:
+        self.files = files
+        self.sandbox = sandbox
+        self.process = sandbox.spawn(
+            sys.executable, "-m", "hcpfs.freezer", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def ask(self, **request: object) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        return json.loads(self.process.stdout.readline())
+
+    def freeze(self, seconds: float = 60) -> dict:
+        return self.ask(freeze=[str(self.files)], seconds=seconds)
+
+    def writer(self) -> subprocess.Popen:
+        return self.sandbox.spawn("touch", self.files / "probe")
+
+    def writer_is_stuck(self, writer: subprocess.Popen) -> bool:
+        return writer.poll() is None and " D " in Path(f"/proc/{writer.pid}/stat").read_text()
+
+
+@pytest.fixture
+def helper(sandbox: Sandbox) -> Iterator[Helper]:
+    device = sandbox.loop(sandbox.disk(size=16 << 20))
+    sandbox.format(device, "ext4")
+    helper = Helper(sandbox, sandbox.mount_device(device))
+    try:
+        yield helper
+    finally:
+        helper.process.stdin.close()
+        helper.process.wait()
+        helper.process.stdout.close()
+        sandbox.unmount(helper.files)
+
+
+def test_thaws_when_told(helper: Helper) -> None:
+    assert helper.freeze() == {"frozen": [str(helper.files)], "refused": {}}
+    writer = helper.writer()
+    wait_until(lambda: helper.writer_is_stuck(writer), what="the freeze")
+    assert helper.ask(thaw=True) == {"thawed": 1, "late": False}
+    assert writer.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda process: process.stdin.close(),
+        lambda process: process.send_signal(signal.SIGTERM),
+    ],
+    ids=["the pipe breaks", "SIGTERM"],
+)
+def test_thaws_when_it_ends(helper: Helper, end: Callable[[subprocess.Popen], None]) -> None:
+    helper.freeze()
+    writer = helper.writer()
+    wait_until(lambda: helper.writer_is_stuck(writer), what="the freeze")
+    end(helper.process)
+    assert writer.wait() == 0
+
+
+def test_thaws_when_the_time_is_over_and_says_so(helper: Helper) -> None:
+    helper.freeze(seconds=0.2)
+    assert helper.writer().wait() == 0
+    assert helper.ask(thaw=True) == {"thawed": 0, "late": True}
+
+
+def test_respects_the_freeze_of_somebody_else(helper: Helper) -> None:
+    run("fsfreeze", "-f", helper.files)
+    try:
+        assert helper.freeze() == {"frozen": [], "refused": {str(helper.files): "somebody else froze it"}}
+        assert helper.ask(thaw=True) == {"thawed": 0, "late": False}
+        writer = helper.writer()
+        wait_until(lambda: helper.writer_is_stuck(writer), what="the writer to be stuck still")
+    finally:
+        run("fsfreeze", "-u", helper.files)
+    assert writer.wait() == 0
+
+
+def test_says_what_cannot_be_frozen(helper: Helper) -> None:
+    answer = helper.ask(freeze=[str(helper.files / "missing")], seconds=5)
+    assert answer == {"frozen": [], "refused": {str(helper.files / "missing"): "No such file or directory"}}
