@@ -21,7 +21,7 @@ from cow.fingerprint import Fingerprint
 from cow.journal import Journal
 from cow.layer import Layer
 from cow.recovery import recover
-from cow.space import Space
+from cow.space import RESERVE_NAME, Space
 from cow.store import Store
 
 
@@ -71,6 +71,8 @@ async def open_store(
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
+        await store.hold_back()
+        await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
             yield Opened(store, was_clean, recovered.findings)
@@ -109,7 +111,7 @@ def _open_directory(path: str, stack: ExitStack) -> tuple[Directory, Catalog]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("lock", "layers") or name.startswith(("catalog.sqlite", "journal.", "hcpfs.log"))
+    return name in ("lock", "layers", RESERVE_NAME) or name.startswith(("catalog.sqlite", "journal.", "hcpfs.log"))
 
 
 def _open_devices(sources: Sequence[Source], read_only: bool, stack: ExitStack) -> list[OriginDevice]:

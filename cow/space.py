@@ -2,7 +2,12 @@
 
 The figure in use is a measurement plus an upper bound of what was promised since, so it errs on the safe side; before
 anything is refused it is measured anew.
+
+A file `reserve` holds space back for what must not fail when the disk is full: recording that a snapshot was given up,
+a journal file, a clean stop. It is let go for those moments only.
 """
+
+import errno
 
 import trio
 
@@ -10,6 +15,7 @@ from cow.device import Directory
 from cow.errors import QuotaError, RefusedError
 from cow.journal import FILE_BYTES
 
+RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
 
@@ -22,6 +28,8 @@ class Space:
             raise RefusedError(f"a quota of {quota_bytes} bytes is too small: give at least {LEAST_QUOTA_BYTES >> 20}M")
         self.quota_bytes = quota_bytes
         self._directory = directory
+        self.holding_back = False  #: whether the reserve is filled
+        self.let_go()
         self._measured = directory.allocated_bytes()
         self._promised = 0
 
@@ -36,7 +44,11 @@ class Space:
         free = self._directory.free_bytes()
         if self.quota_bytes is None:
             return free
-        return max(0, min(free, self.quota_bytes - RESERVE_BYTES - self.used_bytes))
+        return max(0, min(free, self._limit(self.quota_bytes) - self.used_bytes))
+
+    @staticmethod
+    def _limit(quota_bytes: int) -> int:
+        return quota_bytes - FILE_BYTES  # a new journal file is there for a while beside the old one
 
     @property
     def total_bytes(self) -> int:
@@ -52,12 +64,38 @@ class Space:
     async def reserve(self, count: int) -> None:
         """Promise `count` bytes. Raises QuotaError when the store would pass its quota."""
         if self.quota_bytes is not None:
-            limit = self.quota_bytes - RESERVE_BYTES
+            limit = self._limit(self.quota_bytes)
             if self.used_bytes + count > limit:
                 await self.measure()
             if self.used_bytes + count > limit:
                 raise QuotaError(
                     f"the store {self._directory.label} is full: {self.used_bytes} of {self.quota_bytes} bytes are "
-                    f"taken, {RESERVE_BYTES} held back for the journal: remove snapshots or mount with a larger quota"
+                    f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
+                    f"with a larger quota"
                 )
         self._promised += count
+
+    def let_go(self) -> None:
+        """Give the reserve back to the file system. Blocks."""
+        self.holding_back = False
+        try:
+            file = self._directory.open(RESERVE_NAME)
+        except FileNotFoundError:
+            return
+        file.truncate(0)
+        file.close()
+
+    def hold_back(self) -> bool:
+        """Fill the reserve up again; False when there is no room for it. Blocks."""
+        file = self._directory.open(RESERVE_NAME, create=True)
+        try:
+            file.allocate(RESERVE_BYTES)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            file.truncate(0)
+            return False
+        finally:
+            file.close()
+        self.holding_back = True
+        return True

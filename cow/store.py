@@ -29,6 +29,7 @@ from cow.errors import (
     ReadOnlyError,
     RefusedError,
     SnapshotBusyError,
+    StoreFullError,
     printable,
 )
 from cow.fingerprint import Fingerprint
@@ -86,6 +87,7 @@ class Store:
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
         self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
         self._chores = trio.Event()
+        self._closing = False
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -213,12 +215,20 @@ class Store:
         snapshot.leaving = True
         heir = self._heir_of(snapshot)
         try:
-            await trio.to_thread.run_sync(self._catalog.delete_snapshot, snapshot.id, heir)
+            await self._with_reserve(self._catalog.delete_snapshot, snapshot.id, heir)
         except BaseException:
             snapshot.leaving = False
             raise
         self._release(snapshot, heir)
         del self._snapshots[snapshot.id]
+
+    async def _with_reserve(self, change: Callable[..., None], *arguments: object) -> None:
+        """Make a change of the catalog that frees space, with the reserve if the disk is full."""
+        try:
+            await trio.to_thread.run_sync(change, *arguments)
+        except StoreFullError:
+            await trio.to_thread.run_sync(self.space.let_go)
+            await trio.to_thread.run_sync(change, *arguments)
 
     def _heir_of(self, snapshot: Snapshot) -> int | None:
         return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
@@ -257,8 +267,14 @@ class Store:
         least_wanted = min(usable, key=lambda one: (one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
         await self._sweep()
+        await self.hold_back()
         await self.space.measure()
         return True
+
+    async def hold_back(self) -> None:
+        """Fill up the reserve, as far as there is room."""
+        if not await trio.to_thread.run_sync(self.space.hold_back):
+            self._on_trouble(f"the disk of the store {self.path} is full, its reserve too: make room on it")
 
     async def _give_up(self, numbers: Sequence[int], reason: str) -> None:
         """Make snapshots invalid, durably, so that the origin can go on. # I8"""
@@ -268,7 +284,7 @@ class Store:
                 if snapshot is None or not snapshot.usable:
                     continue
                 heir = self._heir_of(snapshot)
-                await trio.to_thread.run_sync(self._catalog.give_up_snapshot, number, heir, reason)
+                await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
                 self._release(snapshot, heir)
                 snapshot.row.state, snapshot.row.reason = State.INVALID, reason
                 self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
@@ -307,6 +323,8 @@ class Store:
                 finally:
                     layer.unpin()
             self._punches.pop(0)
+        if not self.space.holding_back and not self._closing:
+            await self.hold_back()
         await self.space.measure()
 
     async def _sweep(self) -> None:
@@ -369,6 +387,8 @@ class Store:
 
         Raises where something cannot be made durable; the stop is not clean then, and the next opening recovers.
         """
+        self._closing = True
+        await trio.to_thread.run_sync(self.space.let_go)
         for snapshot in self._snapshots.values():
             if snapshot.usable:
                 for image in snapshot.images:

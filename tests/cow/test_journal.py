@@ -1,0 +1,157 @@
+"""The journal: what was committed is found again, what was torn is not, and damage is told from both."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cow.device import Directory
+from cow.errors import CowError
+from cow.geometry import Run
+from cow.journal import FILE_BYTES, SECTOR_BYTES, Journal, JournalDamagedError, Kind, Record
+
+UUID = bytes(range(16))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Directory]:
+    directory = Directory.open_path(str(tmp_path))
+    yield directory
+    directory.close()
+
+
+def _record(layer: int, chunks: int = 1) -> Record:
+    return Record(Kind.PRESERVED, layer, 1000 + layer, [Run(7, chunks), Run(1 << 40, 1)], bytes(8 * (chunks + 1)))
+
+
+def _write(directory: Directory, *records: Record) -> Path:
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    for record in records:
+        journal.append([record])
+    journal.close()
+    return Path(directory.label, f"journal.{journal.numbers[-1]:08d}")
+
+
+def _replay(directory: Directory) -> list[Record]:
+    return list(Journal(directory, UUID).replay())
+
+
+def _change(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def _flip(path: Path, offset: int) -> None:
+    _change(path, offset, bytes([path.read_bytes()[offset] ^ 0x10]))
+
+
+def test_replays_what_was_appended(directory: Directory) -> None:
+    records = [_record(1), _record(2, 500), Record(Kind.INTENT, 3, 5, [Run(0, 9)])]
+    _write(directory, *records)
+    assert _replay(directory) == records
+
+
+def test_replays_several_files_in_order(directory: Directory) -> None:
+    journal = Journal(directory, UUID)
+    assert journal.start_file() == []
+    journal.append([_record(1)])
+    assert journal.start_file([_record(2)]) == [1]
+    journal.append([_record(3)])
+    journal.close()
+    assert [record.layer for record in _replay(directory)] == [1, 2, 3]
+
+
+def test_goes_on_after_files_were_retired(directory: Directory) -> None:
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    journal.append([_record(1)])
+    journal.retire(journal.start_file())
+    journal.append([_record(2)])
+    journal.close()
+    assert [record.layer for record in _replay(directory)] == [2]
+
+
+@pytest.mark.parametrize("sectors_written", range(9))
+def test_a_torn_last_record_is_not_there(directory: Directory, sectors_written: int) -> None:
+    """Whatever subset of its sectors reached the disk; here: all but one."""
+    path = _write(directory, _record(1), _record(2, 500))
+    _change(path, (2 + sectors_written) * SECTOR_BYTES, bytes(SECTOR_BYTES))
+    assert _replay(directory) == [_record(1)]
+
+
+@pytest.mark.parametrize("place", [0, 40, 503, 504, 511])
+@pytest.mark.parametrize("sector", [0, 1, 2, 5])
+def test_i4_a_flipped_bit_is_damage(directory: Directory, sector: int, place: int) -> None:
+    path = _write(directory, _record(1), _record(2, 500))
+    _flip(path, sector * SECTOR_BYTES + place)
+    with pytest.raises(JournalDamagedError, match=f"sector {sector}"):
+        _replay(directory)
+
+
+def test_i4_a_flipped_bit_in_unwritten_space_is_damage(directory: Directory) -> None:
+    path = _write(directory, _record(1))
+    _flip(path, FILE_BYTES - 100)
+    with pytest.raises(JournalDamagedError):
+        _replay(directory)
+
+
+def test_i4_a_lost_committed_record_is_damage(directory: Directory) -> None:
+    path = _write(directory, _record(1), _record(2), _record(3))
+    _change(path, 2 * SECTOR_BYTES, bytes(SECTOR_BYTES))
+    with pytest.raises(JournalDamagedError, match="record 2 at sector 2 is missing"):
+        _replay(directory)
+
+
+def test_i4_a_lost_file_is_damage(directory: Directory) -> None:
+    journal = Journal(directory, UUID)
+    for layer in (1, 2, 3):
+        journal.start_file([_record(layer)])
+    journal.close()
+    directory.unlink("journal.00000002")
+    with pytest.raises(JournalDamagedError, match="2 is missing"):
+        _replay(directory)
+
+
+def test_i4_a_file_of_another_store_is_damage(directory: Directory) -> None:
+    _write(directory, _record(1))
+    with pytest.raises(JournalDamagedError, match="another store"):
+        list(Journal(directory, bytes(16)).replay())
+
+
+def test_a_file_whose_making_was_interrupted_is_empty(directory: Directory) -> None:
+    _write(directory, _record(1))
+    Path(directory.label, "journal.00000002").write_bytes(bytes(1 << 16))
+    assert _replay(directory) == [_record(1)]
+
+
+def test_knows_when_a_record_needs_a_new_file(directory: Directory) -> None:
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    large = _record(1, 200_000)
+    appended = 0
+    while journal.has_room(large):
+        journal.append([large])
+        appended += 1
+    journal.close()
+    assert appended == 2
+    assert len(_replay(directory)) == 2
+
+
+def test_takes_nothing_after_a_failed_append(directory: Directory) -> None:
+    """A full device: /dev/full takes no byte, and the journal must not go on as if it had."""
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    journal.append([_record(1)])
+    with open("/dev/full", "r+b", buffering=0) as full:
+        os.dup2(full.fileno(), journal._file.fd)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append([_record(2)])
+    with pytest.raises(CowError, match="closed after an error"):
+        journal.append([_record(3)])
+    with pytest.raises(CowError, match="closed after an error"):
+        journal.start_file()
+    journal.close()
+    assert _replay(directory) == [_record(1)]

@@ -1,0 +1,225 @@
+"""The small parts of the engine by themselves: geometry, gate, fingerprint, chain, layers."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from pyroaring import BitMap64
+from trio.testing import wait_all_tasks_blocked
+
+from cow.chain import resolve
+from cow.device import Directory, OriginDevice
+from cow.errors import DamagedError, HoldTimeoutError, SyncError
+from cow.fingerprint import HEAD_CHUNKS, Fingerprint
+from cow.gate import Gate
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, held_in, missing_from, runs_of, split
+from cow.layer import SEGMENT_CHUNKS, Layer
+
+CHUNK_SETS = st.sets(st.integers(0, 60))
+
+
+@given(CHUNK_SETS, st.integers(0, 50), st.integers(1, 30))
+def test_held_and_missing_runs_are_the_set_and_its_complement(chunks: set[int], first: int, count: int) -> None:
+    run, bitmap = Run(first, count), BitMap64(chunks)
+    inside = set(range(first, first + count))
+    assert {c for part in held_in(bitmap, run) for c in range(part.first, part.end)} == chunks & inside
+    assert {c for part in missing_from(bitmap, run) for c in range(part.first, part.end)} == inside - chunks
+    assert list(runs_of(iter(sorted(chunks)))) == held_in(bitmap, Run(0, 61))
+
+
+@given(st.integers(0, 20000), st.integers(1, 20000))
+def test_split_and_covering_agree(offset: int, length: int) -> None:
+    head, body, tail = split(offset, length)
+    assert head + body + tail == length
+    assert body % CHUNK_BYTES == 0
+    assert (offset + head) % CHUNK_BYTES == 0 or head == length
+    run = covering(offset, length)
+    assert run.offset <= offset < run.offset + CHUNK_BYTES
+    assert run.offset + run.length - CHUNK_BYTES < offset + length <= run.offset + run.length
+    assert chunks_of(offset + length) == run.end
+
+
+def test_the_gate_lets_writers_out_before_it_is_held_and_keeps_new_ones_waiting() -> None:
+    events = []
+
+    async def writer(gate: Gate, name: str, finish: trio.Event) -> None:
+        async with gate.passing():
+            events.append(f"{name} in")
+            await finish.wait()
+            events.append(f"{name} out")
+
+    async def holder(gate: Gate, release: trio.Event) -> None:
+        async with gate.hold(60):
+            events.append("held")
+            await release.wait()
+            events.append("released")
+
+    async def main() -> None:
+        gate, first, second, release = Gate(), trio.Event(), trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer, gate, "first", first)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(holder, gate, release)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(writer, gate, "second", second)
+            await wait_all_tasks_blocked()
+            first.set()
+            await wait_all_tasks_blocked()
+            release.set()
+            await wait_all_tasks_blocked()
+            second.set()
+
+    trio.run(main)
+    assert events == ["first in", "first out", "held", "released", "second in", "second out"]
+
+
+def test_a_hold_that_takes_too_long_fails_and_opens_the_gate() -> None:
+    async def main() -> None:
+        gate, finish = Gate(), trio.Event()
+
+        async def stuck() -> None:
+            async with gate.passing():
+                await finish.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stuck)
+            await wait_all_tasks_blocked()
+            with pytest.raises(HoldTimeoutError, match="1 writes to the live image did not finish"):
+                async with gate.hold(0.01):
+                    raise AssertionError("held although a writer is inside")
+            async with gate.passing():
+                pass
+            finish.set()
+
+    trio.run(main)
+
+
+def test_a_fingerprint_forgives_what_was_marked_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(HEAD_CHUNKS * CHUNK_BYTES + 512))
+    device = OriginDevice.open_path(str(path))
+    taken = Fingerprint.of(device)
+    device.pwrite(b"x", 5 * CHUNK_BYTES)
+    assert not taken.matches(Fingerprint.of(device))
+    mask = taken.marked(Run(5, 1))
+    assert mask is not None
+    taken.mark(mask)
+    assert taken.matches(Fingerprint.of(device))
+    assert taken.marked(Run(5, 1)) is None
+    assert Fingerprint(taken.sums, taken.written).matches(Fingerprint.of(device))
+    device.pwrite(b"x", 6 * CHUNK_BYTES)
+    assert not taken.matches(Fingerprint.of(device))
+    device.close()
+
+
+def test_i3_a_failed_sync_never_turns_into_success(tmp_path: Path) -> None:
+    """A sync fails with EINVAL on a pipe: a real error of the real call."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    device = OriginDevice.open_path(str(path))
+    reading, writing = os.pipe()
+    saved = os.dup(device.fd)
+    os.dup2(writing, device.fd)
+    with pytest.raises(OSError, match="Invalid argument"):
+        device.sync()
+    os.dup2(saved, device.fd)
+    with pytest.raises(SyncError, match="unmount and mount again"):
+        device.sync()
+    for fd in (reading, writing, saved):
+        os.close(fd)
+    device.close()
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Iterator[Directory]:
+    directory = Directory.open_path(str(tmp_path))
+    yield directory
+    directory.close()
+
+
+def _filled(layers: Directory, number: int, runs: list[Run], fill: bytes) -> Layer:
+    layer = Layer(layers, number, 1 << 34)
+    for run in runs:
+        layer.write(run.first, fill * run.length)
+    layer.commit(runs)
+    return layer
+
+
+def test_a_layer_survives_save_and_load_across_segments(layers: Directory) -> None:
+    runs = [Run(3, 2), Run(SEGMENT_CHUNKS - 1, 3)]
+    layer = _filled(layers, 9, runs, b"a")
+    layer.written_ns = 1234
+    layer.sync_data()
+    layer.save(layer.encode_map())
+    layer.close()
+    loaded = Layer(layers, 9, 1 << 34)
+    loaded.load()
+    assert (loaded.held, loaded.written_ns, loaded.damage) == (layer.held, 1234, None)
+    assert [loaded.read(run) for run in runs] == [b"a" * run.length for run in runs]
+    assert sorted(p.name for p in Path(layers.label, loaded.name).glob("data.*")) == ["data.0000", "data.0001"]
+    loaded.close()
+
+
+def test_i4_a_chunk_at_another_place_or_of_another_layer_does_not_match(layers: Directory) -> None:
+    layer = _filled(layers, 1, [Run(0, 2)], b"a")
+    assert layer.checksums(0, b"a" * CHUNK_BYTES) != layer.checksums(1, b"a" * CHUNK_BYTES)
+    other = Layer(layers, 2, 10)
+    assert layer.checksums(0, b"a" * CHUNK_BYTES) != other.checksums(0, b"a" * CHUNK_BYTES)
+    layer.write_sums(1, layer.read_sums(Run(0, 1)))
+    with pytest.raises(DamagedError, match=r"chunk 1 \(offset 4096\) of layer 0000000000000001"):
+        layer.read(Run(0, 2))
+    layer.close()
+
+
+@pytest.mark.parametrize("name", ["data.0000", "sums"])
+def test_i4_a_missing_or_short_file_is_damage(layers: Directory, name: str) -> None:
+    layer = _filled(layers, 1, [Run(0, 2)], b"a")
+    layer.save(layer.encode_map())
+    layer.close()
+    path = Path(layers.label, layer.name, name)
+    for change in (lambda: _truncate(path), path.unlink):
+        change()
+        damaged = Layer(layers, 1, 10)
+        damaged.load()
+        with pytest.raises(DamagedError):
+            damaged.read(Run(0, 2))
+        damaged.close()
+
+
+def _truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(5)
+
+
+def test_i4_a_layer_with_a_bad_map_is_not_passed_over(layers: Directory) -> None:
+    layer = _filled(layers, 1, [Run(0, 2)], b"a")
+    layer.save(layer.encode_map())
+    layer.close()
+    path = Path(layers.label, layer.name, "map")
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+    damaged = Layer(layers, 1, 10)
+    damaged.load()
+    with pytest.raises(DamagedError, match="map of layer"):
+        resolve([damaged], Run(5, 1))
+    damaged.close()
+
+
+def test_a_chain_asks_its_layers_in_order_and_then_the_origin(layers: Directory) -> None:
+    top = _filled(layers, 1, [Run(2, 2)], b"a")
+    below = _filled(layers, 2, [Run(0, 3), Run(6, 1)], b"b")
+    found = resolve([top, below], Run(1, 7))
+    assert [(piece.layer, tuple(piece.run)) for piece in found] == [
+        (below, (1, 1)),
+        (top, (2, 2)),
+        (None, (4, 2)),
+        (below, (6, 1)),
+        (None, (7, 1)),
+    ]
+    top.close()
+    below.close()

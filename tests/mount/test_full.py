@@ -1,0 +1,82 @@
+"""The store's file system is full, for real: the origin goes on, and snapshots are given up oldest first."""
+
+import errno
+import os
+import random
+
+import pytest
+
+from tests.support.sandbox import Sandbox, Served
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def served(sandbox: Sandbox, request: pytest.FixtureRequest) -> Served:
+    """A 64 MiB disk whose store has 40 MiB."""
+    if request.param == "tmpfs":
+        place = sandbox.mount_device("tmpfs", "small", "-t", "tmpfs", "-o", "size=40M,mode=700")
+    else:
+        device = sandbox.loop(sandbox.disk("small.img", 40 * MIB))
+        sandbox.format(device, "ext4")
+        place = sandbox.mount_device(device, "small")
+    return sandbox.mount(sandbox.disk(size=64 * MIB), store=place / "store")
+
+
+def _overwrite(served: Served, offset: int, length: int, random_: random.Random) -> bytes:
+    data = random_.randbytes(length)
+    with served.live.open("r+b", buffering=0) as live:
+        live.seek(offset)
+        for start in range(0, length, MIB):
+            assert live.write(data[start : start + MIB]) == len(data[start : start + MIB])
+        os.fsync(live.fileno())
+    return data
+
+
+def test_i8_the_origin_goes_on_and_the_oldest_snapshots_are_given_up(served: Served) -> None:
+    random_ = random.Random(1)
+    expected = bytearray(64 * MIB)
+    moments = {}
+    for number in range(4):
+        moments[f"s{number}"] = bytes(expected)
+        (served.snaps / f"s{number}").mkdir()
+        at = number * 12 * MIB
+        expected[at : at + 12 * MIB] = _overwrite(served, at, 12 * MIB, random_)
+    assert served.live.read_bytes() == expected
+    states = {name: served.info(name)["state"] for name in moments}
+    assert states["s0"] == "invalid"
+    assert states["s3"] == "valid"
+    assert "the store was full" in served.info("s0")["reason"]
+    with pytest.raises(OSError, match="Input/output error"):
+        served.image("s0").read_bytes()
+    for name, moment in moments.items():
+        if states[name] == "valid":
+            assert served.image(name).read_bytes() == moment
+    assert sorted(states.values()) == [states[name] for name in sorted(states)]  # the oldest first
+
+    expected[:] = _overwrite(served, 0, 64 * MIB, random_)  # more than any snapshot can keep
+    assert served.live.read_bytes() == expected
+    assert {served.info(name)["state"] for name in moments} == {"invalid"}
+    served = served.remount()
+    assert served.live.read_bytes() == expected
+    for name in moments:
+        (served.snaps / name).rmdir()
+    (served.snaps / "again").mkdir()
+    _overwrite(served, 0, MIB, random_)
+    assert served.image("again").read_bytes() == expected
+    assert served.status["last_stop"] == "clean"
+
+
+def test_a_snapshots_own_writes_get_enospc_and_cost_no_snapshot(served: Served) -> None:
+    (served.snaps / "a").mkdir()
+    (served.snaps / "b").mkdir()
+    written = 0
+    with served.image("b").open("r+b", buffering=0) as image, pytest.raises(OSError) as caught:  # noqa: PT011
+        while True:
+            written += image.write(os.urandom(MIB))
+    assert caught.value.errno == errno.ENOSPC
+    assert written > 16 * MIB
+    assert served.info("a")["state"] == served.info("b")["state"] == "valid"
+    assert served.image("a").read_bytes() == bytes(64 * MIB)
+    (served.snaps / "b").rmdir()
+    assert served.status["last_error_errno"] == "ENOSPC"
