@@ -1,0 +1,53 @@
+"""The store's disk loses power: the file system under it is shut down without its log, so what was not synced is gone.
+
+The origin keeps all that reached it, as a device without a volatile cache would.
+"""
+
+import fcntl
+import os
+import random
+import struct
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support.model import CHUNK
+from tests.support.sandbox import Sandbox
+from tests.support.workload import CHUNKS, History, check, work_until
+
+SHUTDOWN_IOCTL = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN
+NO_LOG_FLUSH = 2
+ROUNDS = 10
+
+
+def _cut_power(place: Path) -> None:
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, SHUTDOWN_IOCTL, struct.pack("I", NO_LOG_FLUSH))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_i1_i3_i4_i5_power_cut_in_the_middle_of_anything(sandbox: Sandbox, kind: str) -> None:
+    random_ = random.Random(kind)
+    content = random_.randbytes(CHUNKS * CHUNK)
+    disk = sandbox.disk(content=content)
+    device = sandbox.loop(sandbox.disk("store.img", 400 << 20))
+    sandbox.format(device, kind)
+    place = sandbox.mount_device(device, "place")
+    history = History(content)
+    served = sandbox.mount(disk, store=place / "store")
+    for _ in range(ROUNDS):
+        work_until(partial(_cut_power, place), served, history, random_)
+        served.kill()
+        sandbox.unmount(place)
+        history.live.settle_after_kill(disk.read_bytes())
+        sandbox.mount_device(device, "place")
+        served = served.again()
+        check(served, history)
+    served.umount()
+    sandbox.unmount(place)
+    assert disk.read_bytes() == history.live.content
+    assert history.made > ROUNDS
