@@ -201,7 +201,7 @@ class Layer:
         self.dirty = True
 
     def rehash(self, chunks: BitMap64) -> None:
-        """Take the chunks' bytes as they stand and write their checksums anew.
+        """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
 
         For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk.
         """
@@ -210,6 +210,9 @@ class Layer:
                 name = _segment_name(part.first // SEGMENT_CHUNKS)
                 data = self._file(name).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
                 self.write_sums(part.first, self.checksums(part.first, data.ljust(part.length, b"\0")))
+                with self._opening:
+                    self._unsynced.add(name)
+        self.sync_data()
 
     def new_bytes(self, runs: Sequence[Run]) -> int:
         """An upper bound of what holding `runs` will add to the store, in bytes."""

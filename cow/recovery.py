@@ -43,8 +43,9 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> 
         findings.append(_invalidate_all(catalog, str(error)))
     for layer in layers.values():
         if layer.intended:
-            layer.rehash(layer.intended)
+            layer.rehash(layer.intended & layer.held)
             layer.intended = BitMap64()
+            layer.dirty = True
     older = journal.start_file()
     for layer in layers.values():
         if layer.dirty:

@@ -6,6 +6,7 @@ The origin keeps all that reached it, as a device without a volatile cache would
 import fcntl
 import os
 import random
+import signal
 import struct
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.model import CHUNK
-from tests.support.sandbox import Sandbox
+from tests.support.sandbox import Sandbox, wait_until
 from tests.support.workload import CHUNKS, History, check, work_until
 
 SHUTDOWN_IOCTL = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN
@@ -21,12 +22,24 @@ NO_LOG_FLUSH = 2
 ROUNDS = 10
 
 
-def _cut_power(place: Path) -> None:
+def _cut_power(place: Path, daemon: int) -> None:
+    """Nothing that the daemon was told is durable may be lost, so its calls under way are let end before the cut.
+
+    A sync that overlaps the shutdown can succeed and be lost all the same (Linux 6.18: in 9 of 40 rounds of bare
+    pwrite and fdatasync on ext4, 5 of 40 on XFS), which no power cut does.
+    """
+    os.kill(daemon, signal.SIGSTOP)
+    wait_until(lambda: all(_stopped(task) for task in Path(f"/proc/{daemon}/task").iterdir()), what="the stop")
     fd = os.open(place, os.O_RDONLY)
     try:
         fcntl.ioctl(fd, SHUTDOWN_IOCTL, struct.pack("I", NO_LOG_FLUSH))
     finally:
         os.close(fd)
+    os.kill(daemon, signal.SIGKILL)
+
+
+def _stopped(task: Path) -> bool:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
@@ -40,7 +53,7 @@ def test_i1_i3_i4_i5_power_cut_in_the_middle_of_anything(sandbox: Sandbox, kind:
     history = History(content)
     served = sandbox.mount(disk, store=place / "store")
     for _ in range(ROUNDS):
-        work_until(partial(_cut_power, place), served, history, random_)
+        work_until(partial(_cut_power, place, served.pid), served, history, random_)
         served.kill()
         sandbox.unmount(place)
         history.live.settle_after_kill(disk.read_bytes())
