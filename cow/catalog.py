@@ -204,21 +204,13 @@ class Catalog:
         return [OriginRow(*row) for row in rows]
 
     def add_origins(self, rows: Iterable[OriginRow]) -> None:
-        """Record the origins of a new store, all or none."""
+        """Record the origins of a new store, all or none; their ids are given here."""
         with self._transaction() as do:
             do.executemany(
-                "INSERT INTO origins (id, name, path, size_bytes, head_sums, head_written, modified_ns) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO origins (name, path, size_bytes, head_sums, head_written, modified_ns) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (
-                        row.id,
-                        row.name,
-                        row.path,
-                        row.size_bytes,
-                        row.head_sums,
-                        row.head_written,
-                        row.modified_ns,
-                    )
+                    (row.name, row.path, row.size_bytes, row.head_sums, row.head_written, row.modified_ns)
                     for row in rows
                 ],
             )
@@ -288,26 +280,32 @@ class Catalog:
             do.execute("UPDATE snapshots SET name = ? WHERE id = ?", (name, snapshot))
 
     def set_state(self, snapshot: int, state: State, reason: str) -> None:
-        """Record that a snapshot is damaged."""
+        """Record what a snapshot is worth; its layers stay as they are."""
         with self._transaction() as do:
             do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, reason, snapshot))
 
-    def give_up_snapshot(self, snapshot: int, heir: int | None, reason: str) -> None:
-        """Make a snapshot invalid: its delta goes, its preserved layers go to `heir`, or go when there is none."""
+    def give_up_snapshot(self, snapshot: int, heir: int | None, reason: str) -> list[int]:
+        """Make a snapshot invalid: its delta goes, its preserved layers go to `heir`, or go when there is none.
+
+        Returns the layers that are gone.
+        """
         with self._transaction() as do:
             do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (State.INVALID, reason, snapshot))
-            _release_layers(do, snapshot, heir)
+            return _release_layers(do, snapshot, heir)
 
-    def delete_snapshot(self, snapshot: int, heir: int | None) -> None:
-        """Remove a snapshot: its delta goes, its preserved layers go to `heir`, or go when there is none."""
+    def delete_snapshot(self, snapshot: int, heir: int | None) -> list[int]:
+        """Remove a snapshot: its delta goes, its preserved layers go to `heir`, or go when there is none.
+
+        Returns the layers that are gone.
+        """
         with self._transaction() as do:
-            _release_layers(do, snapshot, heir)
+            gone = _release_layers(do, snapshot, heir)
             do.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
+            return gone
 
 
-def _release_layers(do: sqlite3.Connection, snapshot: int, heir: int | None) -> None:
-    do.execute("DELETE FROM layers WHERE snapshot = ? AND role = ?", (snapshot, Role.DELTA))
-    if heir is None:
-        do.execute("DELETE FROM layers WHERE snapshot = ?", (snapshot,))
-    else:
-        do.execute("UPDATE layers SET snapshot = ? WHERE snapshot = ?", (heir, snapshot))
+def _release_layers(do: sqlite3.Connection, snapshot: int, heir: int | None) -> list[int]:
+    if heir is not None:
+        do.execute("UPDATE layers SET snapshot = ? WHERE snapshot = ? AND role = ?", (heir, snapshot, Role.PRESERVED))
+    rows = do.execute("DELETE FROM layers WHERE snapshot = ? RETURNING id", (snapshot,)).fetchall()
+    return [row[0] for row in rows]

@@ -9,7 +9,7 @@ Reads and writes are async and take any offset and length; what blocks is done i
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 from pyroaring import BitMap64
@@ -30,14 +30,6 @@ class Group:
 
     snapshot: int
     layers: list[Layer]
-
-
-@dataclass
-class Released:
-    """What the end of a snapshot left over: layers to remove, and chunks to punch out of others."""
-
-    dropped: list[Layer] = field(default_factory=list)
-    shadowed: list[tuple[Layer, BitMap64]] = field(default_factory=list)
 
 
 class Origin:
@@ -167,23 +159,30 @@ class Origin:
             found.append(group.snapshot)
         return found
 
-    def release(self, snapshot: int, heir: int | None) -> Released:
-        """Take a snapshot out. Its layers go on to serve `heir`, the next older one, or are dropped.
-
-        What `heir` has already is not needed twice: those chunks are to be punched out.
-        """
-        position = self._position(snapshot)
-        group = self.groups.pop(position)
+    def freed_by(self, snapshot: int, heir: int | None) -> int:
+        """How many chunks would be given back if the snapshot went."""
+        layers = self.group_of(snapshot).layers
         if heir is None:
-            return Released(dropped=group.layers)
+            return sum(len(layer.held) for layer in layers)
+        before = self.group_of(heir).layers
+        return sum(layer.held.intersection_cardinality(earlier.held) for layer in layers for earlier in before)
+
+    def release(self, snapshot: int, heir: int | None) -> list[tuple[Layer, BitMap64]]:
+        """Take a snapshot out. Its layers go on to serve `heir`, the next older one, or nobody.
+
+        What `heir` has already is not needed twice: those chunks, by layer, are to be punched out.
+        """
+        group = self.groups.pop(self._position(snapshot))
+        if heir is None:
+            return []
         inheriting = self.group_of(heir)
-        released = Released()
+        found = []
         for layer in group.layers:
             shadowed = drop_shadowed(inheriting.layers, layer)
             if shadowed:
-                released.shadowed.append((layer, shadowed))
+                found.append((layer, shadowed))
             inheriting.layers.append(layer)
-        return released
+        return found
 
 
 def drop_shadowed(before: list[Layer], layer: Layer) -> BitMap64:

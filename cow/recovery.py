@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pyroaring import BitMap64
 
-from cow.catalog import Catalog, State
+from cow.catalog import Catalog, Role, State
 from cow.device import Directory
 from cow.errors import CowError
 from cow.geometry import chunks_of
@@ -46,13 +46,13 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> 
             layer.rehash(layer.intended & layer.held)
             layer.intended = BitMap64()
             layer.dirty = True
+    findings += _invalidate_unknown(catalog, layers)
     older = journal.start_file()
     for layer in layers.values():
-        if layer.dirty:
+        if layer.dirty and layer.damage is None:
             layer.save(layer.encode_map())
             layer.dirty = False
     journal.retire(older)
-    findings += [layer.damage for layer in layers.values() if layer.damage is not None]
     return Recovered(layers, findings)
 
 
@@ -101,6 +101,21 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
         layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])
         at += 8 * run.chunks
     layer.commit(record.runs)
+
+
+def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:
+    """Where it is unknown what a layer holds, no snapshot that reads it can be told right from wrong bytes. # I4"""
+    findings = []
+    for row in catalog.layers():
+        damage = layers[row.id].damage
+        if damage is None:
+            continue
+        findings.append(damage)
+        for snapshot in catalog.snapshots():
+            reads_it = snapshot.id == row.snapshot or (row.role == Role.PRESERVED and snapshot.id < row.snapshot)
+            if reads_it and snapshot.state != State.INVALID:
+                catalog.set_state(snapshot.id, State.INVALID, damage)
+    return findings
 
 
 def _invalidate_all(catalog: Catalog, cause: str) -> str:

@@ -37,7 +37,7 @@ from cow.gate import Gate
 from cow.image import Image
 from cow.journal import Journal
 from cow.layer import Layer, remove_layer_directory
-from cow.origin import Origin, Released, drop_shadowed
+from cow.origin import Origin, drop_shadowed
 from cow.preserver import Preserver
 from cow.recovery import heir_of
 from cow.snapshot import Snapshot, check_name
@@ -215,38 +215,33 @@ class Store:
         snapshot.leaving = True
         heir = self._heir_of(snapshot)
         try:
-            await self._with_reserve(self._catalog.delete_snapshot, snapshot.id, heir)
+            gone = await self._with_reserve(self._catalog.delete_snapshot, snapshot.id, heir)
         except BaseException:
             snapshot.leaving = False
             raise
-        self._release(snapshot, heir)
+        self._release(snapshot, heir, gone)
         del self._snapshots[snapshot.id]
 
-    async def _with_reserve(self, change: Callable[..., None], *arguments: object) -> None:
+    async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""
         try:
-            await trio.to_thread.run_sync(change, *arguments)
+            return await trio.to_thread.run_sync(change, *arguments)
         except StoreFullError:
             await trio.to_thread.run_sync(self.space.let_go)
-            await trio.to_thread.run_sync(change, *arguments)
+            return await trio.to_thread.run_sync(change, *arguments)
 
     def _heir_of(self, snapshot: Snapshot) -> int | None:
         return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
 
-    def _release(self, snapshot: Snapshot, heir: int | None) -> None:
-        """Let go of a snapshot's layers, as the catalog has done already."""
-        released = Released()
-        for image in snapshot.images:
-            released.dropped.append(image.delta)
-            if snapshot.usable:
-                one = image.origin.release(snapshot.id, heir)
-                released.dropped += one.dropped
-                released.shadowed += one.shadowed
-        for layer in released.dropped:
-            self._layers.pop(layer.id, None)
+    def _release(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int]) -> None:
+        """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
+        if snapshot.usable:
+            for image in snapshot.images:
+                self._punches += image.origin.release(snapshot.id, heir)
+        for number in gone:
+            layer = self._layers.pop(number)
             layer.close()
             self._dropped[layer.name] = layer
-        self._punches += released.shadowed
         self._chores.set()
 
     async def _damaged(self, number: int, sentence: str) -> None:
@@ -260,16 +255,24 @@ class Store:
     # -- when there is no room, or the store fails ---------------------------------------------------------------
 
     async def _make_room(self) -> bool:
-        """Give up the oldest snapshot that is not open, or the oldest: the policy drop-oldest."""
+        """Give up one snapshot: the policy drop-oldest.
+
+        The oldest that is not open goes first, then the oldest that is. One whose end would free nothing, as an older
+        one needs all that it has, is passed over: it would be lost for nothing.
+        """
         usable = [one for one in self._snapshots.values() if one.usable and not one.leaving]
         if not usable:
             return False
-        least_wanted = min(usable, key=lambda one: (one.is_open, one.id))
+        least_wanted = min(usable, key=lambda one: (not self._frees_something(one), one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
         await self._sweep()
         await self.hold_back()
         await self.space.measure()
         return True
+
+    def _frees_something(self, snapshot: Snapshot) -> bool:
+        heir = self._heir_of(snapshot)
+        return any(image.delta.held or image.origin.freed_by(snapshot.id, heir) for image in snapshot.images)
 
     async def hold_back(self) -> None:
         """Fill up the reserve, as far as there is room."""
@@ -284,8 +287,8 @@ class Store:
                 if snapshot is None or not snapshot.usable:
                     continue
                 heir = self._heir_of(snapshot)
-                await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
-                self._release(snapshot, heir)
+                gone = await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
+                self._release(snapshot, heir, gone)
                 snapshot.row.state, snapshot.row.reason = State.INVALID, reason
                 self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
 

@@ -4,6 +4,7 @@ Order matters. What can refuse comes first (`check`), so that a refusal leaves n
 starts before there are requests; the store closes after the last request, and only then are the devices released.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -133,8 +134,11 @@ def check_mountpoint(path: str) -> None:
     """Raise RefusedError unless a file system can be mounted at `path`."""
     try:
         kind = os.stat(path)
+        if stat.S_ISDIR(kind.st_mode):
+            os.listdir(path)  # stat(2) may still succeed on the mount of a dead daemon
     except OSError as error:
-        hint = "unmount the dead one first (umount -l)" if error.errno == 107 else "make the directory first"
+        dead = error.errno == errno.ENOTCONN
+        hint = "unmount the dead one first (umount -l)" if dead else "make the directory first"
         raise RefusedError(f"the mount point {path} cannot be used ({error.strerror}): {hint}") from error
     if not stat.S_ISDIR(kind.st_mode):
         raise RefusedError(f"the mount point {path} is not a directory: name a directory")

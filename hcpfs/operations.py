@@ -151,7 +151,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        opening = self.tree.open(inode)
+        opening = self.tree.open(inode, flags)
         # Images change only through this mount, so the kernel may keep what it has cached of them.
         return FileInfo(fh=opening.number, direct_io=opening.is_text, keep_cache=not opening.is_text)
 

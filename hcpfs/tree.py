@@ -31,6 +31,7 @@ _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot'
 _INFO = 1
 _FIRST_IMAGE = 16
 _RELEASE_GRACE_SECONDS = 0.5
+_READ_ONLY_TEXT = "status and info can only be read"
 
 log = logging.getLogger("hcpfs")
 
@@ -104,7 +105,7 @@ class _Text:
         return self._content[offset : offset + length]
 
     async def write(self, offset: int, data: bytes) -> int:
-        raise NotPermittedError("status and info can only be read")
+        raise NotPermittedError(_READ_ONLY_TEXT)
 
     async def sync(self) -> None:
         return
@@ -269,9 +270,15 @@ class Tree:
 
     # -- open files ----------------------------------------------------------------------------------------------
 
-    def open(self, inode: int) -> Opening:
-        """Open a file."""
+    def open(self, inode: int, flags: int) -> Opening:
+        """Give a handle for the file. `flags` are those of open(2)."""
         handle = self._handle(inode)
+        if flags & os.O_TRUNC:
+            raise NotPermittedError(
+                "an image cannot be truncated: write over it in place (dd conv=notrunc, rsync --inplace)"
+            )
+        if isinstance(handle, _Text) and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise NotPermittedError(_READ_ONLY_TEXT)
         number = self._next_handle
         self._next_handle += 1
         self._handles[number] = handle

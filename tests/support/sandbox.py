@@ -81,7 +81,8 @@ class Served:
 
     def kill(self) -> None:
         """Kill -9 the daemon and clear away its dead mount."""
-        os.kill(self.pid, signal.SIGKILL)
+        if _alive(self.pid):
+            os.kill(self.pid, signal.SIGKILL)
         wait_until(lambda: not _alive(self.pid), what="the end of the daemon")
         _detach(self.path)
 
