@@ -32,8 +32,8 @@ class _Sentence(click.ClickException):
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="hcpfs %(version)s")
-def cli() -> None:
-    r"""Copy-on-write snapshots of block devices, as files.
+def cli() -> None:  # noqa: D301 - click needs the escape itself
+    """Copy-on-write snapshots of block devices, as files.
 
     \b
       hcpfs mount /dev/sdb1 /mnt/hcp      serve the device

@@ -271,7 +271,7 @@ class Tree:
     # -- open files ----------------------------------------------------------------------------------------------
 
     def open(self, inode: int, flags: int) -> Opening:
-        """Give a handle for the file. `flags` are those of open(2)."""
+        """Give a handle for the file; the flags are as in <fcntl.h>."""
         handle = self._handle(inode)
         if flags & os.O_TRUNC:
             raise NotPermittedError(

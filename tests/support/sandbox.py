@@ -81,9 +81,9 @@ class Served:
 
     def kill(self) -> None:
         """Kill -9 the daemon and clear away its dead mount."""
-        if _alive(self.pid):
+        if alive(self.pid):
             os.kill(self.pid, signal.SIGKILL)
-        wait_until(lambda: not _alive(self.pid), what="the end of the daemon")
+        wait_until(lambda: not alive(self.pid), what="the end of the daemon")
         _detach(self.path)
 
     def again(self) -> "Served":
@@ -179,8 +179,8 @@ class Sandbox:
             run("losetup", "-d", device, check=False)
         for pid in self._daemons:
             with contextlib.suppress(AssertionError):
-                wait_until(lambda pid=pid: not _alive(pid), seconds=10)
-            if _alive(pid):
+                wait_until(lambda pid=pid: not alive(pid), seconds=10)
+            if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.path)
 
@@ -191,7 +191,8 @@ class Sandbox:
                 _detach(Path(mountpoint))
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that nobody has waited for yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,0 +1,186 @@
+"""The commands as a person and mount(8) call them."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cow import Source
+from hcpfs import __version__
+from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
+
+MOUNT_PATH = Path("/usr/local/sbin/hcpfs")  # mount(8) gives its helpers a PATH of its own, of which this is the first
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """The program where mount(8) finds it, as the README tells."""
+    MOUNT_PATH.symlink_to(Path(sys.executable).parent / "hcpfs")
+    yield
+    MOUNT_PATH.unlink()
+
+
+def test_version_and_help() -> None:
+    assert run(*HCPFS, "--version").stdout == f"hcpfs {__version__}\n"
+    text = run(*HCPFS, "--help").stdout
+    assert "mkdir /mnt/hcp/snaps/monday" in text
+    for command in ("mount", "umount", "ls"):
+        assert command in text
+        assert "Usage: hcpfs" in run(*HCPFS, command, "--help").stdout
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("0", "512", "1K", "2m", "3G", "1T", "20GiB")] == [
+        0, 512, 1 << 10, 2 << 20, 3 << 30, 1 << 40, 20 << 30,
+    ]  # fmt: skip
+    for text in ("", "-1", "1.5G", "G", "1P", "1 2"):
+        with pytest.raises(UsageError, match="is not a size"):
+            parse_size(text)
+
+
+def test_names_of_sources() -> None:
+    assert parse_source("/dev/sdb1") == Source(b"sdb1.img", "/dev/sdb1")
+    assert parse_source("/images/disk.img") == Source(b"disk.img", "/images/disk.img")
+    assert parse_source("data=/dev/sdb1") == Source(b"data", "/dev/sdb1")
+    assert parse_source("/dev/disk/by-id/x=1") == Source(b"x=1.img", "/dev/disk/by-id/x=1")
+    for text in ("info=/dev/sdb1", ".x=/dev/sdb1", "=/dev/sdb1", f"{'x' * 256}=/dev/sdb1"):
+        with pytest.raises(UsageError, match="cannot name an image"):
+            parse_source(text)
+
+
+def test_default_stores_are_one_for_each_set_of_sources() -> None:
+    def store(*sources: str) -> str:
+        return MountOptions(sources=[parse_source(source) for source in sources]).store_path
+
+    assert store("/dev/sdb1").startswith("/var/lib/hcpfs/sdb1.img-")
+    assert len({store("/dev/sdb1"), store("/dev/sdc1"), store("/dev/sdb1", "/dev/sdc1")}) == 3
+    assert store("/dev/sdb1") == store("/dev/sdb1")
+
+
+def test_options_of_mount_and_fstab() -> None:
+    options = MountOptions()
+    apply_options(options, ["rw,nofail,x-systemd.automount,quota=2G,store=/s", "source=b=/dev/sdb,ro,gid=7,mode=640"])
+    assert (options.quota_bytes, options.store, options.read_only) == (2 << 30, "/s", True)
+    assert options.sources == [Source(b"b", "/dev/sdb")]
+    assert (options.access.gid, options.access.mode) == (7, 0o640)
+
+
+def test_ls(sandbox: Sandbox) -> None:
+    served = sandbox.mount(sandbox.disk())
+    assert json.loads(run(*HCPFS, "ls", served.path, "--json").stdout) == []
+    for name in ("zebra", "aardvark [bold]"):
+        (served.snaps / name).mkdir()
+    with served.live.open("r+b") as live:
+        live.write(b"x" * 8192)
+    found = json.loads(run(*HCPFS, "ls", served.path, "--json").stdout)
+    assert [one["name"] for one in found] == ["zebra", "aardvark [bold]"]  # by time
+    assert [one["preserved_bytes"] for one in found] == ["0", "8192"]
+    table = run(*HCPFS, "ls", served.path, env={**os.environ, "COLUMNS": "120"}).stdout.splitlines()
+    assert table[0].split() == ["NAME", "CREATED", "STATE", "QUIESCED", "SIZE", "PRESERVED", "WRITTEN"]
+    assert "aardvark [bold]" in table[2]
+    assert table[2].split()[-3:] == ["8.0M", "8.0K", "0B"]
+
+
+@pytest.mark.parametrize("command", ["ls", "umount"])
+def test_where_nothing_is_mounted(sandbox: Sandbox, command: str) -> None:
+    done = run(*HCPFS, command, sandbox.path, check=False)
+    assert (done.returncode, done.stderr) == (1, f"hcpfs: no hcpfs is mounted at {sandbox.path}\n")
+
+
+def test_umount_returns_when_the_device_is_released(sandbox: Sandbox) -> None:
+    disk = sandbox.disk()
+    device = sandbox.loop(sandbox.disk("second.img"))
+    served = sandbox.mount(disk, device)
+    served.umount()
+    os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+    with disk.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not alive(served.pid)
+
+
+def test_umount_says_what_keeps_it(sandbox: Sandbox) -> None:
+    served = sandbox.mount(sandbox.disk())
+    device = sandbox.loop(served.live)
+    done = run(*HCPFS, "umount", served.path, check=False)
+    assert done.returncode == 1
+    assert "busy" in done.stderr
+    assert device in done.stderr
+    sandbox.unloop(device)
+    wait_until(lambda: run(*HCPFS, "umount", served.path, check=False).returncode == 0, what="the umount")
+
+
+@pytest.mark.parametrize("way", ["umount", "SIGTERM", "SIGINT"])
+def test_every_way_to_stop_is_clean(sandbox: Sandbox, way: str) -> None:
+    served = sandbox.mount(sandbox.disk())
+    (served.snaps / "a").mkdir()
+    with served.image("a").open("r+b") as image:
+        image.write(b"not flushed")
+    if way == "umount":
+        run("umount", served.path)
+    else:
+        os.kill(served.pid, signal.Signals[way])
+    wait_until(lambda: not alive(served.pid), what="the end of the daemon")
+    assert not os.path.ismount(served.path)
+    served = served.again()
+    assert served.status["last_stop"] == "clean"
+    assert served.image("a").read_bytes()[:11] == b"not flushed"
+
+
+def test_in_the_foreground_it_logs_to_standard_error(sandbox: Sandbox) -> None:
+    mountpoint = sandbox.path / "mnt"
+    mountpoint.mkdir()
+    process = sandbox.spawn(
+        *HCPFS, "mount", "--foreground", sandbox.disk(), mountpoint, "--store", sandbox.path / "store",
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: os.path.ismount(mountpoint), what="the mount")
+    (mountpoint / "snaps" / "a").mkdir()
+    run(*HCPFS, "umount", mountpoint)
+    _, log = process.communicate()
+    assert process.returncode == 0
+    assert "snapshot a taken" in log
+    assert "closed clean" in log
+
+
+@pytest.mark.usefixtures("installed")
+def test_mount_t_fuse_hcpfs(sandbox: Sandbox) -> None:
+    disk, mountpoint, store = sandbox.disk(), sandbox.path / "mnt", sandbox.path / "the store"
+    mountpoint.mkdir()
+    run("mount", "-t", "fuse.hcpfs", disk, mountpoint, "-o", f"store={store},quota=64M")
+    status = status_of(mountpoint)
+    assert (status["quota_bytes"], status["store"]) == (str(64 << 20), str(store))
+    (mountpoint / "snaps" / "a").mkdir()
+    assert f"{disk} on {mountpoint} type fuse.hcpfs" in run("mount").stdout
+    run("umount", mountpoint)
+    wait_until(lambda: not alive(int(status["pid"])), what="the end of the daemon")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_line_of_fstab(sandbox: Sandbox) -> None:
+    disk, second, mountpoint = sandbox.disk(), sandbox.disk("second.img"), sandbox.path / "mnt"
+    mountpoint.mkdir()
+    table = sandbox.path / "fstab"
+    table.write_text(
+        f"{disk} {mountpoint} fuse.hcpfs store={sandbox.path}/store,source=two={second},"
+        "nofail,x-systemd.requires=a 0 0\n"
+    )
+    run("mount", "-T", table, mountpoint)
+    assert sorted(os.listdir(mountpoint / "live")) == ["disk.img", "two"]
+    pid = status_of(mountpoint)["pid"]
+    run(*HCPFS, "umount", mountpoint)
+    assert not alive(int(pid))
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_mount_8_is_told_when_it_is_refused(sandbox: Sandbox) -> None:
+    (sandbox.path / "mnt").mkdir()
+    done = run("mount", "-t", "fuse.hcpfs", sandbox.path / "missing", sandbox.path / "mnt", check=False)
+    assert done.returncode != 0
+    assert "cannot be used as a source: No such file" in done.stderr
