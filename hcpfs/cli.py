@@ -32,7 +32,7 @@ class _Sentence(click.ClickException):
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="hcpfs %(version)s")
-def cli() -> None:  # noqa: D301 - click needs the escape itself
+def cli() -> None:
     """Copy-on-write snapshots of block devices, as files.
 
     \b
