@@ -2,7 +2,7 @@
 
 Used to find the file systems mounted from our images, to say who uses a device, and to refuse a store that sits on one
 of our own images. Reads /proc and /sys only, plus LOOP_GET_STATUS64. Calls block, and may come back to our own daemon
-(the kernel asks it for the attributes of a loop device's file), so they are never made on the loop's thread.
+(the kernel asks it for the attributes of a loop device's file), so once it serves they are made in the freezer process.
 """
 
 import fcntl

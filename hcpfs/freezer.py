@@ -4,8 +4,15 @@ FIFREEZE outlives the process that asked for it, and whoever writes meanwhile ca
 daemon that freezes but this helper, its memory locked: it holds the file descriptors and thaws when told, when the
 time is over, and when its pipe to the daemon breaks. A file system that somebody else froze (EBUSY) stays frozen.
 
+It also does whatever else goes through the daemon's own mount. A thread of the daemon that waits for an answer of the
+daemon cannot be killed and keeps /dev/fuse open, so after a kill -9 the mount would hang for ever; here the wait ends
+with ENOTCONN.
+
 One request a line on standard input, one answer a line on standard output, both JSON:
 
+    {"find": {IMAGE: INODE, ...}, "mountpoint": PATH}  ->  {"mounted": [PATH, ...], "notes": [SENTENCE, ...]}
+        has cached writes to the images (paths below the mount point) written back, and finds the file systems that are
+        mounted from loop devices on them
     {"freeze": [PATH, ...], "seconds": N}  ->  {"frozen": [PATH, ...], "refused": {PATH: REASON, ...}}
     {"thaw": true}                         ->  {"thawed": N, "late": BOOL}     late: the time was over before
 """
@@ -21,6 +28,7 @@ import time
 from types import FrameType
 from typing import Any
 
+from hcpfs import beneath
 from hcpfs.process import lock_memory
 
 _FIFREEZE = 0xC0045877
@@ -65,6 +73,26 @@ class _Frozen:
         return thawed
 
 
+def _find(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
+    own = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
+    if not own or own[-1].filesystem != beneath.FILESYSTEM_TYPE:
+        return {"mounted": [], "notes": [f"{mountpoint} does not show this mount any more"]}
+    notes = []
+    for path in inodes:
+        try:
+            fd = os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            notes.append(f"cached writes to {path} were not written back: {error.strerror}")
+    mounted: list[str] = []
+    for loop in beneath.loops_on(own[-1].device, set(inodes.values())):
+        mounted += [path for path in beneath.mountpoints_of(loop.device) if path not in mounted]
+    return {"mounted": mounted, "notes": notes}
+
+
 def _lines(deadline: float | None) -> str | None:
     """The next line from the daemon; "" when the pipe broke, None when the time is over."""
     remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -95,7 +123,9 @@ def main() -> None:
                 deadline, late = None, True
                 continue
             request = json.loads(line)
-            if "freeze" in request:
+            if "find" in request:
+                _answer(_find(request["mountpoint"], request["find"]))
+            elif "freeze" in request:
                 late = False
                 deadline = time.monotonic() + request["seconds"]
                 reply = frozen.freeze(request["freeze"])

@@ -112,7 +112,7 @@ def _mount(operations: Operations, options: MountOptions) -> None:
 
 
 async def _get_ready(quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
-    await quiescer.learn_device()
+    await quiescer.find()  # goes through the mount, so it is usable
     on_ready()
 
 

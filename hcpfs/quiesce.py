@@ -7,7 +7,6 @@ as after a power cut, and its `info` says so and why.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from typing import Any
 import trio
 
 from cow.store import Evidence
-from hcpfs import beneath
 
 FREEZE_SECONDS = 10.0
 WRITE_BACK_SECONDS = 30.0
@@ -55,6 +53,18 @@ class Freezer:
         line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    async def find(self, mountpoint: str, inodes: dict[str, int]) -> tuple[list[str], list[str]]:
+        """Have cached writes to the images written back; the file systems mounted from them, and notes on failures."""
+        async with self._turn:
+            try:
+                with trio.fail_after(WRITE_BACK_SECONDS):
+                    answer = await self._ask({"find": inodes, "mountpoint": mountpoint})
+            except (trio.TooSlowError, trio.BrokenResourceError) as error:
+                await self.stop()
+                late = f"cached writes were not written back within {WRITE_BACK_SECONDS:g} s"
+                return [], [late if isinstance(error, trio.TooSlowError) else str(error)]
+        return answer["mounted"], answer["notes"]
 
     @asynccontextmanager
     async def frozen(self, paths: Iterable[str], seconds: float) -> AsyncIterator[dict[str, Any]]:
@@ -107,63 +117,36 @@ class Freezer:
 
 
 class Quiescer:
-    """Quiesces the live images of one mount."""
+    """Quiesces the live images of one mount. `inodes` has them by their path below the mount point."""
 
     def __init__(self, mountpoint: str, inodes: dict[str, int], freezer: Freezer, freeze_seconds: float) -> None:
         self._mountpoint = mountpoint
-        self._inodes = inodes  #: of the live images, by path
+        self._inodes = inodes
         self._freezer = freezer
         self._freeze_seconds = freeze_seconds
-        self._device: int | None = None
 
-    async def learn_device(self) -> None:
-        """Ask the kernel for the mount's device number; the loop must be serving."""
-        self._device = (await trio.to_thread.run_sync(os.stat, self._mountpoint)).st_dev
+    async def find(self) -> tuple[list[str], list[str]]:
+        """Have cached writes written back; the file systems mounted from the live images, and notes on what failed."""
+        return await self._freezer.find(self._mountpoint, self._inodes)
 
     @asynccontextmanager
     async def quiesce(self) -> AsyncIterator[Evidence]:
         """Around the hold. Yields the evidence for `info`; `quiesced` is yes, no or nothing-mounted."""
-        notes: list[str] = []
-        with trio.move_on_after(WRITE_BACK_SECONDS) as limit:
-            await trio.to_thread.run_sync(self._write_back, notes, abandon_on_cancel=True)
-        if limit.cancelled_caught:
-            notes.append(f"cached writes were not written back within {WRITE_BACK_SECONDS:g} s")
-        mountpoints = await trio.to_thread.run_sync(self._mounted_file_systems)
-        began = time.perf_counter_ns()
-        if not mountpoints:
-            yield _evidence("nothing-mounted", notes)
+        mounted, notes = await self.find()
+        if not mounted:
+            yield _evidence("no" if notes else "nothing-mounted", notes)
             return
-        async with self._freezer.frozen(mountpoints, self._freeze_seconds) as answer:
+        began = time.perf_counter_ns()
+        async with self._freezer.frozen(mounted, self._freeze_seconds) as answer:
             freeze_us = (time.perf_counter_ns() - began) // 1000
             notes += [f"{path} was not frozen: {reason}" for path, reason in answer["refused"].items()]
-            evidence = _evidence("no" if answer["refused"] else "yes", notes)
+            evidence = _evidence("no" if notes else "yes", notes)
             evidence["frozen"] = " ".join(path.replace(" ", "\\040") for path in answer["frozen"])
             evidence["freeze_us"] = str(freeze_us)
             yield evidence
         if answer.get("late"):
             evidence["quiesced"] = "no"
             evidence["quiesce_note"] = f"the file system was thawed after {self._freeze_seconds:g} s, before the end"
-
-    def _write_back(self, notes: list[str]) -> None:
-        for path in self._inodes:
-            try:
-                fd = os.open(os.path.join(self._mountpoint, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    if os.fstat(fd).st_dev != self._device:
-                        raise OSError(0, "the mount point shows another file system now")
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                notes.append(f"cached writes to {path} were not written back: {error.strerror}")
-
-    def _mounted_file_systems(self) -> list[str]:
-        if self._device is None:
-            return []
-        found: list[str] = []
-        for loop in beneath.loops_on(self._device, set(self._inodes.values())):
-            found += [path for path in beneath.mountpoints_of(loop.device) if path not in found]
-        return found
 
 
 def _evidence(quiesced: str, notes: list[str]) -> Evidence:
