@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sandbox import Sandbox, Served, run
+from tests.support.sandbox import Sandbox, Served, run, wait_until
 
 SNAPSHOTS = 20
 DISK_BYTES = {"ext4": 96 << 20, "xfs": 320 << 20}
@@ -144,3 +144,42 @@ def _check_own_write(sandbox: Sandbox, served: Served, name: str, kind: str, man
     assert _digests(files / "own") == manifest
     sandbox.unmount(files)
     sandbox.unloop(device)
+
+
+@pytest.fixture
+def mounted(sandbox: Sandbox) -> tuple[Served, Path]:
+    """An ext4 on a loop on live/, which may be frozen for next to no time."""
+    served = sandbox.mount(sandbox.disk(size=32 << 20), options=["-o", "freeze=0.0001"])
+    device = sandbox.loop(served.live)
+    sandbox.format(device, "ext4")
+    return served, sandbox.mount_device(device)
+
+
+def test_a_freeze_that_takes_too_long_is_given_up_and_thawed(sandbox: Sandbox, mounted: tuple[Served, Path]) -> None:
+    served, files = mounted
+    (files / "before").write_bytes(os.urandom(1 << 20))
+    (served.snaps / "s").mkdir()
+    (files / "after").write_text("it was thawed")
+    os.sync()
+    info = served.info("s")
+    assert (info["state"], info["quiesced"]) == ("valid", "no")
+    assert "0.0001 s" in info["quiesce_note"]
+    image = sandbox.loop(served.image("s"))
+    run("fsck.ext4", "-p", image, check=False)  # as after a power cut: the journal is replayed
+    run("fsck.ext4", "-n", "-f", image)
+    sandbox.unmount(files)
+
+
+def test_the_freeze_of_somebody_else_is_respected(sandbox: Sandbox, mounted: tuple[Served, Path]) -> None:
+    served, files = mounted
+    run("fsfreeze", "-f", files)
+    try:
+        (served.snaps / "s").mkdir()
+        writer = sandbox.spawn("touch", files / "new")
+        wait_until(lambda: " D " in Path(f"/proc/{writer.pid}/stat").read_text(), what="the writer to be stuck still")
+    finally:
+        run("fsfreeze", "-u", files)
+    assert writer.wait() == 0
+    assert served.info("s")["quiesced"] == "no"
+    assert "froze" in served.info("s")["quiesce_note"]
+    sandbox.unmount(files)
