@@ -68,7 +68,7 @@ class Commits:
         older = await trio.to_thread.run_sync(self._journal.start_file, intents)
         maps = []
         for layer in self._layers():
-            if layer.dirty:
+            if layer.dirty and layer.damage is None:
                 layer.dirty = False
                 maps.append((layer, layer.encode_map()))
         self._on_checkpoint(Checkpoint(maps, older))

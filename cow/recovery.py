@@ -33,7 +33,6 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> 
     findings = _drop_pending(catalog)
     chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
-    _remove_orphans(layers_directory, {layer.name for layer in layers.values()})
     for layer in layers.values():
         _load(layer)
     try:
@@ -47,6 +46,7 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> 
             layer.intended = BitMap64()
             layer.dirty = True
     findings += _invalidate_unknown(catalog, layers)
+    _forget_dropped(catalog, layers, layers_directory)
     older = journal.start_file()
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
@@ -71,9 +71,14 @@ def _drop_pending(catalog: Catalog) -> list[str]:
     return [f"snapshot {row.name!r} was being taken at the stop, and is dropped" for row in pending]
 
 
-def _remove_orphans(layers_directory: Directory, wanted: set[str]) -> None:
+def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory: Directory) -> None:
+    """Let go of the layers that the catalog does not name, and remove their directories."""
+    wanted = {row.id for row in catalog.layers()}
+    for number in layers.keys() - wanted:
+        layers.pop(number).close()
+    names = {layer.name for layer in layers.values()}
     for name in layers_directory.names():
-        if name not in wanted:
+        if name not in names:
             remove_layer_directory(layers_directory, name)
     layers_directory.sync()
 
@@ -105,17 +110,16 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
 
 def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:
     """Where it is unknown what a layer holds, no snapshot that reads it can be told right from wrong bytes. # I4"""
-    findings = []
-    for row in catalog.layers():
-        damage = layers[row.id].damage
-        if damage is None:
-            continue
-        findings.append(damage)
+    damaged = [(row, damage) for row in catalog.layers() if (damage := layers[row.id].damage) is not None]
+    for row, damage in damaged:
         for snapshot in catalog.snapshots():
-            reads_it = snapshot.id == row.snapshot or (row.role == Role.PRESERVED and snapshot.id < row.snapshot)
-            if reads_it and snapshot.state != State.INVALID:
+            if row.role == Role.PRESERVED and snapshot.id <= row.snapshot and snapshot.state != State.INVALID:
                 catalog.set_state(snapshot.id, State.INVALID, damage)
-    return findings
+    for row, damage in damaged:
+        order = [(snapshot.id, snapshot.state) for snapshot in catalog.snapshots()]
+        if row.role == Role.DELTA and (row.snapshot, State.INVALID) not in order:
+            catalog.give_up_snapshot(row.snapshot, heir_of(order, row.snapshot), damage)
+    return [damage for _, damage in damaged]
 
 
 def _invalidate_all(catalog: Catalog, cause: str) -> str:

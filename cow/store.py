@@ -44,6 +44,7 @@ from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
+NO_LAYER = 0  # an id that the catalog never gives
 
 Evidence = dict[str, str]
 Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
@@ -359,7 +360,10 @@ class Store:
             if row.state != State.INVALID:
                 for origin in self.origins:
                     self._load_group(origin, row, own)
-            self._add(row, {layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
+            # An invalid snapshot may have no layers any more; its images are listed all the same, and read EIO.
+            deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
+            deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
+            self._add(row, deltas)
 
     def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
         preserved = [

@@ -165,6 +165,9 @@ def test_i6_the_quota_holds_and_the_oldest_snapshot_goes_first(sandbox: Sandbox)
     assert served.image("s5").read_bytes() == moment
     _fails(served, errno.EIO, served.image("s0").read_bytes, "given up")
     assert "the store was full" in served.info("s0")["reason"]
+    served = served.remount()
+    _fails(served, errno.EIO, served.image("s0").read_bytes, "given up")
+    assert served.image("s5").read_bytes() == moment
     (served.snaps / "s0").rmdir()
 
 
@@ -235,6 +238,27 @@ def test_i4_eio_for_what_the_store_lost(served: Served, file: str) -> None:
     _fails(served, errno.EIO, lambda: served.image("a").read_bytes())
     assert served.info("a")["state"] == ("invalid" if file == "map" else "damaged")
     (served.snaps / "a").rmdir()
+
+
+def test_i4_what_an_older_snapshot_needs_outlives_a_newer_one_that_is_damaged(served: Served) -> None:
+    """The newer one lost the map of its delta and is given up; what the origin overwrote since is kept for the older."""
+    before = served.live.read_bytes()
+    (served.snaps / "b").mkdir()
+    _write(served.live, 0, b"n" * 8192)
+    fd = os.open(served.image("b"), os.O_RDWR)
+    os.pwrite(fd, b"own", 500000)
+    os.fsync(fd)
+    os.close(fd)
+    served.umount()
+    path = next(path for path in served.store.glob("layers/*/map") if (path.parent / "sums").stat().st_size > 500)
+    path.write_bytes(b"garbage")
+    served = served.again()
+    for _ in range(2):
+        assert served.info("b")["state"] == "invalid"
+        assert "map of layer" in served.info("b")["reason"]
+        _fails(served, errno.EIO, served.image("b").read_bytes)
+        assert served.image("a").read_bytes() == before
+        served = served.remount()
 
 
 def test_i4_a_damaged_journal_makes_snapshots_invalid_rather_than_wrong(served: Served) -> None:
