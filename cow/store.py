@@ -130,15 +130,21 @@ class Store:
             # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
             for origin in self.origins:
                 await origin.sync()
-            await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
+            async with self._layout:
+                await self._finish(snapshot, evidence)
         except BaseException:
             with trio.CancelScope(shield=True):
                 async with self._layout:
                     await self._remove(snapshot)
             raise
+        return snapshot
+
+    async def _finish(self, snapshot: Snapshot, evidence: Evidence) -> None:
+        if snapshot.row.state != State.PENDING:
+            raise StoreFullError(f"the snapshot could not be kept: {snapshot.row.reason}")
+        await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
-        return snapshot
 
     def _check_name_is_free(self, name: bytes) -> None:
         if any(one.name == name for one in self._snapshots.values()):

@@ -241,7 +241,7 @@ def test_i4_eio_for_what_the_store_lost(served: Served, file: str) -> None:
 
 
 def test_i4_what_an_older_snapshot_needs_outlives_a_newer_one_that_is_damaged(served: Served) -> None:
-    """The newer one lost the map of its delta and is given up; what the origin overwrote since is kept for the older."""
+    """The newer one lost the map of its delta and is given up; what the origin overwrote is kept for the older."""
     before = served.live.read_bytes()
     (served.snaps / "b").mkdir()
     _write(served.live, 0, b"n" * 8192)

@@ -1,0 +1,61 @@
+"""The store when taking a snapshot fails half-way: all or nothing."""
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cow import Source
+from cow.errors import StoreFullError
+from tests.support.engine import Engine
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    (tmp_path / "disk.img").write_bytes(os.urandom(1 << 20))
+    engine = Engine(str(tmp_path / "store"), [Source(b"disk.img", str(tmp_path / "disk.img"))])
+    yield engine
+    engine.close()
+
+
+def _sync_that(engine: Engine, does: Callable[[], Awaitable[None]]) -> None:
+    """Let something happen between the opening of the epoch and the end of create_snapshot, once."""
+    origin = engine.store.origins[0]
+    real = origin.sync
+
+    async def sync() -> None:
+        origin.sync = real
+        await does()
+        await real()
+
+    origin.sync = sync
+
+
+def test_i5_a_device_that_cannot_be_synced_leaves_no_snapshot(engine: Engine) -> None:
+    async def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    _sync_that(engine, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(engine.store.create_snapshot, b"a")
+    assert engine.store.snapshots == []
+    engine.call(engine.store.create_snapshot, b"a")
+    assert [snapshot.name for snapshot in engine.store.snapshots] == [b"a"]
+
+
+def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: Engine, tmp_path: Path) -> None:
+    async def give_up() -> None:
+        pending = max(engine.store._snapshots)
+        await engine.store._give_up([pending], "a test")
+
+    engine.call(engine.store.create_snapshot, b"older")
+    _sync_that(engine, give_up)
+    with pytest.raises(StoreFullError, match="could not be kept: a test"):
+        engine.call(engine.store.create_snapshot, b"a")
+    assert [snapshot.name for snapshot in engine.store.snapshots] == [b"older"]
+    origin, older = engine.store.origins[0], engine.store.snapshots[0]
+    before = engine.call(origin.read, 0, 1 << 20)
+    engine.call(origin.write, 0, b"x" * 8192)
+    assert engine.call(older.images[0].read, 0, 1 << 20) == before
