@@ -7,6 +7,7 @@ every write.
 import errno
 import functools
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -152,8 +153,10 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         opening = self.tree.open(inode, flags)
-        # Images change only through this mount, so the kernel may keep what it has cached of them.
-        return FileInfo(fh=opening.number, direct_io=opening.is_text, keep_cache=not opening.is_text)
+        # Images change only through this mount, so the kernel may keep what it has cached of them. On a file opened
+        # with O_DIRECT it would make EIO of the short write over an image's end, unless FUSE's own direct I/O is used.
+        direct_io = opening.is_text or bool(flags & os.O_DIRECT)
+        return FileInfo(fh=opening.number, direct_io=direct_io, keep_cache=not opening.is_text)
 
     @_answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
