@@ -22,9 +22,9 @@ class Gate:
         self._emptied: trio.Event | None = None  #: set while a hold waits; fires when the last writer is out
 
     @property
-    def writes_inside(self) -> int:
-        """How many writes are under way."""
-        return self._inside
+    def held(self) -> bool:
+        """Whether writes have to wait."""
+        return self._opened is not None
 
     @asynccontextmanager
     async def passing(self) -> AsyncIterator[None]:

@@ -2,14 +2,18 @@
 
 import errno
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import trio.testing
 
 from cow import Source
 from cow.errors import StoreFullError
 from tests.support.engine import Engine
+from tests.support.sandbox import wait_until
 
 
 @pytest.fixture
@@ -59,3 +63,30 @@ def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: E
     before = engine.call(origin.read, 0, 1 << 20)
     engine.call(origin.write, 0, b"x" * 8192)
     assert engine.call(older.images[0].read, 0, 1 << 20) == before
+
+
+def test_i2_a_snapshot_waits_for_the_writes_under_way_and_has_them(engine: Engine) -> None:
+    """Without the gate the snapshot would open its epoch first, and change when the write arrives."""
+    origin = engine.store.origins[0]
+    arrived, go_on = threading.Event(), threading.Event()
+    real = origin.device.pwrite
+
+    def slow(data: bytes, offset: int) -> None:
+        arrived.set()
+        go_on.wait()
+        real(data, offset)
+
+    origin.device.pwrite, origin.device.pwrite_nowait = slow, lambda data, offset: False
+    with ThreadPoolExecutor() as threads:
+        write = threads.submit(engine.call, origin.write, 100, b"under way")
+        arrived.wait()
+        taken = threads.submit(engine.call, engine.store.create_snapshot, b"a")
+        try:
+            wait_until(lambda: engine.store._gate.held or taken.done(), what="the hold")
+            engine.call(trio.testing.wait_all_tasks_blocked, 0.05)
+            assert not taken.done()
+        finally:
+            go_on.set()
+        assert write.result() == 9
+        snapshot = taken.result()
+    assert engine.call(snapshot.images[0].read, 100, 9) == b"under way"
