@@ -167,17 +167,8 @@ class Store:
             await self._damaged(row.id, sentence)
 
         images = [
-            Image(
-                origin,
-                row.id,
-                row.created_ns,
-                deltas[origin.id],
-                self._commits,
-                self.space.reserve,
-                on_damage,
-            )
+            Image(origin, row.id, row.created_ns, deltas[origin.id], self._commits, self.space.reserve, on_damage)
             for origin in self.origins
-            if origin.id in deltas
         ]
         self._snapshots[row.id] = Snapshot(row, images)
         return self._snapshots[row.id]
