@@ -17,10 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cow.device import Directory
 from cow.errors import CowError, RefusedError, StoreFullError
 
 FORMAT = 1
 FILE_NAME = "catalog.sqlite"
+_COMPANIONS = ("-wal", "-shm", "-journal")
 
 _SCHEMA = """
 CREATE TABLE store (
@@ -114,17 +116,20 @@ class LayerRow:
 
 
 class Catalog:
-    """The catalog of the store at `directory` (a path). Made when missing.
+    """The catalog of a store. Made when missing.
 
-    Raises RefusedError when the file is not a catalog, or one of a newer format.
+    Raises RefusedError when the file is not a catalog, or one of another format.
     """
 
-    def __init__(self, directory: str) -> None:
-        self._path = os.path.join(directory, FILE_NAME)
+    def __init__(self, directory: Directory) -> None:
+        self._path = os.path.join(directory.label, FILE_NAME)
         self._lock = threading.Lock()  #: guards `_connection`
-        self._connection = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        present = set(directory.names())
+        for name in (FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in _COMPANIONS)):
+            if name == FILE_NAME or name in present:
+                directory.open(name, create=True).close()  # SQLite would follow a symbolic link; this refuses one
+        self._connection = directory.io.connect(self._path)
         try:
-            os.chmod(self._path, 0o600)
             self._open()
         except (sqlite3.DatabaseError, CatalogError) as error:
             self._connection.close()

@@ -1,42 +1,115 @@
 """The only raw I/O of the engine: files and directories of the store, and the origin devices.
 
-Every durable effect goes through a `File` or a `Directory`, so a test can stand in for both. What a call makes
-durable is said at each method; nothing else is durable. Paths are resolved against directory descriptors and
-never through symbolic links. Calls block: callers decide on which thread they run.
+Every system call on them, and every connection to the catalog's database, is a method of one `Io` object; tests stand
+a simulated disk in for it, which keeps what a power cut would leave. `File`, `Directory` and `OriginDevice` give the
+calls their meaning. What a call makes durable is said at each method; nothing else is durable. Paths are resolved
+against directory descriptors and never through symbolic links. Calls block: callers decide on which thread they run.
 """
 
 import ctypes
 import errno
 import fcntl
 import os
+import sqlite3
 import stat
 import struct
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 from cow.errors import RefusedError, SyncError
 
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
-_FALLOC_KEEP_SIZE = 0x01
-_FALLOC_PUNCH_HOLE = 0x02
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
 _MEMORY_FILESYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs: statfs(2)
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+class Geometry(NamedTuple):
+    """What a source is: its size, and 512 or 4096 bytes a logical block (512 for a regular file)."""
+
+    size_bytes: int
+    logical_block_bytes: int
+    is_block: bool
 
 
-def _filesystem_type(fd: int) -> int:
-    buffer = ctypes.create_string_buffer(256)
-    if _libc.fstatfs(fd, buffer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return int(struct.unpack_from("l", buffer)[0])
+class Io:
+    """The system calls, as they are. Descriptors are ints; errors are OSError."""
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    pread = staticmethod(os.pread)
+    preadv = staticmethod(os.preadv)
+    pwrite = staticmethod(os.pwrite)
+    pwritev = staticmethod(os.pwritev)
+    fdatasync = staticmethod(os.fdatasync)
+    fsync = staticmethod(os.fsync)
+    ftruncate = staticmethod(os.ftruncate)
+    fstat = staticmethod(os.fstat)
+    fchmod = staticmethod(os.fchmod)
+    fstatvfs = staticmethod(os.fstatvfs)
+    mkdir = staticmethod(os.mkdir)
+    makedirs = staticmethod(os.makedirs)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    rmdir = staticmethod(os.rmdir)
+    flock = staticmethod(fcntl.flock)
+
+    def listdir(self, fd: int) -> list[str]:
+        """The names in a directory, in any order."""
+        return os.listdir(fd)
+
+    def connect(self, path: str) -> sqlite3.Connection:
+        """Open the database at `path`, in autocommit mode, for any thread."""
+        return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2), with all its modes."""
+        if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def is_in_memory(self, fd: int) -> bool:
+        """Whether it is a file that never waits for a disk."""
+        buffer = ctypes.create_string_buffer(256)
+        if _libc.fstatfs(fd, buffer) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        kind = int(struct.unpack_from("l", buffer)[0])
+        return kind in _MEMORY_FILESYSTEMS and not stat.S_ISBLK(os.fstat(fd).st_mode)
+
+    def open_source(self, path: str, flags: int) -> int:
+        """Open a block device, exclusively, or a regular file. Raises RefusedError for anything else."""
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISBLK(kind) or stat.S_ISREG(kind)):
+            raise RefusedError(f"{path} is neither a block device nor a regular file: name a disk or a disk image")
+        return os.open(path, flags | (os.O_EXCL if stat.S_ISBLK(kind) else 0))
+
+    def geometry(self, fd: int) -> Geometry:
+        """The size and the logical block of a source."""
+        status = os.fstat(fd)
+        if not stat.S_ISBLK(status.st_mode):
+            return Geometry(status.st_size, 512, is_block=False)
+        size_bytes = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
+        logical_block_bytes = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
+        return Geometry(size_bytes, logical_block_bytes, is_block=True)
+
+    def allocated_bytes(self, fd: int) -> int:
+        """What all that is below a directory takes on the file system."""
+        total = 0
+        for _, directories, files, place in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+            for name in [*directories, *files]:
+                try:
+                    total += os.stat(name, dir_fd=place, follow_symlinks=False).st_blocks * 512
+                except FileNotFoundError:
+                    continue  # removed while we looked
+        return total
+
+
+SYSTEM = Io()
 
 
 class File:
@@ -45,25 +118,25 @@ class File:
     `label` names it in errors.
     """
 
-    def __init__(self, fd: int, label: str) -> None:
+    def __init__(self, io: Io, fd: int, label: str) -> None:
         self.fd = fd
         self.label = label
+        self._io = io
         self._sync_failure: OSError | None = None
         # A file in memory never waits for a disk, and such file systems refuse RWF_NOWAIT.
-        in_memory = _filesystem_type(fd) in _MEMORY_FILESYSTEMS and not stat.S_ISBLK(os.fstat(fd).st_mode)
-        self._read_now: Callable[[int, int], bytes] = self.pread if in_memory else self._pread_cached
-        self._in_memory = in_memory
+        self._in_memory = io.is_in_memory(fd)
+        self._read_now: Callable[[int, int], bytes] = self.pread if self._in_memory else self._pread_cached
         self._can_write_nowait = True
 
     def pread(self, length: int, offset: int) -> bytes:
         """Read `length` bytes; fewer only at the end of the file."""
-        data = os.pread(self.fd, length, offset)
+        data = self._io.pread(self.fd, length, offset)
         if len(data) == length or not data:
             return data
         pieces = [data]
         got = len(data)
         while got < length:
-            data = os.pread(self.fd, length - got, offset + got)
+            data = self._io.pread(self.fd, length - got, offset + got)
             if not data:
                 break
             pieces.append(data)
@@ -77,7 +150,7 @@ class File:
     def _pread_cached(self, length: int, offset: int) -> bytes:
         buffer = bytearray(length)
         try:
-            got = os.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+            got = self._io.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise BlockingIOError(errno.EAGAIN, "no RWF_NOWAIT on this file") from error
@@ -88,12 +161,12 @@ class File:
 
     def pwrite(self, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data`. Durable only after `sync`."""
-        written = os.pwrite(self.fd, data, offset)
+        written = self._io.pwrite(self.fd, data, offset)
         if written == len(data):
             return
         view = memoryview(data)
         while written < len(view):
-            more = os.pwrite(self.fd, view[written:], offset + written)
+            more = self._io.pwrite(self.fd, view[written:], offset + written)
             if more == 0:
                 raise OSError(errno.EIO, f"a write to {self.label} at offset {offset + written} made no progress")
             written += more
@@ -106,7 +179,7 @@ class File:
         if not self._can_write_nowait:
             return False
         try:
-            return os.pwritev(self.fd, [data], offset, os.RWF_NOWAIT) == len(data)
+            return self._io.pwritev(self.fd, [data], offset, os.RWF_NOWAIT) == len(data)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -127,49 +200,72 @@ class File:
                 f"lost: check the device, then unmount and mount again"
             )
         try:
-            os.fdatasync(self.fd)
+            self._io.fdatasync(self.fd)
         except OSError as error:
             self._sync_failure = error
             raise
 
     def allocate(self, length: int) -> None:
         """Reserve and zero-fill the first `length` bytes, so that writes into them find space."""
-        _fallocate(self.fd, 0, 0, length)
+        self._io.fallocate(self.fd, 0, 0, length)
 
     def truncate(self, length: int) -> None:
         """Set the file's size. Durable after `sync`."""
-        os.ftruncate(self.fd, length)
+        self._io.ftruncate(self.fd, length)
 
     def punch(self, offset: int, length: int) -> None:
         """Give the extent's space back; it reads as zeroes. Not durable by itself."""
-        _fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+        self._io.fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
 
     @property
     def size_bytes(self) -> int:
         """The file's present size."""
-        return os.fstat(self.fd).st_size
+        return self._io.fstat(self.fd).st_size
 
     @property
     def allocated_bytes(self) -> int:
         """What the file takes on its file system."""
-        return os.fstat(self.fd).st_blocks * 512
+        return self._io.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
         """Close the descriptor. Nothing is synced by it."""
-        os.close(self.fd)
+        self._io.close(self.fd)
 
 
 class Directory:
     """An open directory of the store. Names are single components; symbolic links are never followed."""
 
-    def __init__(self, fd: int, label: str) -> None:
+    def __init__(self, io: Io, fd: int, label: str) -> None:
         self.fd = fd
         self.label = label
+        self._io = io
 
     @classmethod
-    def open_path(cls, path: str) -> Self:
-        """Open the directory at `path`, whose last component may not be a symbolic link."""
-        return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC), path)
+    def open_path(cls, path: str, io: Io = SYSTEM, *, create: bool = False) -> Self:
+        """Open the directory at `path`, whose last component may not be a symbolic link.
+
+        With `create` it is made, 0700, with those above it, when missing.
+        """
+        if create:
+            io.makedirs(path, 0o700, True)
+        try:
+            return cls(io, io.open(path, _DIRECTORY_FLAGS), path)
+        except NotADirectoryError as error:
+            raise RefusedError(f"{path} is not a directory, or a symbolic link: name the directory itself") from error
+
+    @property
+    def io(self) -> Io:
+        """The system calls that this directory is used through."""
+        return self._io
+
+    def take_over(self) -> None:
+        """Make the directory 0700. Raises RefusedError when somebody else owns it or could change it."""
+        owner = self._io.fstat(self.fd)
+        if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise RefusedError(
+                f"the store {self.label} can be written by others: chown it to yourself and chmod 0700 it"
+            )
+        self._io.fchmod(self.fd, 0o700)
 
     def open(self, name: str, *, create: bool = False) -> File:
         """Open a regular file for reading and writing.
@@ -180,69 +276,73 @@ class Directory:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_CREAT if create else 0)
         label = f"{self.label}/{name}"
         try:
-            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
-        except (IsADirectoryError, OSError) as error:
+            fd = self._io.open(name, flags, 0o600, dir_fd=self.fd)
+        except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise RefusedError(f"{label} is not a regular file; the store was tampered with") from error
             raise
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
+        if not stat.S_ISREG(self._io.fstat(fd).st_mode):
+            self._io.close(fd)
             raise RefusedError(f"{label} is not a regular file; the store was tampered with")
-        return File(fd, label)
+        return File(self._io, fd, label)
 
     def subdirectory(self, name: str, *, create: bool = False) -> "Directory":
-        """Open a directory below; with `create` a missing one is made, 0700, and its entry is durable on return."""
+        """Open a directory below; with `create` a missing one is made, 0700, and its entry is durable on return.
+
+        Raises FileNotFoundError, or RefusedError when something else than a directory stands there.
+        """
         if create:
             try:
-                os.mkdir(name, 0o700, dir_fd=self.fd)
+                self._io.mkdir(name, 0o700, dir_fd=self.fd)
             except FileExistsError:
                 pass
             else:
                 self.sync()
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        return type(self)(fd, f"{self.label}/{name}")
+        label = f"{self.label}/{name}"
+        try:
+            return type(self)(self._io, self._io.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd), label)
+        except NotADirectoryError as error:
+            raise RefusedError(f"{label} is not a directory; the store was tampered with") from error
 
     def names(self) -> list[str]:
         """The names in the directory, sorted."""
-        return sorted(os.listdir(self.fd))
+        return sorted(self._io.listdir(self.fd))
 
     def rename(self, old: str, new: str) -> None:
         """Replace `new` by `old`, atomically. Durable after `sync`."""
-        os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self._io.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Remove a file. Durable after `sync`."""
-        os.unlink(name, dir_fd=self.fd)
+        self._io.unlink(name, dir_fd=self.fd)
 
     def rmdir(self, name: str) -> None:
         """Remove an empty directory. Durable after `sync`."""
-        os.rmdir(name, dir_fd=self.fd)
+        self._io.rmdir(name, dir_fd=self.fd)
 
     def sync(self) -> None:
         """Make creations, renames and removals in this directory durable."""
-        os.fsync(self.fd)
+        self._io.fsync(self.fd)
 
     def free_bytes(self) -> int:
         """Space that the file system still has for us."""
-        stats = os.fstatvfs(self.fd)
+        stats = self._io.fstatvfs(self.fd)
         return stats.f_bavail * stats.f_frsize
+
+    def filesystem_bytes(self) -> int:
+        """The size of the file system."""
+        stats = self._io.fstatvfs(self.fd)
+        return stats.f_blocks * stats.f_frsize
 
     def allocated_bytes(self) -> int:
         """What all files below take on the file system."""
-        total = 0
-        for _, directories, files, fd in os.fwalk(".", dir_fd=self.fd, follow_symlinks=False):
-            for name in [*directories, *files]:
-                try:
-                    total += os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
-                except FileNotFoundError:
-                    continue  # removed while we looked
-        return total
+        return self._io.allocated_bytes(self.fd)
 
     def lock(self, name: str) -> File:
         """Take the lock file `name` for this process until it is closed. Raises BlockingIOError when it is taken."""
         file = self.open(name, create=True)
         try:
-            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._io.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             raise
@@ -250,7 +350,7 @@ class Directory:
 
     def close(self) -> None:
         """Close the descriptor."""
-        os.close(self.fd)
+        self._io.close(self.fd)
 
 
 class OriginDevice(File):
@@ -259,30 +359,29 @@ class OriginDevice(File):
     `size_bytes` is fixed at opening; `logical_block_bytes` is 512 or 4096 (512 for a regular file).
     """
 
-    def __init__(self, fd: int, label: str, size_bytes: int, logical_block_bytes: int) -> None:
-        super().__init__(fd, label)
-        self._size_bytes = size_bytes
-        self.logical_block_bytes = logical_block_bytes
+    def __init__(self, io: Io, fd: int, label: str, geometry: Geometry) -> None:
+        super().__init__(io, fd, label)
+        self._size_bytes, self.logical_block_bytes, _ = geometry
 
     @property
     def size_bytes(self) -> int:
         """The device's size when it was opened."""
         return self._size_bytes
 
+    @property
+    def modified_ns(self) -> int:
+        """When the file system last saw a write to it."""
+        return self._io.fstat(self.fd).st_mtime_ns
+
     @classmethod
-    def open_path(cls, path: str, *, read_only: bool = False) -> Self:
+    def open_path(cls, path: str, io: Io = SYSTEM, *, read_only: bool = False) -> Self:
         """Open and own the source at `path`.
 
         Raises RefusedError when it is in use, empty, or neither a block device nor a regular file; OSError when it
         cannot be opened at all.
         """
-        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-        kind = os.stat(path).st_mode
-        if not (stat.S_ISBLK(kind) or stat.S_ISREG(kind)):
-            raise RefusedError(f"{path} is neither a block device nor a regular file: name a disk or a disk image")
-        is_block = stat.S_ISBLK(kind)
         try:
-            fd = os.open(path, flags | (os.O_EXCL if is_block else 0))
+            fd = io.open_source(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -291,18 +390,15 @@ class OriginDevice(File):
                 f"unmount or stop that first"
             ) from error
         try:
-            if is_block:
-                size_bytes = struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0]
-                logical_block_bytes = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
-            else:
-                size_bytes, logical_block_bytes = os.fstat(fd).st_size, 512
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            geometry = io.geometry(fd)
+            if not geometry.is_block:  # O_EXCL holds those
+                io.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(fd)
+            io.close(fd)
             raise RefusedError(
                 f"{path} is locked by another program, perhaps another hcpfs: stop that first"
             ) from error
-        if size_bytes == 0:
-            os.close(fd)
+        if geometry.size_bytes == 0:
+            io.close(fd)
             raise RefusedError(f"{path} is empty (0 bytes): there is nothing to take a snapshot of")
-        return cls(fd, path, size_bytes, logical_block_bytes)
+        return cls(io, fd, path, geometry)

@@ -12,7 +12,7 @@ This module does not know layers or snapshots. It has no lock: the store seriali
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -155,10 +155,10 @@ class Journal:
 
     def retire(self, numbers: Sequence[int]) -> None:
         """Remove older files after a checkpoint; durable on return."""
-        for number in numbers:
+        for number in sorted(numbers):
             self._directory.unlink(f"{_PREFIX}{number:08d}")
             self._numbers.remove(number)
-        self._directory.sync()
+            self._directory.sync()  # one by one: a gap between those that a crash leaves would look like damage
 
     def close(self) -> None:
         """Close the present file. All its records are durable already."""
@@ -171,24 +171,26 @@ class Journal:
 
         Raises JournalDamagedError where a record that was committed cannot be read.
         """
+        begun = False  # a file without a header, as a crash leaves, may be the oldest
         for number in self._numbers:
             file = self._directory.open(f"{_PREFIX}{number:08d}")
             try:
-                yield from self._replay_file(file, number)
+                begun = (yield from self._replay_file(file, number, begun)) or begun
             finally:
                 file.close()
 
-    def _replay_file(self, file: File, number: int) -> Iterator[Record]:
+    def _replay_file(self, file: File, number: int, begun: bool) -> Generator[Record, None, bool]:
+        """Yield the records of a file, and return whether it has a header. `begun`: whether one before it has."""
         content = file.pread(FILE_BYTES, 0)
         sectors = [_open_sector(content, number, sector, file.label) for sector in range(len(content) // SECTOR_BYTES)]
         if not sectors or sectors[0] is None:
             if any(sectors):
                 raise JournalDamagedError(f"{file.label} has no header; its records cannot be trusted")
-            return  # a crash while the file was made: nothing was ever committed to it
+            return False  # a crash while the file was made: nothing was ever committed to it
         magic, format_number, uuid, found_number, sequence = _FILE_HEADER.unpack_from(sectors[0])
         if (magic, format_number, uuid, found_number) != (FILE_MAGIC, 1, self._uuid, number):
             raise JournalDamagedError(f"{file.label} belongs to another store or place")
-        if number != self._numbers[0] and sequence != self._sequence:
+        if begun and sequence != self._sequence:
             raise JournalDamagedError(f"{file.label} begins with record {sequence}, and {self._sequence} is missing")
         self._sequence = sequence
         at = 1
@@ -205,6 +207,7 @@ class Journal:
             header = _record_header(sectors[sector])
             if header is not None and header[1] > self._sequence:
                 raise JournalDamagedError(f"{file.label}: record {self._sequence} at sector {at} is missing")
+        return True
 
 
 def _open_sector(content: bytes, number: int, sector: int, label: str) -> bytes | None:

@@ -5,7 +5,6 @@ before anything is written: a store in use, of a newer format, made for other de
 """
 
 import os
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import trio
 
 from cow.catalog import Catalog, OriginRow
-from cow.device import Directory, OriginDevice
+from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.errors import RefusedError, printable
 from cow.fingerprint import Fingerprint
 from cow.journal import Journal
@@ -49,6 +48,7 @@ async def open_store(
     quota_bytes: int | None = None,
     read_only: bool = False,
     on_trouble: Callable[[str], None] = lambda sentence: None,
+    io: Io = SYSTEM,
 ) -> AsyncIterator[Opened]:
     """Open the store at `path`, made when missing, with its sources, and recover it.
 
@@ -57,8 +57,8 @@ async def open_store(
     Raises RefusedError, or OSError when something cannot be opened.
     """
     with ExitStack() as stack:
-        directory, catalog = await trio.to_thread.run_sync(_open_directory, path, stack)
-        devices = await trio.to_thread.run_sync(_open_devices, sources, read_only, stack)
+        directory, catalog = await trio.to_thread.run_sync(_open_directory, path, io, stack)
+        devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, stack)
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
@@ -86,14 +86,10 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
     store.load(layers)
 
 
-def _open_directory(path: str, stack: ExitStack) -> tuple[Directory, Catalog]:
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    directory = Directory.open_path(path)
+def _open_directory(path: str, io: Io, stack: ExitStack) -> tuple[Directory, Catalog]:
+    directory = Directory.open_path(path, io, create=True)
     stack.callback(directory.close)
-    owner = os.fstat(directory.fd)
-    if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise RefusedError(f"the store {path} can be written by others: chown it to yourself and chmod 0700 it")
-    os.fchmod(directory.fd, 0o700)
+    directory.take_over()
     try:
         lock = directory.lock("lock")
     except BlockingIOError as error:
@@ -104,7 +100,7 @@ def _open_directory(path: str, stack: ExitStack) -> tuple[Directory, Catalog]:
         raise RefusedError(
             f"the directory {path} holds other things than a store ({foreign[0]}): name an empty or a new directory"
         )
-    catalog = Catalog(path)
+    catalog = Catalog(directory)
     stack.callback(catalog.close)
     directory.sync()
     return directory, catalog
@@ -114,14 +110,14 @@ def _is_ours(name: str) -> bool:
     return name in ("lock", "layers", RESERVE_NAME) or name.startswith(("catalog.sqlite", "journal.", "hcpfs.log"))
 
 
-def _open_devices(sources: Sequence[Source], read_only: bool, stack: ExitStack) -> list[OriginDevice]:
+def _open_devices(sources: Sequence[Source], io: Io, read_only: bool, stack: ExitStack) -> list[OriginDevice]:
     names = [source.name for source in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RefusedError(f"two sources are called {printable(twice)}: name them apart with NAME=PATH")
     devices = []
     for source in sources:
-        device = OriginDevice.open_path(source.path, read_only=read_only)
+        device = OriginDevice.open_path(source.path, io, read_only=read_only)
         stack.callback(device.close)
         devices.append(device)
     return devices
@@ -158,7 +154,7 @@ def _add_origins(catalog: Catalog, sources: Sequence[Source], devices: list[Orig
     rows = []
     for source, device in zip(sources, devices, strict=True):
         fingerprint = Fingerprint.of(device)
-        modified_ns = os.fstat(device.fd).st_mtime_ns
+        modified_ns = device.modified_ns
         rows.append(
             OriginRow(
                 0,

@@ -1,0 +1,199 @@
+"""What a power cut could leave: from a disk's log, the states in which the disk may be found at any moment.
+
+What a completed sync of a file or directory covers is there. Of the rest any subset is: each write there, not there, or
+torn at 512 bytes, each entry of a directory for itself. A sync covers what had ended when it began. What a failed sync
+covered may be there or not for ever after, and no later sync changes that. A transaction of the catalog is there or
+not while it is being committed, and when its commit failed until the next one succeeds.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from xxhash import xxh3_128_digest
+
+from tests.crash.disk import _SOURCE_INODE, _STORE_INODE, Disk, Op, State, apply_to
+
+SECTOR = 512
+MOST_EXHAUSTIVE = 8
+SEEDED = 24  #: random subsets where not all can be tried
+_KEPT, _DROPPED = None, ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state in which the disk may be found. `mark` is the last one before the cut, `event` the place in the log."""
+
+    state: State
+    mark: object
+    event: int
+    story: str
+
+
+class Cutter:
+    """Follows a log and keeps what is durable and what is pending."""
+
+    def __init__(self, start: State) -> None:
+        self._files = dict(start.files)
+        self._directories = {number: dict(entries) for number, entries in start.directories.items()}
+        self._pending: list[Op] = []
+        self._covered: dict[Op, list[Op]] = {}
+        self._lost: set[Op] = set()
+        self._catalogs: list[bytes | None] = [start.catalog]
+
+    def follow(self, edge: str, op: Op) -> bool:
+        """Take the next event; whether it changed what may be found."""
+        if op.kind == "sync":
+            if edge == "begin":
+                self._covered[op] = [one for one in self._pending if one.inode == op.inode and one not in self._lost]
+                return False
+            covered = self._covered.pop(op)
+            if op.failed:
+                self._lost.update(covered)
+                return False
+            for one in covered:
+                self._make_durable(one)
+                self._pending.remove(one)
+            return bool(covered)
+        if op.kind == "commit":
+            if edge == "begin":
+                self._catalogs.append(op.database)
+            elif not op.failed:
+                self._catalogs = [op.database]
+            return True
+        if edge == "begin":
+            self._pending.append(op)
+            if op.is_directory:
+                self._directories.setdefault(op.target, {})
+        return edge == "begin"
+
+    def _make_durable(self, op: Op) -> None:
+        if op.kind in ("link", "unlink"):
+            _apply_entry(self._directories.setdefault(op.inode, {}), op)
+        else:
+            content = bytearray(self._files.get(op.inode, b""))
+            apply_to(content, op)
+            self._files[op.inode] = bytes(content)
+
+    def states(self, random_: random.Random) -> Iterator[tuple[State, str]]:
+        """All states that may be found now, up to `MOST_EXHAUSTIVE` pending operations, else a sample."""
+        for catalog in self._catalogs:
+            for choice in self._choices(random_):
+                yield self._build(choice, catalog), self._story(choice, catalog)
+
+    def _choices(self, random_: random.Random) -> Iterator[tuple[Sequence[int] | None, ...]]:
+        """For each pending operation None (kept), or the sectors of it that are kept."""
+        count = len(self._pending)
+        if count <= MOST_EXHAUSTIVE:
+            yield from product((_KEPT, _DROPPED), repeat=count)
+        else:
+            yield (_DROPPED,) * count
+            yield (_KEPT,) * count
+            yield (*(_DROPPED,) * (count - 1), _KEPT)
+            for left_out in range(count):
+                yield tuple(_DROPPED if place == left_out else _KEPT for place in range(count))
+            for _ in range(SEEDED):
+                yield tuple(random_.choice((_KEPT, _DROPPED)) for _ in range(count))
+        for place, op in enumerate(self._pending):
+            sectors = -(-len(op.data) // SECTOR)
+            if sectors < 2:
+                continue
+            for others in (_KEPT, _DROPPED, None):
+                some = sorted(random_.sample(range(sectors), random_.randint(1, sectors - 1)))
+                fixed = others if others is not None else random_.choice((_KEPT, _DROPPED))
+                yield tuple(some if place == at else fixed for at in range(count))
+
+    def _build(self, choice: tuple[Sequence[int] | None, ...], catalog: bytes | None) -> State:
+        files: dict[int, bytearray] = {}
+        directories = self._directories
+        copied: set[int] = set()
+        for op, kept in zip(self._pending, choice, strict=True):
+            if kept is not None and not kept:
+                continue
+            if op.kind in ("link", "unlink"):
+                if op.inode not in copied:
+                    directories = {**directories, op.inode: dict(directories.get(op.inode, {}))}
+                    copied.add(op.inode)
+                _apply_entry(directories[op.inode], op)
+                continue
+            if op.inode not in files:
+                files[op.inode] = bytearray(self._files.get(op.inode, b""))
+            for part in [op] if kept is None else _torn(op, kept):
+                apply_to(files[op.inode], part)
+        return self._reachable(files, directories, catalog)
+
+    def _reachable(
+        self, changed: dict[int, bytearray], directories: dict[int, dict[str, int]], catalog: bytes | None
+    ) -> State:
+        files = {_SOURCE_INODE: bytes(changed.get(_SOURCE_INODE, self._files[_SOURCE_INODE]))}
+        found: dict[int, dict[str, int]] = {}
+        todo = [_STORE_INODE]
+        while todo:
+            number = todo.pop()
+            found[number] = dict(directories.get(number, {}))
+            for name, target in found[number].items():
+                if target in directories:
+                    todo.append(target)
+                else:
+                    files[target] = bytes(changed[target]) if target in changed else self._files.get(target, b"")
+        return State(files, found, catalog)
+
+    def _story(self, choice: tuple[Sequence[int] | None, ...], catalog: bytes | None) -> str:
+        told = []
+        for op, kept in zip(self._pending, choice, strict=True):
+            fate = "kept" if kept is None else "dropped" if not kept else f"kept in sectors {list(kept)}"
+            told.append(f"    {fate}: {op}")
+        if len(self._catalogs) > 1:
+            told.append(f"    catalog: {self._catalogs.index(catalog) + 1} of {len(self._catalogs)} possible ones")
+        return "\n".join(told) or "    nothing was pending"
+
+
+def _apply_entry(entries: dict[str, int], op: Op) -> None:
+    if op.kind == "link":
+        entries[op.name] = op.target
+    elif entries.get(op.name) == op.target:
+        del entries[op.name]
+
+
+def _torn(op: Op, kept: Sequence[int]) -> Iterator[Op]:
+    for sector in kept:
+        start = sector * SECTOR
+        yield Op("write", op.inode, op.site, offset=op.offset + start, data=op.data[start : start + SECTOR])
+
+
+def digest(state: State) -> bytes:
+    """Equal for states that recovery cannot tell apart."""
+    parts = [state.files[_SOURCE_INODE], state.catalog or b""]
+    todo = [("", _STORE_INODE)]
+    while todo:
+        path, number = todo.pop()
+        for name, target in sorted(state.directories[number].items()):
+            parts.append(f"{path}/{name}".encode())
+            if target in state.directories:
+                todo.append((f"{path}/{name}", target))
+            else:
+                parts.append(state.files[target])
+    return xxh3_128_digest(b"\0".join(len(part).to_bytes(8, "little") + part for part in parts))
+
+
+def states_of(disk: Disk, random_: random.Random, *, first: int = 0, seen: set[object] | None = None) -> Iterator[Found]:
+    """Every state that a cut after event `first` of the disk's log may leave, each once for each mark.
+
+    `seen` has what was given out before, over several logs.
+    """
+    seen = set() if seen is None else seen
+    cutter = Cutter(disk.start)
+    mark: object = None
+    for event, (edge, what) in enumerate(disk.log):
+        if edge == "mark":
+            mark, changed = what, True
+        else:
+            changed = cutter.follow(edge, what)
+        if event < first or not changed:
+            continue
+        for state, story in cutter.states(random_):
+            key = (digest(state), mark)
+            if key not in seen:
+                seen.add(key)
+                yield Found(state, mark, event, story)

@@ -1,0 +1,463 @@
+"""A disk in memory that the engine runs on instead of the system's files, and that logs all it is asked for.
+
+It stands in for `cow.device.Io`. Each call that changes something is logged with its begin and its end, so that
+tests/crash/cut.py can make what a power cut at any moment would leave. Calls can be made to fail, to fall short, or to
+be left out. The catalog's database lives in memory too; a transaction is one event that is there or not, which
+tests/crash/test_catalog.py shows to be true of SQLite's files.
+"""
+
+import errno
+import os
+import sqlite3
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
+
+STORE, SOURCE = "/store", "/disk.img"
+_STORE_INODE, _SOURCE_INODE = 1, 2
+PAGE = 4096
+UNLIMITED = 1 << 40
+# What these contain means nothing, and whether they are there neither.
+_MEANINGLESS = {"reserve", "lock", "catalog.sqlite"}
+_ENGINE = f"{os.sep}cow{os.sep}"
+_DEVICE = f"{_ENGINE}device.py"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is on the disk when nothing runs: contents and entries by inode number, and the catalog's database."""
+
+    files: dict[int, bytes]
+    directories: dict[int, dict[str, int]]
+    catalog: bytes | None
+
+
+@dataclass(eq=False)
+class Op:
+    """A change. `inode` is what a sync must cover to make it durable; None of the other fields applies to all kinds."""
+
+    kind: str  #: write, truncate, allocate, punch, link, unlink, sync, commit
+    inode: int
+    site: str
+    offset: int = 0
+    data: bytes = b""
+    length: int = 0
+    name: str = ""
+    target: int = 0
+    is_directory: bool = False  #: what `target` is
+    database: bytes = b""
+    ended: bool = False
+    failed: bool = False
+
+    def __str__(self) -> str:
+        what = self.name or f"{self.offset}+{len(self.data) or self.length}"
+        return f"{self.kind} {what} of {self.inode} by {self.site}"
+
+
+@dataclass
+class Inode:
+    """A file or a directory as the running system sees it."""
+
+    number: int
+    is_directory: bool
+    meaningless: bool = False
+    content: bytearray = field(default_factory=bytearray)
+    entries: dict[str, int] = field(default_factory=dict)
+    pages: set[int] = field(default_factory=set)
+
+    def touch(self, offset: int, length: int) -> None:
+        self.pages.update(range(offset // PAGE, -(-(offset + length) // PAGE)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that is about to be made, for those who decide whether it works."""
+
+    kind: str  #: as in Op, and read, begin
+    site: str
+    is_source: bool
+
+
+class Fault(Exception):  # noqa: N818
+    """What a decider raises or returns: an errno, or a transfer of only `short` bytes."""
+
+    def __init__(self, number: int = 0, short: int | None = None) -> None:
+        super().__init__(number, short)
+        self.number = number
+        self.short = short
+
+    def __str__(self) -> str:
+        return errno.errorcode[self.number] if self.short is None else "short"
+
+
+def site_of_caller() -> str:
+    """The engine's function that asked, and the one that called it: `journal.Journal.append<commits.Commits.commit`."""
+    found: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(found) < 2:
+        code = frame.f_code
+        if _ENGINE in code.co_filename and not code.co_filename.endswith(_DEVICE) and "<" not in code.co_name:
+            found.append(f"{os.path.basename(code.co_filename)[:-3]}.{code.co_qualname}")
+        frame = frame.f_back
+    return "<".join(found)
+
+
+def empty_state(content: bytes) -> State:
+    """A source with that content, and no store yet."""
+    return State({_SOURCE_INODE: content}, {_STORE_INODE: {}}, None)
+
+
+class Disk(Io):
+    """The calls of `Io` on a `State`. `decide(call)` may return a Fault; `left_out(call)` tells what is not done."""
+
+    def __init__(self, state: State, capacity_bytes: int = UNLIMITED) -> None:
+        self.log: list[tuple[str, Any]] = []  #: ("begin", op), ("end", op) and ("mark", whatever a test put there)
+        self.start = state
+        self.capacity_bytes = capacity_bytes
+        self.decide: Callable[[Call], Fault | None] | None = None
+        self.left_out: Callable[[Call], bool] | None = None
+        self.database = state.catalog
+        self._inodes = {number: Inode(number, False, content=bytearray(content)) for number, content in state.files.items()}
+        self._inodes |= {
+            number: Inode(number, True, entries=dict(entries)) for number, entries in state.directories.items()
+        }
+        for inode in list(self._inodes.values()):
+            inode.touch(0, len(inode.content))
+            for name, number in inode.entries.items():
+                self._inodes[number].meaningless = name in _MEANINGLESS
+        self._next_inode = max(self._inodes) + 1
+        self._descriptors: dict[int, Inode] = {}
+        self._next_descriptor = 1000
+        self._locked: set[int] = set()
+
+    # -- for tests -----------------------------------------------------------------------------------------------
+
+    def mark(self, what: object) -> None:
+        self.log.append(("mark", what))
+
+    def content(self) -> bytes:
+        """The source as a running system sees it."""
+        return bytes(self._inodes[_SOURCE_INODE].content)
+
+    @property
+    def open_descriptors(self) -> int:
+        return len(self._descriptors)
+
+    def settled(self) -> State:
+        """The state once all has been written back."""
+        files = {number: bytes(one.content) for number, one in self._inodes.items() if not one.is_directory}
+        directories = {number: dict(one.entries) for number, one in self._inodes.items() if one.is_directory}
+        return State(files, directories, self.database)
+
+    # -- the log -------------------------------------------------------------------------------------------------
+
+    def _ask(self, kind: str, inode: int) -> tuple[Call, Fault | None]:
+        call = Call(kind, site_of_caller(), inode == _SOURCE_INODE)
+        fault = self.decide(call) if self.decide is not None else None
+        return call, fault
+
+    def _change(self, op: Op, apply: Callable[[], None]) -> None:
+        self.log.append(("begin", op))
+        apply()
+        op.ended = True
+        self.log.append(("end", op))
+
+    def _entry_change(self, directory: Inode, kind: str, name: str, target: int, apply: Callable[[], None]) -> None:
+        call, fault = self._ask(kind, directory.number)
+        if fault is not None:
+            raise OSError(fault.number or errno.EIO, os.strerror(fault.number or errno.EIO))
+        if name in _MEANINGLESS:
+            apply()
+            return
+        is_directory = target in self._inodes and self._inodes[target].is_directory
+        op = Op(kind, directory.number, call.site, name=name, target=target, is_directory=is_directory)
+        self._change(op, apply)
+
+    # -- descriptors ---------------------------------------------------------------------------------------------
+
+    def _descriptor(self, inode: Inode) -> int:
+        self._next_descriptor += 1
+        self._descriptors[self._next_descriptor] = inode
+        return self._next_descriptor
+
+    def open(self, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if dir_fd is None:
+            return self._descriptor(self._inodes[{STORE: _STORE_INODE, SOURCE: _SOURCE_INODE}[path]])
+        directory = self._descriptors[dir_fd]
+        number = directory.entries.get(path)
+        if number is None:
+            if not flags & os.O_CREAT:
+                raise FileNotFoundError(errno.ENOENT, "no such file", path)
+            inode = self._new(directory, path, is_directory=False)
+        else:
+            inode = self._inodes[number]
+        if inode.is_directory != bool(flags & os.O_DIRECTORY):
+            raise NotADirectoryError(errno.ENOTDIR, "not what was asked for", path)
+        return self._descriptor(inode)
+
+    def _new(self, directory: Inode, name: str, *, is_directory: bool) -> Inode:
+        inode = Inode(self._next_inode, is_directory, meaningless=name in _MEANINGLESS)
+        self._next_inode += 1
+
+        self._inodes[inode.number] = inode
+
+        def apply() -> None:
+            directory.entries[name] = inode.number
+
+        self._entry_change(directory, "link", name, inode.number, apply)
+        return inode
+
+    def close(self, fd: int) -> None:
+        inode = self._descriptors.pop(fd)
+        self._locked.discard(inode.number)
+
+    def flock(self, fd: int, operation: int) -> None:
+        number = self._descriptors[fd].number
+        if number in self._locked:
+            raise BlockingIOError(errno.EAGAIN, "locked")
+        self._locked.add(number)
+
+    def open_source(self, path: str, flags: int) -> int:
+        return self.open(path, flags)
+
+    def geometry(self, fd: int) -> Geometry:
+        return Geometry(len(self._descriptors[fd].content), 512, is_block=False)
+
+    def is_in_memory(self, fd: int) -> bool:
+        return True
+
+    def fstat(self, fd: int) -> Any:
+        inode = self._descriptors[fd]
+        kind = stat.S_IFDIR if inode.is_directory else stat.S_IFREG
+        blocks = len(inode.pages) * PAGE // 512
+        return SimpleNamespace(
+            st_mode=kind | 0o700, st_uid=os.geteuid(), st_size=len(inode.content), st_blocks=blocks, st_mtime_ns=0
+        )
+
+    def fchmod(self, fd: int, mode: int) -> None:
+        pass
+
+    def fstatvfs(self, fd: int) -> Any:
+        free = max(0, self.capacity_bytes - self._used()) // PAGE
+        return SimpleNamespace(f_bavail=free, f_frsize=PAGE, f_blocks=self.capacity_bytes // PAGE)
+
+    def _used(self) -> int:
+        return sum(len(one.pages) for one in self._reachable()) * PAGE
+
+    def _reachable(self) -> list[Inode]:
+        found, todo = [], [_STORE_INODE]
+        while todo:
+            inode = self._inodes[todo.pop()]
+            found.append(inode)
+            todo += inode.entries.values()
+        return found
+
+    def allocated_bytes(self, fd: int) -> int:
+        below, todo = 0, list(self._descriptors[fd].entries.values())
+        while todo:
+            inode = self._inodes[todo.pop()]
+            below += len(inode.pages) * PAGE
+            todo += inode.entries.values()
+        return below
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        inode = self._descriptors[fd]
+        _, fault = self._ask("read", inode.number)
+        if fault is not None and fault.short is None:
+            raise OSError(fault.number, os.strerror(fault.number))
+        data = bytes(inode.content[offset : offset + length])
+        return data if fault is None else data[: max(1, fault.short)]
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        inode = self._descriptors[fd]
+        call, fault = self._ask("write", inode.number)
+        written = bytes(data)
+        if fault is not None:
+            if fault.short is None:
+                raise OSError(fault.number, os.strerror(fault.number))
+            written = written[: max(1, fault.short)]
+        self._take_space(inode, offset, len(written))
+        if inode.meaningless:
+            return len(written)
+
+        def apply() -> None:
+            if len(inode.content) < offset:
+                inode.content.extend(bytes(offset - len(inode.content)))
+            inode.content[offset : offset + len(written)] = written
+
+        self._change(Op("write", inode.number, call.site, offset=offset, data=written), apply)
+        return len(written)
+
+    def _take_space(self, inode: Inode, offset: int, length: int) -> None:
+        if inode.number == _SOURCE_INODE:
+            return
+        before = set() if self.capacity_bytes == UNLIMITED else set(inode.pages)
+        inode.touch(offset, length)
+        if self.capacity_bytes != UNLIMITED and self._used() > self.capacity_bytes:
+            inode.pages = before
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        inode = self._descriptors[fd]
+        call, fault = self._ask("truncate", inode.number)
+        if fault is not None:
+            raise OSError(fault.number or errno.EIO, os.strerror(fault.number or errno.EIO))
+        inode.pages = {page for page in inode.pages if page * PAGE < length}
+        if not inode.meaningless:
+            op = Op("truncate", inode.number, call.site, length=length)
+            self._change(op, lambda: resize(inode.content, length))
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        inode = self._descriptors[fd]
+        kind = "punch" if mode & FALLOC_PUNCH_HOLE else "allocate"
+        call, fault = self._ask(kind, inode.number)
+        if fault is not None:
+            raise OSError(fault.number or errno.EIO, os.strerror(fault.number or errno.EIO))
+        if kind == "punch":
+            inode.pages -= set(range(-(-offset // PAGE), (offset + length) // PAGE))
+        else:
+            self._take_space(inode, offset, length)
+        if not inode.meaningless:
+            op = Op(kind, inode.number, call.site, offset=offset, length=length)
+            self._change(op, lambda: apply_to(inode.content, op))
+
+    def fdatasync(self, fd: int) -> None:
+        self.fsync(fd)
+
+    def fsync(self, fd: int) -> None:
+        inode = self._descriptors[fd]
+        call, fault = self._ask("sync", inode.number)
+        if self.left_out is not None and self.left_out(call):
+            return
+        op = Op("sync", inode.number, call.site)
+        self.log.append(("begin", op))
+        op.failed = fault is not None
+        op.ended = True
+        self.log.append(("end", op))
+        if fault is not None:
+            raise OSError(fault.number or errno.EIO, os.strerror(fault.number or errno.EIO))
+
+    # -- directories ---------------------------------------------------------------------------------------------
+
+    def makedirs(self, path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+        pass
+
+    def listdir(self, fd: int) -> list[str]:
+        return list(self._descriptors[fd].entries)
+
+    def mkdir(self, name: str, mode: int = 0o777, *, dir_fd: int) -> None:
+        directory = self._descriptors[dir_fd]
+        if name in directory.entries:
+            raise FileExistsError(errno.EEXIST, "exists", name)
+        self._new(directory, name, is_directory=True)
+
+    def rename(self, old: str, new: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        directory = self._descriptors[dst_dir_fd]
+        number = directory.entries[old]
+        self._entry_change(directory, "link", new, number, lambda: directory.entries.update({new: number}))
+        self._entry_change(directory, "unlink", old, number, lambda: directory.entries.pop(old))
+
+    def unlink(self, name: str, *, dir_fd: int) -> None:
+        directory = self._descriptors[dir_fd]
+        if name not in directory.entries:
+            raise FileNotFoundError(errno.ENOENT, "no such file", name)
+        number = directory.entries[name]
+        self._entry_change(directory, "unlink", name, number, lambda: directory.entries.pop(name))
+
+    def rmdir(self, name: str, *, dir_fd: int) -> None:
+        directory = self._descriptors[dir_fd]
+        if self._inodes[directory.entries[name]].entries:
+            raise OSError(errno.ENOTEMPTY, "not empty", name)
+        self.unlink(name, dir_fd=dir_fd)
+
+    # -- the catalog ---------------------------------------------------------------------------------------------
+
+    def connect(self, path: str) -> sqlite3.Connection:
+        disk = self
+
+        class Connection(sqlite3.Connection):
+            """Each commit is an event in the disk's log."""
+
+            def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+                if statement == "BEGIN IMMEDIATE":
+                    disk._database_call("begin")
+                    self._before = self.total_changes
+                elif statement == "COMMIT" and (self.total_changes != self._before or disk.database is None):
+                    return disk._commit(self)
+                return super().execute(statement, *arguments)
+
+            def commit_really(self) -> sqlite3.Cursor:
+                return super().execute("COMMIT")
+
+        connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=Connection)
+        if self.database is not None:
+            connection.deserialize(self.database)
+        return connection
+
+    def _database_call(self, kind: str) -> tuple[Call, Fault | None]:
+        call, fault = self._ask(kind, 0)
+        if fault is not None and kind == "begin":
+            raise _database_error(fault)
+        return call, fault
+
+    def _commit(self, connection: Any) -> sqlite3.Cursor:
+        call, fault = self._database_call("commit")
+        op = Op("commit", 0, call.site)
+        if fault is not None:
+            # SQLite takes the transaction back, but after a crash it may be found in the log all the same.
+            op.failed = True
+            op.database = _image_after(connection)
+        else:
+            cursor = connection.commit_really()
+            op.database = connection.serialize()
+        self.log.append(("begin", op))
+        op.ended = True
+        self.log.append(("end", op))
+        if fault is not None:
+            raise _database_error(fault)
+        self.database = op.database
+        return cursor
+
+
+def _image_after(connection: sqlite3.Connection) -> bytes:
+    """The database as it would be had the open transaction been committed."""
+    return bytes(connection.serialize())
+
+
+def _database_error(fault: Fault) -> sqlite3.OperationalError:
+    full = fault.number in (errno.ENOSPC, errno.EDQUOT)
+    error = sqlite3.OperationalError("database or disk is full" if full else "disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_IOERR
+    return error
+
+
+def resize(content: bytearray, length: int) -> None:
+    """Cut a file, or extend it with zeroes."""
+    if length < len(content):
+        del content[length:]
+    else:
+        content.extend(bytes(length - len(content)))
+
+
+def apply_to(content: bytearray, op: Op) -> None:
+    """Do what the operation does to a file's content."""
+    if op.kind == "write":
+        if len(content) < op.offset:
+            content.extend(bytes(op.offset - len(content)))
+        content[op.offset : op.offset + len(op.data)] = op.data
+    elif op.kind == "truncate":
+        resize(content, op.length)
+    elif op.kind == "allocate":
+        if len(content) < op.offset + op.length:
+            resize(content, op.offset + op.length)
+    elif op.kind == "punch":
+        end = min(len(content), op.offset + op.length)
+        if op.offset < end:
+            content[op.offset : end] = bytes(end - op.offset)

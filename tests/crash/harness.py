@@ -1,0 +1,177 @@
+"""Cuts the power everywhere in a workload, opens what is left with the real recovery, and asks the oracle."""
+
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import trio
+
+from cow import journal, space
+from tests.crash.cut import Found, states_of
+from tests.crash.disk import Disk, State, empty_state
+from tests.crash.oracle import Oracle, Versions
+from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, prepare
+
+JOURNAL_BYTES = 4096  # so that a few commits fill a file
+CONTENT = bytes(0x80 | (place // 512 + 1) for place in range(SIZE))
+
+T = TypeVar("T")
+
+
+class ViolationError(AssertionError):
+    """The store broke its promise; the text tells what was done, where the power went and what was found."""
+
+
+@dataclass
+class Tally:
+    """What was checked."""
+
+    states: int = 0
+    in_recovery: int = 0  #: of them, after a second cut during the recovery from the first
+    workloads: int = 0
+
+
+async def _inline(function: Callable[..., T], *arguments: Any, **_: Any) -> T:
+    """Stands for trio.to_thread.run_sync: here, with other tasks before it, so that runs can be repeated."""
+    await trio.lowlevel.checkpoint()
+    return function(*arguments)
+
+
+@contextmanager
+def small_and_deterministic() -> Iterator[None]:
+    """Small journal files, no threads, and trio's order of tasks from a seed."""
+    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    trio._core._run._r.seed(1)
+    with (
+        patch.object(trio.to_thread, "run_sync", _inline),
+        patch.object(journal, "FILE_BYTES", JOURNAL_BYTES),
+        patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
+        patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
+    ):
+        yield
+
+
+def run(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Run an async function with all of the above."""
+    with small_and_deterministic():
+        return trio.run(partial(function, *arguments))
+
+
+@asynccontextmanager
+async def opened(disk: Disk, oracle: Oracle) -> AsyncIterator[Session]:
+    """The store on the disk, killed at the end."""
+    session = Session(disk, oracle)
+    await session.open()
+    try:
+        yield session
+    finally:
+        await session.kill()
+
+
+async def read_all(session: Session) -> dict[str, bytes]:
+    """Every snapshot's content."""
+    return {
+        snapshot.name.decode(): await snapshot.images[0].read(0, SIZE) for snapshot in session.store.snapshots
+    }
+
+
+async def examine(state: State, oracle: Oracle) -> Disk:
+    """Open what a cut left and check all of it, then use it. Raises AssertionError where the promise is broken.
+
+    Returns the disk, with the log of the recovery up to a mark.
+    """
+    disk = Disk(state)
+    async with opened(disk, oracle) as session:
+        disk.mark(oracle)
+        states = {snapshot.name.decode(): snapshot.row.state.value for snapshot in session.store.snapshots}
+        wanted = oracle.expect(set(states))
+        assert set(states.values()) <= {"valid"}, f"a crash alone damaged a snapshot: {states}, {session.findings}"
+        assert session.troubles == [], session.troubles
+        found = await read_all(session)
+        for name, versions in wanted.items():
+            mismatch = versions.mismatch(found[name])
+            assert mismatch is None, f"snapshot {name}: {mismatch}"
+        mismatch = oracle.live.mismatch(disk.content())
+        assert mismatch is None, f"the live image: {mismatch}"
+        await _use(session, found)
+    return disk
+
+
+async def _use(session: Session, found: dict[str, bytes]) -> None:
+    """What recovery believes must also hold when the store is used on: overwrite everything, look again."""
+    await session.origin.write(0, session.fresh(SIZE))
+    for name, content in (await read_all(session)).items():
+        assert content == found[name], f"snapshot {name} changed when the origin was overwritten after the recovery"
+    assert session.troubles == [], session.troubles
+
+
+async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, int]:
+    """Run a workload; the disk with its log, and the place in the log where the workload itself begins."""
+    disk = disk or Disk(empty_state(CONTENT))
+    session = Session(disk, Oracle(Versions(CONTENT)))
+    disk.mark(session.oracle)
+    await prepare(session)
+    first = len(disk.log)
+    for name in workload:
+        await OPERATIONS[name](session)
+    await session.kill()
+    assert session.troubles == [], session.troubles
+    return disk, first
+
+
+async def check_workload(
+    workload: Workload, random_: random.Random, tally: Tally, *, doubles: float, whole: bool = False,
+    make_disk: Callable[[], Disk] | None = None, most: int | None = None,
+) -> None:  # fmt: skip
+    """Check the states of a workload (of its preparation too when `whole`), and a share `doubles` of second cuts.
+
+    Raises ViolationError at the first one that is wrong. Stops after `most` states.
+    """
+    disk, first = await record(workload, make_disk() if make_disk is not None else None)
+    tally.workloads += 1
+    seen: set[object] = set()
+    for count, found in enumerate(states_of(disk, random_, first=0 if whole else first, seen=seen)):
+        if most is not None and count >= most:
+            return
+        recovered = await _examine(workload, found, "")
+        tally.states += 1
+        if random_.random() < doubles:
+            await _cut_again(workload, found, recovered, random_, tally)
+
+
+async def _cut_again(workload: Workload, found: Found, recovered: Disk, random_: random.Random, tally: Tally) -> None:
+    """The power goes once more, at some moment of the recovery."""
+    opened_at = next(place for place, (edge, _) in enumerate(recovered.log) if edge == "mark")
+    recovered.log[opened_at:] = []
+    recovered.log.insert(0, ("mark", found.mark))
+    moments = list(states_of(recovered, random_))
+    for second in random_.sample(moments, min(2, len(moments))):
+        await _examine(workload, second, f"after a first cut at event {found.event}, with\n{found.story}\n")
+        tally.states += 1
+        tally.in_recovery += 1
+
+
+async def _examine(workload: Workload, found: Found, before: str) -> Disk:
+    oracle = found.mark
+    assert isinstance(oracle, Oracle)
+    try:
+        return await examine(found.state, oracle)
+    except Exception as error:
+        told = f"{error}\n{before}power cut at event {found.event} of {' / '.join(workload)}, with\n{found.story}"
+        raise ViolationError(told) from error
+
+
+async def check_workloads(
+    workloads: Iterable[Workload], seed: int, *, doubles: float, progress: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
+    """Check many workloads."""
+    random_ = random.Random(seed)
+    tally = Tally()
+    for number, workload in enumerate(workloads):
+        await check_workload(workload, random_, tally, doubles=doubles, whole=number == 0)
+        progress(tally)
+    return tally

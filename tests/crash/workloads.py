@@ -1,0 +1,210 @@
+"""What is done to a store before the power goes: one table of operations, and every short sequence of them.
+
+After ACE (the bounded black-box method of CrashMonkey): all sequences of up to two operations and a seeded sample of
+longer ones, from a small store that is in use, each ended by a persistence point.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from itertools import product
+
+from cow import Source, open_store
+from cow.image import Image
+from cow.origin import Origin
+from cow.store import Store
+from tests.crash.disk import SOURCE, STORE, Disk
+from tests.crash.oracle import Oracle, Versions
+
+CHUNK = 4096
+SIZE = 6 * CHUNK + 1536  # the last chunk is a partial one
+SMALL_QUOTA, LARGE_QUOTA = 64 << 20, 128 << 20
+
+
+class StopError(Exception):
+    """Ends a store as a kill would: nothing of a clean stop is done."""
+
+
+class Session:
+    """A store in use on a disk, and the oracle, which is marked in the disk's log before and after each call."""
+
+    def __init__(self, disk: Disk, oracle: Oracle) -> None:
+        self.disk = disk
+        self.oracle = oracle
+        self.troubles: list[str] = []
+        self.findings: list[str] = []
+        self.store: Store
+        self._counter = 0
+        self._stack = AsyncExitStack()
+
+    async def open(self, **options: object) -> None:
+        self._stack = AsyncExitStack()
+        opened = await self._stack.enter_async_context(
+            open_store(STORE, [Source(b"disk.img", SOURCE)], io=self.disk, on_trouble=self.troubles.append, **options)
+        )
+        self.store, self.findings = opened.store, opened.findings
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
+
+    async def kill(self) -> None:
+        error = StopError()
+        with suppress(StopError):
+            try:
+                await self._stack.__aexit__(StopError, error, None)
+            except BaseExceptionGroup as group:
+                _, others = group.split(StopError)
+                if others is not None:
+                    raise others from None
+
+    # -- what is done, with the oracle following -----------------------------------------------------------------
+
+    def fresh(self, length: int) -> bytes:
+        """Bytes that were never written before."""
+        self._counter += 1
+        return (self._counter.to_bytes(4, "big") * (length // 4 + 1))[:length]
+
+    def _mark(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+        self.disk.mark(oracle)
+
+    def image(self, name: str) -> Image:
+        found = self.store.find(name.encode())
+        assert found is not None, f"snapshot {name} is gone"
+        return found.images[0]
+
+    @property
+    def origin(self) -> Origin:
+        return self.store.origins[0]
+
+    async def write_live(self, offset: int, length: int) -> None:
+        data = self.fresh(min(length, SIZE - offset))
+        self._mark(replace(self.oracle, live=self.oracle.live.write(offset, data)))
+        await self.origin.write(offset, data)
+
+    async def write_snapshot(self, name: str, offset: int, length: int) -> None:
+        data = self.fresh(min(length, SIZE - offset))
+        versions = self.oracle.snapshots[name].write(offset, data)
+        self._mark(replace(self.oracle, snapshots={**self.oracle.snapshots, name: versions}))
+        await self.image(name).write(offset, data)
+
+    async def sync_live(self) -> None:
+        await self.origin.sync()
+        self._mark(replace(self.oracle, live=self.oracle.live.flush()))
+
+    async def sync_snapshot(self, name: str) -> None:
+        await self.image(name).sync()
+        versions = self.oracle.snapshots[name].flush()
+        self._mark(replace(self.oracle, snapshots={**self.oracle.snapshots, name: versions}))
+
+    async def create(self) -> None:
+        self._counter += 1
+        name = f"s{self._counter}"
+        made = Versions(self.oracle.live.latest)
+        self._mark(replace(self.oracle, being_made=(name, made)))
+        await self.store.create_snapshot(name.encode())
+        snapshots = {**self.oracle.snapshots, name: made}
+        self._mark(replace(self.oracle, snapshots=snapshots, being_made=None, live=self.oracle.live.flush()))
+
+    async def delete(self, name: str) -> None:
+        self._mark(replace(self.oracle, being_dropped=name))
+        await self.store.delete_snapshot(name.encode())
+        left = {other: versions for other, versions in self.oracle.snapshots.items() if other != name}
+        self._mark(replace(self.oracle, snapshots=left, being_dropped=None))
+
+    async def rename(self, name: str) -> None:
+        self._counter += 1
+        new = f"r{self._counter}"
+        self._mark(replace(self.oracle, being_renamed=(name, new)))
+        await self.store.rename_snapshot(name.encode(), new.encode())
+        snapshots = {new if other == name else other: versions for other, versions in self.oracle.snapshots.items()}
+        self._mark(replace(self.oracle, snapshots=snapshots, being_renamed=None))
+
+    async def restart(self, **options: object) -> None:
+        await self.stop()
+        # A clean stop syncs all images.
+        snapshots = {name: versions.flush() for name, versions in self.oracle.snapshots.items()}
+        self._mark(replace(self.oracle, live=self.oracle.live.flush(), snapshots=snapshots))
+        await self.open(**options)
+
+    @property
+    def oldest(self) -> str | None:
+        return next(iter(self.oracle.snapshots), None)
+
+    @property
+    def newest(self) -> str | None:
+        return next(reversed(self.oracle.snapshots), None)
+
+
+Action = Callable[[Session], Awaitable[None]]
+
+
+def _on(pick: Callable[[Session], str | None], act: Callable[[Session, str], Awaitable[None]]) -> Action:
+    """An action on a snapshot; nothing where there is none."""
+
+    async def action(session: Session) -> None:
+        name = pick(session)
+        if name is not None:
+            await act(session, name)
+
+    return action
+
+
+def _newest(session: Session) -> str | None:
+    return session.newest
+
+
+def _oldest(session: Session) -> str | None:
+    return session.oldest
+
+
+async def _checkpoint(session: Session) -> None:
+    await session.store.checkpoint()
+
+
+OPERATIONS: dict[str, Action] = {
+    "write a live chunk": lambda session: session.write_live(CHUNK, CHUNK),
+    "write live chunks": lambda session: session.write_live(0, 4 * CHUNK),
+    "write live sectors": lambda session: session.write_live(2 * CHUNK + 3584, 1024),
+    "write the live end": lambda session: session.write_live(6 * CHUNK, CHUNK),
+    "write a chunk of the newest": _on(_newest, lambda session, name: session.write_snapshot(name, CHUNK, CHUNK)),
+    "write bytes of the newest": _on(_newest, lambda session, name: session.write_snapshot(name, 2 * CHUNK - 100, 900)),
+    "write chunks of the oldest": _on(_oldest, lambda session, name: session.write_snapshot(name, 0, 3 * CHUNK)),
+    "sync live": lambda session: session.sync_live(),
+    "sync the newest": _on(_newest, lambda session, name: session.sync_snapshot(name)),
+    "create": lambda session: session.create(),
+    "delete the oldest": _on(_oldest, lambda session, name: session.delete(name)),
+    "delete the newest": _on(_newest, lambda session, name: session.delete(name)),
+    "rename": _on(_oldest, lambda session, name: session.rename(name)),
+    "checkpoint": _checkpoint,
+    "restart": lambda session: session.restart(),
+    "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
+}
+PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
+
+Workload = tuple[str, ...]
+
+
+def short_workloads() -> Iterator[Workload]:
+    """Every sequence of up to two operations, each with a persistence point in turn."""
+    for place, sequence in enumerate([(), *((one,) for one in OPERATIONS), *product(OPERATIONS, repeat=2)]):
+        yield (*sequence, PERSISTENCE[place % len(PERSISTENCE)])
+
+
+def long_workloads(random_: random.Random) -> Iterator[Workload]:
+    """Sequences of three to ten operations, without end."""
+    while True:
+        length = random_.randint(3, 10)
+        yield (*random_.choices(list(OPERATIONS), k=length), random_.choice(PERSISTENCE))
+
+
+async def prepare(session: Session) -> None:
+    """The store that the workloads start from: two snapshots, with chunks preserved for and written to them."""
+    await session.open(quota_bytes=LARGE_QUOTA)
+    await session.create()
+    await session.write_live(0, 2 * CHUNK)
+    await session.create()
+    await session.write_live(CHUNK, 2 * CHUNK)
+    await session.write_snapshot(session.newest, 0, CHUNK)
+    await session.sync_snapshot(session.newest)
