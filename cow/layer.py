@@ -42,7 +42,8 @@ class Layer:
         self._directory: Directory | None = None
         self._files: dict[str, File] = {}
         self._unsynced: set[str] = set()
-        self._opening = threading.Lock()  #: guards `_directory`, `_files` and `_unsynced`
+        self._entries_unsynced = False  #: whether files were made since the directory was synced
+        self._opening = threading.Lock()  #: guards `_directory`, `_files` and what is unsynced
         self._pins = 0
         self._closing = False
         # Mixed into each checksum, so that a chunk at a wrong place or in a wrong layer is found out.
@@ -69,7 +70,7 @@ class Layer:
                     if not create:
                         raise
                     self._files[name] = self._directory.open(name, create=True)
-                    self._directory.sync()
+                    self._entries_unsynced = True
             return self._files[name]
 
     def pin(self) -> None:
@@ -227,13 +228,17 @@ class Layer:
         """Make all data written so far durable. The checksums become durable with the journal's record."""
         with self._opening:
             names, self._unsynced = self._unsynced, set()
-        for name in names:
-            try:
+            entries, self._entries_unsynced = self._entries_unsynced, False
+        try:
+            for name in names:
                 self._file(name).sync()
-            except (OSError, SyncError):
-                with self._opening:
-                    self._unsynced |= names
-                raise
+            if entries and self._directory is not None:
+                self._directory.sync()
+        except (OSError, SyncError):
+            with self._opening:
+                self._unsynced |= names
+                self._entries_unsynced |= entries
+            raise
 
     def punch(self, chunks: BitMap64) -> None:
         """Give back the space of chunks that nobody reads here any more."""

@@ -80,7 +80,6 @@ def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory
     for name in layers_directory.names():
         if name not in names:
             remove_layer_directory(layers_directory, name)
-    layers_directory.sync()
 
 
 def _load(layer: Layer) -> None:

@@ -82,6 +82,12 @@ class Cutter:
             for choice in self._choices(random_):
                 yield self._build(choice, catalog), self._story(choice, catalog)
 
+    def one_state(self, random_: random.Random) -> tuple[State, str]:
+        """One of them, at random."""
+        choice = tuple(random_.choice((_KEPT, _DROPPED)) for _ in self._pending)
+        catalog = random_.choice(self._catalogs)
+        return self._build(choice, catalog), self._story(choice, catalog)
+
     def _choices(self, random_: random.Random) -> Iterator[tuple[Sequence[int] | None, ...]]:
         """For each pending operation None (kept), or the sectors of it that are kept."""
         count = len(self._pending)
@@ -175,6 +181,20 @@ def digest(state: State) -> bytes:
             else:
                 parts.append(state.files[target])
     return xxh3_128_digest(b"\0".join(len(part).to_bytes(8, "little") + part for part in parts))
+
+
+def random_state_of(disk: Disk, random_: random.Random, before: int) -> Found:
+    """One state that a cut at some event before `before` may leave."""
+    event = random_.randrange(before)
+    cutter = Cutter(disk.start)
+    mark: object = None
+    for edge, what in disk.log[: event + 1]:
+        if edge == "mark":
+            mark = what
+        else:
+            cutter.follow(edge, what)
+    state, story = cutter.one_state(random_)
+    return Found(state, mark, event, story)
 
 
 def states_of(disk: Disk, random_: random.Random, *, first: int = 0, seen: set[object] | None = None) -> Iterator[Found]:

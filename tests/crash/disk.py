@@ -11,6 +11,7 @@ import os
 import sqlite3
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -80,7 +81,11 @@ class Call:
 
     kind: str  #: as in Op, and read, begin
     site: str
+    line: int
     is_source: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind} by {self.site} (line {self.line})"
 
 
 class Fault(Exception):  # noqa: N818
@@ -95,16 +100,18 @@ class Fault(Exception):  # noqa: N818
         return errno.errorcode[self.number] if self.short is None else "short"
 
 
-def site_of_caller() -> str:
-    """The engine's function that asked, and the one that called it: `journal.Journal.append<commits.Commits.commit`."""
+def site_of_caller() -> tuple[str, int]:
+    """The engine's function that asked and its caller, `journal.Journal.append<commits.Commits.commit`, and the line."""
     found: list[str] = []
+    line = 0
     frame = sys._getframe(1)
     while frame is not None and len(found) < 2:
         code = frame.f_code
         if _ENGINE in code.co_filename and not code.co_filename.endswith(_DEVICE) and "<" not in code.co_name:
+            line = line or frame.f_lineno
             found.append(f"{os.path.basename(code.co_filename)[:-3]}.{code.co_qualname}")
         frame = frame.f_back
-    return "<".join(found)
+    return "<".join(found), line
 
 
 def empty_state(content: bytes) -> State:
@@ -121,6 +128,7 @@ class Disk(Io):
         self.capacity_bytes = capacity_bytes
         self.decide: Callable[[Call], Fault | None] | None = None
         self.left_out: Callable[[Call], bool] | None = None
+        self.calls: Counter[Call] | None = None  #: set to have them counted
         self.database = state.catalog
         self._inodes = {number: Inode(number, False, content=bytearray(content)) for number, content in state.files.items()}
         self._inodes |= {
@@ -157,7 +165,9 @@ class Disk(Io):
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _ask(self, kind: str, inode: int) -> tuple[Call, Fault | None]:
-        call = Call(kind, site_of_caller(), inode == _SOURCE_INODE)
+        call = Call(kind, *site_of_caller(), inode == _SOURCE_INODE)
+        if self.calls is not None:
+            self.calls[call] += 1
         fault = self.decide(call) if self.decide is not None else None
         return call, fault
 
@@ -416,6 +426,8 @@ class Disk(Io):
             op.database = _image_after(connection)
         else:
             cursor = connection.commit_really()
+            if self.left_out is not None and self.left_out(call):
+                return cursor
             op.database = connection.serialize()
         self.log.append(("begin", op))
         op.ended = True

@@ -3,7 +3,7 @@
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -11,7 +11,7 @@ from unittest.mock import patch
 import trio
 
 from cow import journal, space
-from tests.crash.cut import Found, states_of
+from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
 from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, prepare
@@ -91,6 +91,7 @@ async def examine(state: State, oracle: Oracle) -> Disk:
         wanted = oracle.expect(set(states))
         assert set(states.values()) <= {"valid"}, f"a crash alone damaged a snapshot: {states}, {session.findings}"
         assert session.troubles == [], session.troubles
+        assert oracle.may_be_clean or not session.was_clean, "the store takes this for a clean stop"
         found = await read_all(session)
         for name, versions in wanted.items():
             mismatch = versions.mismatch(found[name])
@@ -103,6 +104,10 @@ async def examine(state: State, oracle: Oracle) -> Disk:
 
 async def _use(session: Session, found: dict[str, bytes]) -> None:
     """What recovery believes must also hold when the store is used on: overwrite everything, look again."""
+    wanted = session.oracle.being_made
+    name = wanted[0] if wanted is not None and wanted[0] not in found else "one more"
+    found = {**found, name: session.disk.content()}
+    await session.store.create_snapshot(name.encode())
     await session.origin.write(0, session.fresh(SIZE))
     for name, content in (await read_all(session)).items():
         assert content == found[name], f"snapshot {name} changed when the origin was overwritten after the recovery"
@@ -114,12 +119,18 @@ async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, in
     disk = disk or Disk(empty_state(CONTENT))
     session = Session(disk, Oracle(Versions(CONTENT)))
     disk.mark(session.oracle)
-    await prepare(session)
-    first = len(disk.log)
-    for name in workload:
-        await OPERATIONS[name](session)
-    await session.kill()
-    assert session.troubles == [], session.troubles
+    try:
+        await prepare(session)
+        first = len(disk.log)
+        for name in workload:
+            await OPERATIONS[name](session)
+        contents = await read_all(session)
+        for name, versions in session.oracle.snapshots.items():
+            mismatch = versions.mismatch(contents[name]) if versions.loose else contents[name] != versions.latest
+            assert not mismatch, f"snapshot {name} reads wrong before any cut"
+        assert session.troubles == [], session.troubles
+    finally:
+        await session.kill()
     return disk, first
 
 
@@ -146,10 +157,10 @@ async def check_workload(
 async def _cut_again(workload: Workload, found: Found, recovered: Disk, random_: random.Random, tally: Tally) -> None:
     """The power goes once more, at some moment of the recovery."""
     opened_at = next(place for place, (edge, _) in enumerate(recovered.log) if edge == "mark")
-    recovered.log[opened_at:] = []
-    recovered.log.insert(0, ("mark", found.mark))
-    moments = list(states_of(recovered, random_))
-    for second in random_.sample(moments, min(2, len(moments))):
+    for _ in range(2):
+        second = random_state_of(recovered, random_, opened_at)
+        # Once it is opened, the catalog may say of the stop what the first cut left.
+        second = replace(second, mark=replace(found.mark, may_be_clean=True))
         await _examine(workload, second, f"after a first cut at event {found.event}, with\n{found.story}\n")
         tally.states += 1
         tally.in_recovery += 1

@@ -16,12 +16,13 @@ class Versions:
 
     flushed: bytes
     since: tuple[tuple[int, bytes], ...] = ()
+    loose: bool = False  #: whether even without a crash some of `since` may not be there
 
     def write(self, offset: int, data: bytes) -> "Versions":
         return replace(self, since=(*self.since, (offset, data)))
 
     def flush(self) -> "Versions":
-        return Versions(self.latest)
+        return self if self.loose else Versions(self.latest)
 
     @property
     def latest(self) -> bytes:
@@ -57,6 +58,7 @@ class Oracle:
     being_made: tuple[str, Versions] | None = None
     being_dropped: str | None = None
     being_renamed: tuple[str, str] | None = None
+    may_be_clean: bool = True
 
     __hash__ = object.__hash__
 

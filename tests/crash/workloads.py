@@ -8,7 +8,10 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import product
+
+import trio
 
 from cow import Source, open_store
 from cow.image import Image
@@ -34,6 +37,7 @@ class Session:
         self.oracle = oracle
         self.troubles: list[str] = []
         self.findings: list[str] = []
+        self.was_clean = False
         self.store: Store
         self._counter = 0
         self._stack = AsyncExitStack()
@@ -43,7 +47,7 @@ class Session:
         opened = await self._stack.enter_async_context(
             open_store(STORE, [Source(b"disk.img", SOURCE)], io=self.disk, on_trouble=self.troubles.append, **options)
         )
-        self.store, self.findings = opened.store, opened.findings
+        self.store, self.findings, self.was_clean = opened.store, opened.findings, opened.was_clean
 
     async def stop(self) -> None:
         await self._stack.aclose()
@@ -68,6 +72,10 @@ class Session:
     def _mark(self, oracle: Oracle) -> None:
         self.oracle = oracle
         self.disk.mark(oracle)
+
+    def mark_in_use(self) -> None:
+        """From here on a cut leaves a stop that is not clean."""
+        self._mark(replace(self.oracle, may_be_clean=False))
 
     def image(self, name: str) -> Image:
         found = self.store.find(name.encode())
@@ -122,11 +130,51 @@ class Session:
         self._mark(replace(self.oracle, snapshots=snapshots, being_renamed=None))
 
     async def restart(self, **options: object) -> None:
+        self._mark(replace(self.oracle, may_be_clean=True))
         await self.stop()
         # A clean stop syncs all images.
         snapshots = {name: versions.flush() for name, versions in self.oracle.snapshots.items()}
         self._mark(replace(self.oracle, live=self.oracle.live.flush(), snapshots=snapshots))
         await self.open(**options)
+        self._mark(replace(self.oracle, may_be_clean=False))
+
+    async def write_during(self, other: Callable[[], Awaitable[None]]) -> None:
+        """Write to the live image while something else is done."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            nursery.start_soon(self.write_live, CHUNK, 3 * CHUNK)
+
+    async def write_during_create(self) -> None:
+        """The snapshot may or may not have the write."""
+        self._counter += 1
+        name, data = f"s{self._counter}", self.fresh(5 * CHUNK)
+        before = self.oracle.live.latest
+        made = Versions(before, ((0, data),), loose=True)
+        self._mark(replace(self.oracle, being_made=(name, made), live=self.oracle.live.write(0, data)))
+
+        async def write() -> None:
+            for start in range(0, len(data), CHUNK):  # some before the instant and some after it
+                await self.origin.write(start, data[start : start + CHUNK])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.store.create_snapshot, name.encode())
+            nursery.start_soon(write)
+        snapshots = {**self.oracle.snapshots, name: made}
+        self._mark(replace(self.oracle, snapshots=snapshots, being_made=None, live=Versions(before, made.since)))
+
+    async def write_the_same_at_once(self) -> None:
+        """The same bytes, so that the order does not matter: no write may overtake what another preserves."""
+        data = self.fresh(2 * CHUNK)
+        self._mark(replace(self.oracle, live=self.oracle.live.write(3 * CHUNK, data)))
+
+        async def write(delay: int) -> None:
+            for _ in range(delay):
+                await trio.lowlevel.checkpoint()
+            await self.origin.write(3 * CHUNK, data)
+
+        async with trio.open_nursery() as nursery:
+            for delay in range(6):
+                nursery.start_soon(write, delay)
 
     @property
     def oldest(self) -> str | None:
@@ -179,6 +227,18 @@ OPERATIONS: dict[str, Action] = {
     "rename": _on(_oldest, lambda session, name: session.rename(name)),
     "checkpoint": _checkpoint,
     "restart": lambda session: session.restart(),
+    "write the same live chunks at once": lambda session: session.write_the_same_at_once(),
+    "write live during a create": lambda session: session.write_during_create(),
+    "write live during a sync of the newest": _on(
+        _newest, lambda session, name: session.write_during(partial(session.sync_snapshot, name))
+    ),
+    "write live during a delete of the oldest": _on(
+        _oldest, lambda session, name: session.write_during(partial(session.delete, name))
+    ),
+    "write live during a checkpoint": lambda session: session.write_during(session.store.checkpoint),
+    "write live during a write to the oldest": _on(
+        _oldest, lambda session, name: session.write_during(partial(session.write_snapshot, name, CHUNK, 3 * CHUNK))
+    ),
     "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
 }
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
@@ -202,9 +262,10 @@ def long_workloads(random_: random.Random) -> Iterator[Workload]:
 async def prepare(session: Session) -> None:
     """The store that the workloads start from: two snapshots, with chunks preserved for and written to them."""
     await session.open(quota_bytes=LARGE_QUOTA)
+    session.mark_in_use()
     await session.create()
     await session.write_live(0, 2 * CHUNK)
     await session.create()
     await session.write_live(CHUNK, 2 * CHUNK)
-    await session.write_snapshot(session.newest, 0, CHUNK)
+    await session.write_snapshot(session.newest, 0, 2 * CHUNK)
     await session.sync_snapshot(session.newest)

@@ -1,0 +1,141 @@
+"""Engines with one thing left out or in the wrong order: if the harness does not notice, it would not notice us either.
+
+Three kinds: each sync, and each commit of the catalog, that a run of the workloads makes, found from the run itself; and
+edits of the source, each of which takes out one check or one ordering edge.
+"""
+
+import importlib
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from tests.crash.disk import Call, Disk, empty_state
+from tests.crash.harness import CONTENT, record
+from tests.crash.workloads import Workload
+
+
+async def calls_of(workloads: list[Workload], kinds: set[str]) -> list[Call]:
+    """The distinct calls of these kinds that the workloads make, each by its line in the engine."""
+    counts: Counter[Call] = Counter()
+    for workload in workloads:
+        disk = Disk(empty_state(CONTENT))
+        disk.calls = counts
+        await record(workload, disk)
+    return sorted((call for call in counts if call.kind in kinds), key=str)
+
+
+def disk_without(left_out: Call) -> Disk:
+    """A disk on which that call does nothing."""
+    disk = Disk(empty_state(CONTENT))
+    disk.left_out = lambda call: call == left_out
+    return disk
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old` in the source of `function` (module:Class.function) becomes `new`."""
+
+    what: str
+    function: str
+    old: str
+    new: str
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The engine with the edit in it."""
+        module_name, _, path = self.function.partition(":")
+        module = importlib.import_module(f"cow.{module_name}")
+        owner_name, _, name = path.rpartition(".")
+        owner = getattr(module, owner_name) if owner_name else module
+        source = inspect.getsource(inspect.getattr_static(owner, name))
+        assert source.count(self.old) == 1, f"{self.what}: {self.old!r} is in {self.function} {source.count(self.old)} times"
+        namespace: dict[str, object] = {}
+        exec(compile(textwrap.dedent(source.replace(self.old, self.new)), f"<{self.what}>", "exec"), vars(module), namespace)
+        with patch.object(owner, name, namespace[name]):
+            yield
+
+
+ORDER = [
+    Edit(
+        "a commit is applied before it is durable",
+        "commits:Commits.commit",
+        "        async with self._lock:\n",
+        "        async with self._lock:\n            apply()\n",
+    ),
+    Edit(
+        "the origin is overwritten before the old bytes are preserved",
+        "origin:Origin.write",
+        "            await self._preserver.preserve(self, run)\n",
+        "            self.device.pwrite(data, offset)\n            await self._preserver.preserve(self, run)\n",
+    ),
+    Edit(
+        "old bytes are not preserved at all",
+        "origin:Origin.write",
+        "            await self._preserver.preserve(self, run)\n",
+        "",
+    ),
+    Edit(
+        "a snapshot is recorded as valid before the origin is synced",
+        "store:Store.create_snapshot",
+        "            for origin in self.origins:\n                await origin.sync()\n            async with self._layout:\n"
+        "                await self._finish(snapshot, evidence)\n",
+        "            async with self._layout:\n                await self._finish(snapshot, evidence)\n"
+        "            for origin in self.origins:\n                await origin.sync()\n",
+    ),
+    Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
+    Edit(
+        "an intent is recorded after the overwriting",
+        "image:Image.write",
+        "            await self._announce(run)\n            self.delta.pin()\n            try:\n"
+        "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n            finally:\n"
+        "                self.delta.unpin()\n",
+        "            await trio.to_thread.run_sync(self._write_delta, run, whole)\n            await self._announce(run)\n",
+    ),
+    Edit("open intents are not carried over", "commits:Commits._start_file", "            if layer.intended\n", "            if False\n"),
+    Edit(
+        "journal files are dropped before the layers are saved",
+        "commits:Commits.save",
+        "        try:\n            for layer, content",
+        "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n"
+        "        try:\n            for layer, content",
+    ),
+    Edit(
+        "recovery drops the journal before the layers are saved",
+        "recovery:recover",
+        "    older = journal.start_file()\n",
+        "    older = journal.start_file()\n    journal.retire(older)\n    older = []\n",
+    ),
+    Edit("recovery does not rehash what was being overwritten", "recovery:recover", "        if layer.intended:\n", "        if False:\n"),
+    Edit("recovery keeps half-taken snapshots", "recovery:_drop_pending", "row.state == State.PENDING]", "False]"),
+    Edit("recovery does not apply the journal", "recovery:_apply", "    layer.commit(record.runs)\n", ""),
+    Edit("recovery does not restore the checksums", "recovery:_apply", "        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])\n", ""),
+    Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
+    Edit(
+        "the catalog hands the layers of a deleted snapshot to nobody",
+        "store:Store._remove",
+        "self._catalog.delete_snapshot, snapshot.id, heir)",
+        "self._catalog.delete_snapshot, snapshot.id, None)",
+    ),
+    Edit(
+        "a checkpoint saves what is not committed",
+        "layer:Layer.encode_map",
+        "committed = self.held - self.uncommitted",
+        "committed = self.held | self.uncommitted",
+    ),
+    Edit(
+        "a sync of an image does not reach the journal",
+        "image:Image._commit",
+        "            await self._commits.commit([record], lambda: self.delta.commit(runs))\n",
+        "            self.delta.commit(runs)\n",
+    ),
+    Edit(
+        "a sync of an image passes over what was overwritten in place",
+        "image:Image._commit",
+        "written = self.delta.uncommitted | self.delta.intended",
+        "written = self.delta.uncommitted | BitMap64()",
+    ),
+]
