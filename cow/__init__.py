@@ -5,5 +5,6 @@ this file.
 """
 
 from cow.opening import Opened, Source, open_store
+from cow.preserver import OnFull
 
-__all__ = ["Opened", "Source", "open_store"]
+__all__ = ["OnFull", "Opened", "Source", "open_store"]

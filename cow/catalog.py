@@ -20,7 +20,7 @@ from enum import StrEnum
 from cow.device import Directory
 from cow.errors import CowError, RefusedError, StoreFullError
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "catalog.sqlite"
 _COMPANIONS = ("-wal", "-shm", "-journal")
 
@@ -34,15 +34,15 @@ CREATE TABLE origins (
     name BLOB NOT NULL UNIQUE,
     path BLOB NOT NULL,
     size_bytes INTEGER NOT NULL,
-    head_sums BLOB NOT NULL,
-    head_written BLOB NOT NULL,
-    modified_ns INTEGER NOT NULL
+    modified_ns INTEGER NOT NULL,
+    fingerprint BLOB NOT NULL DEFAULT x'',
+    fingerprint_of INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE snapshots (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name BLOB NOT NULL UNIQUE,
     created_ns INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('pending', 'valid', 'damaged', 'invalid')),
+    state TEXT NOT NULL CHECK (state IN ('pending', 'valid', 'damaged', 'suspect', 'invalid')),
     reason TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE evidence (
@@ -70,6 +70,7 @@ class State(StrEnum):
     PENDING = "pending"  # being taken; recovery drops it
     VALID = "valid"
     DAMAGED = "damaged"  # some chunks cannot be read; the others are right
+    SUSPECT = "suspect"  # the device was changed while hcpfs was not running
     INVALID = "invalid"  # given up
 
 
@@ -82,15 +83,15 @@ class Role(StrEnum):
 
 @dataclass
 class OriginRow:
-    """An origin as the catalog has it. `head_sums` and `head_written` are described in cow/fingerprint.py."""
+    """An origin as the catalog has it. `fingerprint` is that of the snapshot `fingerprint_of` (cow/fingerprint.py)."""
 
     id: int
     name: bytes
     path: bytes
     size_bytes: int
-    head_sums: bytes
-    head_written: bytes
     modified_ns: int
+    fingerprint: bytes = b""
+    fingerprint_of: int = 0
 
 
 @dataclass
@@ -159,10 +160,10 @@ class Catalog:
                     ],
                 )
         found = self.setting("format")
-        if not isinstance(found, int) or found > FORMAT:
+        if found != FORMAT:
             raise RefusedError(
-                f"the store {os.path.dirname(self._path)} has format {found}, and this hcpfs knows up to {FORMAT}: "
-                f"use a newer hcpfs"
+                f"the store {os.path.dirname(self._path)} has format {found}, and this hcpfs knows {FORMAT} only: use "
+                f"the hcpfs that made it, or another store"
             )
 
     @contextmanager
@@ -204,7 +205,7 @@ class Catalog:
         """All origins."""
         with self._transaction() as do:
             rows = do.execute(
-                "SELECT id, name, path, size_bytes, head_sums, head_written, modified_ns FROM origins ORDER BY id"
+                "SELECT id, name, path, size_bytes, modified_ns, fingerprint, fingerprint_of FROM origins ORDER BY id"
             ).fetchall()
         return [OriginRow(*row) for row in rows]
 
@@ -212,26 +213,23 @@ class Catalog:
         """Record the origins of a new store, all or none; their ids are given here."""
         with self._transaction() as do:
             do.executemany(
-                "INSERT INTO origins (name, path, size_bytes, head_sums, head_written, modified_ns) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (row.name, row.path, row.size_bytes, row.head_sums, row.head_written, row.modified_ns)
-                    for row in rows
-                ],
+                "INSERT INTO origins (name, path, size_bytes, modified_ns) VALUES (?, ?, ?, ?)",
+                [(row.name, row.path, row.size_bytes, row.modified_ns) for row in rows],
             )
 
-    def set_origin(self, origin: int, *, path: bytes, head_sums: bytes, head_written: bytes, modified_ns: int) -> None:
-        """Record where the origin is and what it looks like now."""
+    def set_fingerprint(self, origin: int, snapshot: int, fingerprint: bytes) -> None:
+        """Record the origin's fingerprint, as that snapshot sees it."""
         with self._transaction() as do:
             do.execute(
-                "UPDATE origins SET path = ?, head_sums = ?, head_written = ?, modified_ns = ? WHERE id = ?",
-                (path, head_sums, head_written, modified_ns, origin),
+                "UPDATE origins SET fingerprint = ?, fingerprint_of = ? WHERE id = ?", (fingerprint, snapshot, origin)
             )
 
-    def set_head_written(self, origin: int, head_written: bytes) -> None:
-        """Record that chunks of the origin's head are about to be overwritten."""
+    def record_clean_stop(self, origins: Iterable[tuple[int, bytes, int]]) -> None:
+        """Record that all is durable, and of each origin (its id) where it is and when it was last written, in ns."""
         with self._transaction() as do:
-            do.execute("UPDATE origins SET head_written = ? WHERE id = ?", (head_written, origin))
+            for origin, path, modified_ns in origins:
+                do.execute("UPDATE origins SET path = ?, modified_ns = ? WHERE id = ?", (path, modified_ns, origin))
+            do.execute("INSERT OR REPLACE INTO store VALUES ('clean', 1)")
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""Where a chunk is to be read: the first layer of a chain that holds it, else the origin."""
+"""Where a chunk is to be read: the first layer of a chain that knows it, else the origin."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cow.errors import DamagedError
+from cow.errors import DamagedError, LostError
 from cow.geometry import Run, held_in
 from cow.layer import Layer
 
@@ -18,7 +18,8 @@ class Piece(NamedTuple):
 def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
     """Cut `run` into pieces by where they are, in ascending order.
 
-    Raises DamagedError when a layer that would have to be asked does not know any more what it holds. # I4
+    Raises LostError when a chunk of it could not be kept, DamagedError when a layer that would have to be asked does
+    not know any more what it holds. # I4
     """
     pieces: list[Piece] = []
     missing = [run]
@@ -27,6 +28,11 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
             raise DamagedError(layer.damage)
         left: list[Run] = []
         for wanted in missing:
+            if layer.lost and (lost := held_in(layer.lost, wanted)):
+                raise LostError(
+                    f"chunk {lost[0].first} (offset {lost[0].offset}) was lost: it could not be kept when the origin "
+                    f"overwrote it; the file `lost` has all of them, and the rest stays readable"
+                )
             at = wanted.first
             for held in held_in(layer.held, wanted):
                 pieces.append(Piece(layer, held))

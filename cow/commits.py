@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import trio
 
+from cow.device import FULL
+from cow.errors import SyncError
 from cow.geometry import runs_of
 from cow.journal import Journal, Kind, Record
 from cow.layer import Layer
@@ -26,7 +28,8 @@ class Checkpoint:
 class Commits:
     """Serialises access to the journal. Trio thread only; the file work is done in threads.
 
-    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved.
+    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; `let_go`
+    gives back the reserve when there is no room for one.
     """
 
     def __init__(
@@ -34,10 +37,12 @@ class Commits:
         journal: Journal,
         layers: Callable[[], Iterable[Layer]],
         on_checkpoint: Callable[[Checkpoint], None],
+        let_go: Callable[[], None],
     ) -> None:
         self._journal = journal
         self._layers = layers
         self._on_checkpoint = on_checkpoint
+        self._let_go = let_go
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
 
     async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
@@ -48,10 +53,18 @@ class Commits:
         """
         async with self._lock:
             for record in records:
-                if not self._journal.has_room(record):
-                    await self._start_file()
-                await trio.to_thread.run_sync(self._journal.append, [record])
+                await self._append(record)
             apply()
+
+    async def _append(self, record: Record) -> None:
+        if not self._journal.has_room(record):
+            await self._start_file()
+        try:
+            await trio.to_thread.run_sync(self._journal.append, [record])
+        except OSError:
+            # What that file has of the record is unknown, so it is written anew, to another one.
+            await self._start_file()
+            await trio.to_thread.run_sync(self._journal.append, [record])
 
     async def checkpoint(self) -> None:
         """Start a new journal file, so that all before it can be saved and dropped."""
@@ -65,7 +78,13 @@ class Commits:
             for layer in self._layers()
             if layer.intended
         ]
-        older = await trio.to_thread.run_sync(self._journal.start_file, intents)
+        try:
+            older = await trio.to_thread.run_sync(self._journal.start_file, intents)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            await trio.to_thread.run_sync(self._let_go)
+            older = await trio.to_thread.run_sync(self._journal.start_file, intents)
         maps = []
         for layer in self._layers():
             if layer.dirty and layer.damage is None:
@@ -82,6 +101,9 @@ class Commits:
             for layer, content in checkpoint.maps:
                 layer.pin()
                 try:
+                    if layer.sums_in_doubt:
+                        async with self._lock:
+                            await trio.to_thread.run_sync(self._renew_sums, layer)
                     await trio.to_thread.run_sync(layer.save, content)
                 finally:
                     layer.unpin()
@@ -94,3 +116,13 @@ class Commits:
             await trio.to_thread.run_sync(
                 self._journal.retire, [number for number in checkpoint.journals if number in present]
             )
+
+    def _renew_sums(self, layer: Layer) -> None:
+        """Only what the journal has can be written anew, and of a delta it lacks what was not synced yet."""
+        records = [record for record in self._journal.records() if record.layer == layer.id]
+        if layer.uncommitted or layer.intended or any(record.kind is Kind.DELTA for record in records):
+            raise SyncError(
+                f"checksums of layer {layer.name} may be lost, as a sync of them failed: check the store's disk, then "
+                f"unmount and mount again, which writes them anew from the journal"
+            )
+        layer.renew_sums((record.runs, record.sums) for record in records)

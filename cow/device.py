@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 
 from cow.errors import RefusedError, SyncError
 
+FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 FALLOC_KEEP_SIZE = 0x01
@@ -67,7 +68,7 @@ class Io:
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        """fallocate(2), with all its modes."""
+        """Reserve space or punch a hole: the modes of <linux/falloc.h>."""
         if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -204,6 +205,10 @@ class File:
         except OSError as error:
             self._sync_failure = error
             raise
+
+    def forget_sync_failure(self) -> None:
+        """Let syncs of later writes count again. What the failed one covered must have been given up, durably."""
+        self._sync_failure = None
 
     def allocate(self, length: int) -> None:
         """Reserve and zero-fill the first `length` bytes, so that writes into them find space."""

@@ -76,6 +76,14 @@ class DamagedError(CowError):
     """Bytes of the store do not match their checksum, or are missing."""
 
 
+class LostError(CowError):
+    """Old bytes that could not be kept when the origin overwrote them, or that a repair gave up."""
+
+
+class SuspectError(CowError):
+    """The device was changed while hcpfs was not running, so what a snapshot reads from it may be wrong."""
+
+
 class InvalidSnapshotError(CowError):
     """The snapshot was given up; its `info` says why."""
 

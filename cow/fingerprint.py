@@ -1,58 +1,65 @@
-"""The fingerprint of an origin: the checksums of the chunks in its first MiB, to tell it from another device.
+"""The fingerprint of a device: checksums of a sample of chunks, as a snapshot sees them.
 
-The head changes in normal use (superblocks are there), so a chunk of it is marked in the catalog before it is first
-overwritten, and a marked chunk no longer counts. A clean stop takes the fingerprint anew.
+It tells, when the store is opened again, whether the device is the same one and was left alone meanwhile. A snapshot
+never changes, so its fingerprint, once taken, stays right: a sampled chunk that no layer has preserved since must read
+the same from the device, after a clean stop and after a crash alike. A chunk that was preserved does not count: what
+the device has there does not matter to any snapshot.
+
+The sample: all of the first MiB (superblocks, partition tables), the last 64 KiB, and chunks spread evenly.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from xxhash import xxh3_64_digest
 
-from cow.device import OriginDevice
-from cow.geometry import CHUNK_BYTES, Run
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, runs_of
 
-HEAD_BYTES = 1 << 20
-HEAD_CHUNKS = HEAD_BYTES // CHUNK_BYTES
-MASK_BYTES = HEAD_CHUNKS // 8
+HEAD_CHUNKS = (1 << 20) // CHUNK_BYTES
+TAIL_CHUNKS = 16
+SPREAD_CHUNKS = 64
+_ZERO_SUM = xxh3_64_digest(bytes(CHUNK_BYTES))
 
 
-class Fingerprint:
-    """`sums`: 8 bytes a chunk of the head. `written`: a bit a chunk, little-endian, set when it does not count."""
+def sampled(size_bytes: int) -> list[Run]:
+    """The runs that a fingerprint of a device of that size covers, ascending."""
+    chunks = chunks_of(size_bytes)
+    sample = {*range(min(HEAD_CHUNKS, chunks)), *range(max(0, chunks - TAIL_CHUNKS), chunks)}
+    sample.update(chunks * place // SPREAD_CHUNKS for place in range(SPREAD_CHUNKS))
+    return list(runs_of(iter(sorted(sample))))
 
-    def __init__(self, sums: bytes, written: bytes = bytes(MASK_BYTES)) -> None:
-        self.sums = sums
-        self._written = int.from_bytes(written, "little")
 
-    @classmethod
-    def of(cls, device: OriginDevice) -> "Fingerprint":
-        """Read the device's head and take its fingerprint."""
-        head = device.pread(min(HEAD_BYTES, device.size_bytes), 0)
-        chunks = (head[start : start + CHUNK_BYTES] for start in range(0, len(head), CHUNK_BYTES))
-        return cls(b"".join(map(xxh3_64_digest, chunks)))
+def digests(runs: Sequence[Run], read: Callable[[Run], bytes]) -> bytes:
+    """The fingerprint: 8 bytes a chunk. `read` gives the whole chunks of a run."""
+    found = []
+    for run in runs:
+        data = read(run)
+        found += [xxh3_64_digest(data[start : start + CHUNK_BYTES]) for start in range(0, run.length, CHUNK_BYTES)]
+    return b"".join(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of the sampled chunks that count: how many are as they were, and the runs that are not."""
+
+    same: int
+    changed: list[Run]
 
     @property
-    def written(self) -> bytes:
-        """The mask of the chunks that no longer count."""
-        return self._written.to_bytes(MASK_BYTES, "little")
-
-    def marked(self, run: Run) -> bytes | None:
-        """The mask with `run` in it, or None when it is there already. The caller stores it before `mark`."""
-        wanted = self._written | _bits(run)
-        return None if wanted == self._written else wanted.to_bytes(MASK_BYTES, "little")
-
-    def mark(self, mask: bytes) -> None:
-        """Take over a mask that is durable."""
-        self._written |= int.from_bytes(mask, "little")
-
-    def matches(self, present: "Fingerprint") -> bool:
-        """Whether the chunks that count are what they were."""
-        if len(self.sums) != len(present.sums):
-            return False
-        return all(
-            self.sums[chunk * 8 : chunk * 8 + 8] == present.sums[chunk * 8 : chunk * 8 + 8]
-            for chunk in range(len(self.sums) // 8)
-            if not self._written >> chunk & 1
-        )
+    def is_another_device(self) -> bool:
+        """Whether nothing but zeroes is as it was."""
+        return bool(self.changed) and self.same == 0
 
 
-def _bits(run: Run) -> int:
-    end = min(run.end, HEAD_CHUNKS)
-    return (1 << end) - (1 << run.first) if run.first < end else 0
+def compare(runs: Sequence[Run], before: bytes, now: bytes, counts: Callable[[int], bool]) -> Comparison:
+    """Compare two fingerprints; `counts` tells whether a chunk matters. Zeroes are no sign of identity."""
+    same, changed = 0, []
+    for place, chunk in enumerate(chunk for run in runs for chunk in range(run.first, run.end)):
+        if not counts(chunk):
+            continue
+        digest = before[8 * place : 8 * place + 8]
+        if digest != now[8 * place : 8 * place + 8]:
+            changed.append(chunk)
+        elif digest != _ZERO_SUM:
+            same += 1
+    return Comparison(same, list(runs_of(iter(changed))))

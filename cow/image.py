@@ -16,7 +16,7 @@ from pyroaring import BitMap64
 
 from cow.chain import Piece, resolve
 from cow.commits import Commits
-from cow.errors import DamagedError, InvalidSnapshotError, PastEndError
+from cow.errors import DamagedError, InvalidSnapshotError, PastEndError, SuspectError
 from cow.geometry import CHUNK_BYTES, Run, covering, missing_from, runs_of, split
 from cow.journal import Kind, Record
 from cow.layer import Layer
@@ -26,7 +26,10 @@ MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a
 
 
 class Image:
-    """Trio thread only. `reserve` is that of the preserver; `on_damage(sentence)` records a mismatch."""
+    """Trio thread only. `reserve(bytes)` raises when there is no room; `on_damage(sentence)` records a mismatch.
+
+    With `suspect` what is on the device may be wrong, and reading it is refused.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,8 @@ class Image:
         commits: Commits,
         reserve: Callable[[int], Awaitable[None]],
         on_damage: Callable[[str], Awaitable[None]],
+        *,
+        suspect: bool,
     ) -> None:
         self.origin = origin
         self.delta = delta  #: written by this image alone # I9
@@ -46,6 +51,7 @@ class Image:
         self._commits = commits
         self._reserve = reserve
         self._on_damage = on_damage
+        self.suspect = suspect
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
 
     @property
@@ -71,6 +77,18 @@ class Image:
         except InvalidSnapshotError:
             return 0
         return sum(len(layer.held) for layer in group.layers) * CHUNK_BYTES
+
+    def lost(self) -> list[Run]:
+        """The runs that cannot be read because they were lost, ascending."""
+        lost = BitMap64()
+        try:
+            layers = list(self.origin.layers_for(self._snapshot))
+        except InvalidSnapshotError:
+            return []
+        for layer in reversed(layers):
+            lost = (lost - layer.held) | layer.lost
+        lost = (lost - self.delta.held) | self.delta.lost
+        return list(runs_of(iter(lost)))
 
     async def allocated_bytes(self) -> int:
         """What the snapshot takes in the store for this image, checksums included."""
@@ -140,6 +158,11 @@ class Image:
                 return data
 
     def _gather(self, found: list[Piece], nowait: bool = False) -> bytes:
+        if self.suspect and any(piece.layer is None for piece in found):
+            raise SuspectError(
+                "the device was changed while hcpfs was not running, so what this snapshot reads from it may be wrong: "
+                "mount with -o read_suspect to read it all the same"
+            )
         parts = [
             self.origin.read_chunks(piece.run, nowait=nowait)
             if piece.layer is None

@@ -11,10 +11,13 @@ bit for a torn append. The bytes are described in FORMAT.md.
 This module does not know layers or snapshots. It has no lock: the store serialises `append` and `start_file`.
 """
 
+import re
 import struct
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from xxhash import xxh3_64_digest
 
@@ -39,6 +42,10 @@ class Kind(IntEnum):
     PRESERVED = 1  # the origin's old bytes, with their checksums, are durable in the layer
     DELTA = 2  # a snapshot's own writes, with their checksums, are durable in the layer
     INTENT = 3  # chunks that the layer held are being overwritten in place: their checksums may not match
+    LOST = 4  # chunks that the layer should have are lost: readers get EIO
+
+
+_WITH_SUMS = {Kind.PRESERVED, Kind.DELTA}
 
 
 class JournalDamagedError(CowError):
@@ -47,7 +54,7 @@ class JournalDamagedError(CowError):
 
 @dataclass(frozen=True)
 class Record:
-    """One commit: `runs` of `layer`, at `time_ns`. `sums` has 8 bytes a chunk, or none for an INTENT."""
+    """One commit: `runs` of `layer`, at `time_ns`. `sums` has 8 bytes a chunk, none for an INTENT and a LOST."""
 
     kind: Kind
     layer: int
@@ -62,6 +69,11 @@ class Record:
             RECORD_MAGIC, sequence, self.kind, len(self.runs), self.layer, self.time_ns, len(body)
         )
         return header + body
+
+
+def is_journal(name: str) -> bool:
+    """Whether a file is called as a journal file is."""
+    return re.fullmatch(r"journal\.[0-9]{8,9}", name, re.ASCII) is not None
 
 
 def _seal(payload: bytes, number: int, sector: int) -> bytes:
@@ -82,11 +94,7 @@ class Journal:
     def __init__(self, directory: Directory, store_uuid: bytes) -> None:
         self._directory = directory
         self._uuid = store_uuid
-        self._numbers = sorted(
-            int(name.removeprefix(_PREFIX))
-            for name in directory.names()
-            if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
-        )
+        self._numbers = sorted(int(name.removeprefix(_PREFIX)) for name in directory.names() if is_journal(name))
         self._file: File | None = None
         self._next_sector = 0
         self._sequence = 1
@@ -98,21 +106,23 @@ class Journal:
         return list(self._numbers)
 
     def has_room(self, record: Record) -> bool:
-        """Whether the present file can take the record."""
+        """Whether the present file can take the record; none can after a failed append."""
+        if self._file is None or self._broken is not None:
+            return False
         size = _RECORD_HEADER.size + 16 * len(record.runs) + len(record.sums)
         return (self._next_sector + _sectors_of(size)) * SECTOR_BYTES <= FILE_BYTES
 
     def append(self, records: Sequence[Record]) -> None:
         """Append the records and sync: all of them are durable on return.
 
-        After an error the journal takes no more: what the kernel still holds of the failed append is unknown.
+        After an error this file takes no more: whether the failed append is on the disk is unknown. The next
+        `start_file` makes it void, and the records can be appended there anew.
         """
         if self._file is None or self._broken is not None:
             raise CowError(f"the journal in {self._directory.label} is closed after an error: {self._broken}")
         sealed = bytearray()
-        for record in records:
-            encoded = record.encode(self._sequence)
-            self._sequence += 1
+        for number, record in enumerate(records):
+            encoded = record.encode(self._sequence + number)
             for start in range(0, len(encoded), SECTOR_PAYLOAD_BYTES):
                 payload = encoded[start : start + SECTOR_PAYLOAD_BYTES].ljust(SECTOR_PAYLOAD_BYTES, b"\0")
                 sealed += _seal(payload, self._numbers[-1], self._next_sector + len(sealed) // SECTOR_BYTES)
@@ -122,32 +132,40 @@ class Journal:
         except OSError as error:
             self._broken = f"{error.strerror} at sector {self._next_sector} of {self._file.label}"
             raise
+        self._sequence += len(records)
         self._next_sector += len(sealed) // SECTOR_BYTES
 
     def start_file(self, records: Sequence[Record] = ()) -> list[int]:
         """Begin a new, preallocated file with `records` in it; durable on return.
 
-        Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`).
-        On an error the present file stays in use. Raises CowError after a failed append.
+        Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`). Records of
+        theirs with the number of the first one here, or a later one, are void.
+        On an error the present file stays in use, unless an append failed or the new file may have got its header.
         """
-        if self._broken is not None:
-            raise CowError(f"the journal in {self._directory.label} is closed after an error: {self._broken}")
         older = list(self._numbers)
         number = older[-1] + 1 if older else 1
         name = f"{_PREFIX}{number:08d}"
         file = self._directory.open(name, create=True)
         try:
             file.allocate(FILE_BYTES)
-            header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number, self._sequence)
-            file.pwrite(_seal(header.ljust(SECTOR_PAYLOAD_BYTES, b"\0"), number, 0), 0)
             file.sync()
             self._directory.sync()
         except OSError:
             file.close()
-            self._directory.unlink(name)
+            with suppress(OSError):  # it will be written over; recovery passes over a file without a header
+                self._directory.unlink(name)
+            raise
+        header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number, self._sequence)
+        try:
+            file.pwrite(_seal(header.ljust(SECTOR_PAYLOAD_BYTES, b"\0"), number, 0), 0)
+            file.sync()
+        except OSError as error:
+            file.close()
+            self._numbers.append(number)
+            self._broken = f"{error.strerror} in the header of {name}"  # which may be there, and ends the older files
             raise
         self.close()
-        self._file, self._next_sector = file, 1
+        self._file, self._next_sector, self._broken = file, 1, None
         self._numbers.append(number)
         if records:
             self.append(records)
@@ -167,47 +185,81 @@ class Journal:
             self._file = None
 
     def replay(self) -> Iterator[Record]:
-        """Yield every durable record of all files, oldest first.
+        """Yield every durable record of all files, oldest first. Called once, before the first `start_file`.
 
         Raises JournalDamagedError where a record that was committed cannot be read.
         """
-        begun = False  # a file without a header, as a crash leaves, may be the oldest
-        for number in self._numbers:
-            file = self._directory.open(f"{_PREFIX}{number:08d}")
-            try:
-                begun = (yield from self._replay_file(file, number, begun)) or begun
-            finally:
-                file.close()
+        self._sequence = yield from self._all_records()
 
-    def _replay_file(self, file: File, number: int, begun: bool) -> Generator[Record, None, bool]:
-        """Yield the records of a file, and return whether it has a header. `begun`: whether one before it has."""
-        content = file.pread(FILE_BYTES, 0)
+    def records(self) -> Iterator[Record]:
+        """Yield the records once more. No append may be under way. Raises JournalDamagedError as `replay` does."""
+        yield from self._all_records()
+
+    def _all_records(self) -> Generator[Record, None, int]:
+        """Yield the records, and return the number of the next one."""
+        sequence = 1
+        waiting: _Content | None = None  # how far a file is valid is known from the header of the next one
+        for number in self._numbers:
+            content = self._read_file(number)
+            if content is None:
+                continue
+            if waiting is not None:
+                sequence = yield from _records_of(waiting, content.sequence)
+                if sequence != content.sequence:
+                    raise JournalDamagedError(
+                        f"{content.label} begins with record {content.sequence}, and {sequence} is missing"
+                    )
+            waiting = content
+        if waiting is not None:
+            sequence = yield from _records_of(waiting, None)
+        return sequence
+
+    def _read_file(self, number: int) -> "_Content | None":
+        """A file's sectors and its first record's number; None after a crash while it was made."""
+        file = self._directory.open(f"{_PREFIX}{number:08d}")
+        try:
+            content = file.pread(FILE_BYTES, 0)
+        except OSError as error:
+            raise JournalDamagedError(f"{file.label} cannot be read ({error.strerror})") from error
+        finally:
+            file.close()
         sectors = [_open_sector(content, number, sector, file.label) for sector in range(len(content) // SECTOR_BYTES)]
         if not sectors or sectors[0] is None:
             if any(sectors):
                 raise JournalDamagedError(f"{file.label} has no header; its records cannot be trusted")
-            return False  # a crash while the file was made: nothing was ever committed to it
+            return None  # nothing was ever committed to it
         magic, format_number, uuid, found_number, sequence = _FILE_HEADER.unpack_from(sectors[0])
         if (magic, format_number, uuid, found_number) != (FILE_MAGIC, 1, self._uuid, number):
             raise JournalDamagedError(f"{file.label} belongs to another store or place")
-        if begun and sequence != self._sequence:
-            raise JournalDamagedError(f"{file.label} begins with record {sequence}, and {self._sequence} is missing")
-        self._sequence = sequence
-        at = 1
-        while at < len(sectors):
-            taken = _read_record(sectors, at, self._sequence)
-            if taken is None:
-                break
-            record, used = taken
-            yield record
-            self._sequence += 1
-            at += used
-        # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing.
-        for sector in range(at, len(sectors)):
-            header = _record_header(sectors[sector])
-            if header is not None and header[1] > self._sequence:
-                raise JournalDamagedError(f"{file.label}: record {self._sequence} at sector {at} is missing")
-        return True
+        return _Content(file.label, sectors, sequence)
+
+
+class _Content(NamedTuple):
+    """A journal file with a header: what its sectors say (None: never written), and its first record's number."""
+
+    label: str
+    sectors: list[bytes | None]
+    sequence: int
+
+
+def _records_of(content: _Content, limit: int | None) -> Generator[Record, None, int]:
+    """Yield the records of a file with numbers below `limit`, and return the number after the last."""
+    sectors, sequence = content.sectors, content.sequence
+    at = 1
+    while at < len(sectors) and sequence != limit:
+        taken = _read_record(sectors, at, sequence)
+        if taken is None:
+            break
+        record, used = taken
+        yield record
+        sequence += 1
+        at += used
+    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing.
+    for sector in range(at, len(sectors)) if sequence != limit else ():
+        header = _record_header(sectors[sector])
+        if header is not None and header[1] > sequence:
+            raise JournalDamagedError(f"{content.label}: record {sequence} at sector {at} is missing")
+    return sequence
 
 
 def _open_sector(content: bytes, number: int, sector: int, label: str) -> bytes | None:
@@ -239,6 +291,11 @@ def _read_record(sectors: list[bytes | None], at: int, sequence: int) -> tuple[R
     if len(payloads) < used or None in payloads:
         return None
     body = b"".join(payload for payload in payloads if payload is not None)[_RECORD_HEADER.size :][:body_bytes]
+    if kind not in set(Kind) or 16 * run_count > len(body):
+        raise JournalDamagedError(f"record {sequence} makes no sense (kind {kind}, {run_count} runs)")
     numbers = struct.unpack_from(f"<{2 * run_count}Q", body)
     runs = [Run(first, count) for first, count in zip(numbers[::2], numbers[1::2], strict=True)]
-    return Record(Kind(kind), layer, time_ns, runs, body[16 * run_count :]), used
+    sums = body[16 * run_count :]
+    if len(sums) != (8 * sum(run.chunks for run in runs) if kind in _WITH_SUMS else 0):
+        raise JournalDamagedError(f"record {sequence} has {len(sums)} bytes of checksums, which do not fit its runs")
+    return Record(Kind(kind), layer, time_ns, runs, sums), used

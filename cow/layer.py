@@ -9,7 +9,7 @@ not decide when anything is durable: its owner calls `sync_data`, commits to the
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -21,7 +21,9 @@ from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
 SUM_BYTES = 8
 MAP_MAGIC = b"HCPFSMAP"
-_MAP_HEADER = struct.Struct("<8sIQQQ")  # magic, format, layer, written_ns, bytes of the set
+MAP_FORMAT = 2
+_MAP_HEADER = struct.Struct("<8sIQQQQ")  # magic, format, layer, written_ns, bytes of the set held, of the set lost
+_MOST_MAP_BYTES = 1 << 30
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
 
@@ -33,10 +35,12 @@ class Layer:
         self.id = layer_id
         self.chunks = chunks
         self.held = BitMap64()  #: what readers find here
+        self.lost = BitMap64()  #: what should be here and could not be kept: readers get EIO. Never also in `held`
         self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
         self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
         self.written_ns = 0  #: time of the last write to a delta, 0 when there was none
         self.dirty = False  #: whether the journal has commits that the last checkpoint had not
+        self.sums_in_doubt = False  #: whether a sync of the checksums failed, so that some may be lost
         self.damage: str | None = None  #: why nothing in this layer can be trusted
         self._parent = parent
         self._directory: Directory | None = None
@@ -53,6 +57,11 @@ class Layer:
     def name(self) -> str:
         """The layer's directory name."""
         return f"{self.id:016x}"
+
+    @property
+    def known(self) -> BitMap64:
+        """The chunks that readers look for here and no further: those held and those lost."""
+        return self.held | self.lost if self.lost else self.held
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +210,14 @@ class Layer:
             self.intended.remove_range(run.first, run.end)
         self.dirty = True
 
+    def lose(self, runs: Sequence[Run]) -> None:
+        """Take over runs that the journal says are lost. Trio thread only."""
+        for run in runs:
+            self.lost.add_range(run.first, run.end)
+            for chunks in (self.held, self.uncommitted, self.intended):
+                chunks.remove_range(run.first, run.end)
+        self.dirty = True
+
     def rehash(self, chunks: BitMap64) -> None:
         """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
 
@@ -240,6 +257,13 @@ class Layer:
                 self._entries_unsynced |= entries
             raise
 
+    def give_up_unsynced(self) -> None:
+        """After a failed sync whose chunks are durably lost: later writes can be synced again."""
+        with self._opening:
+            for name in self._unsynced & self._files.keys():
+                self._files[name].forget_sync_failure()
+            self._unsynced.clear()
+
     def punch(self, chunks: BitMap64) -> None:
         """Give back the space of chunks that nobody reads here any more."""
         for run in runs_of(iter(chunks)):
@@ -252,16 +276,22 @@ class Layer:
         """The set of committed chunks as the content of `map`. Trio thread only."""
         committed = self.held - self.uncommitted
         committed.run_optimize()
-        body = committed.serialize()
-        content = _MAP_HEADER.pack(MAP_MAGIC, 1, self.id, self.written_ns, len(body)) + body
-        return content + xxh3_64_digest(content)
+        held, lost = committed.serialize(), self.lost.serialize()
+        header = _MAP_HEADER.pack(MAP_MAGIC, MAP_FORMAT, self.id, self.written_ns, len(held), len(lost))
+        return header + held + lost + xxh3_64_digest(header + held + lost)
 
     def save(self, content: bytes) -> None:
-        """Make `sums` and a `map` of that content durable. Nothing happens to a layer that was never written."""
+        """Make `sums` and a `map` of that content durable. A layer that has no files yet gets none without need.
+
+        After an error in `sums` (`sums_in_doubt`) its latest checksums must be written anew before the next try.
+        """
         try:
-            self._file("sums").sync()
+            self._file("sums", create=bool(self.lost)).sync()
         except FileNotFoundError:
             return
+        except (OSError, SyncError):
+            self.sums_in_doubt = True
+            raise
         directory = self._directory
         assert directory is not None  # `_file` opened it
         file = directory.open("map.new", create=True)
@@ -274,26 +304,49 @@ class Layer:
         directory.rename("map.new", "map")
         directory.sync()
 
+    def renew_sums(self, records: Iterable[tuple[Sequence[Run], bytes]]) -> None:
+        """Write checksums anew, from the journal, after a sync of them failed; what it covered may be lost. # I3"""
+        sums = self._file("sums")
+        for runs, digests in records:
+            at = 0
+            for run in runs:
+                self.write_sums(run.first, digests[at : at + SUM_BYTES * run.chunks])
+                at += SUM_BYTES * run.chunks
+        sums.forget_sync_failure()
+        self.sums_in_doubt = False
+
     def load(self) -> None:
-        """Read `map` into `held`. A layer without one holds nothing; a bad one sets `damage`."""
+        """Read `map` into `held` and `lost`. A layer without one holds nothing; a bad one sets `damage`."""
         try:
             self._directory = self._parent.subdirectory(self.name)
             file = self._directory.open("map")
         except FileNotFoundError:
             return
         try:
-            content = file.pread(file.size_bytes, 0)
+            content = file.pread(min(file.size_bytes, _MOST_MAP_BYTES), 0)
         finally:
             file.close()
+        self._decode_map(content)
+
+    def _decode_map(self, content: bytes) -> None:
         body, digest = content[:-8], content[-8:]
         if len(body) < _MAP_HEADER.size or xxh3_64_digest(body) != digest:
             self.damage = f"the map of layer {self.name} does not match its checksum: what it holds is unknown"
             return
-        magic, format_number, layer_id, self.written_ns, _ = _MAP_HEADER.unpack_from(body)
-        if (magic, format_number, layer_id) != (MAP_MAGIC, 1, self.id):
+        magic, format_number, layer_id, written_ns, held_bytes, lost_bytes = _MAP_HEADER.unpack_from(body)
+        if (magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, self.id):
             self.damage = f"the map of layer {self.name} is that of another layer: the store's files were moved"
             return
-        self.held = BitMap64.deserialize(body[_MAP_HEADER.size :])
+        held_at = _MAP_HEADER.size
+        if held_at + held_bytes + lost_bytes != len(body):
+            self.damage = f"the map of layer {self.name} has {len(body)} bytes, which is not what its header says"
+            return
+        held = BitMap64.deserialize(body[held_at : held_at + held_bytes])
+        lost = BitMap64.deserialize(body[held_at + held_bytes :])
+        if any(chunks and chunks.max() >= self.chunks for chunks in (held, lost)):
+            self.damage = f"the map of layer {self.name} names chunks beyond the device's end"
+            return
+        self.held, self.lost, self.written_ns = held, lost, written_ns
 
 
 def remove_layer_directory(layers: Directory, name: str) -> None:

@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import trio
 
-from cow.catalog import Catalog, OriginRow
+from cow.catalog import FILE_NAME, Catalog, OriginRow
 from cow.device import SYSTEM, Directory, Io, OriginDevice
+from cow.elsewhere import Elsewhere
 from cow.errors import RefusedError, printable
-from cow.fingerprint import Fingerprint
-from cow.journal import Journal
+from cow.fingerprint import compare, sampled
+from cow.journal import Journal, is_journal
 from cow.layer import Layer
+from cow.origin import Origin
+from cow.preserver import OnFull
 from cow.recovery import recover
 from cow.space import RESERVE_NAME, Space
 from cow.store import Store
@@ -46,7 +49,10 @@ async def open_store(
     sources: Sequence[Source],
     *,
     quota_bytes: int | None = None,
+    on_full: OnFull = OnFull.DROP_OLDEST,
     read_only: bool = False,
+    read_suspect: bool = False,
+    elsewhere: str | None = None,
     on_trouble: Callable[[str], None] = lambda sentence: None,
     io: Io = SYSTEM,
 ) -> AsyncIterator[Opened]:
@@ -54,6 +60,8 @@ async def open_store(
 
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
     only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
+    `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (cow/elsewhere.py).
+    With `read_suspect` snapshots can be read although their device was changed meanwhile.
     Raises RefusedError, or OSError when something cannot be opened.
     """
     with ExitStack() as stack:
@@ -62,15 +70,21 @@ async def open_store(
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
-        space = Space(directory, quota_bytes)
+        space = Space(directory, quota_bytes, on_trouble)
         journal = Journal(directory, bytes.fromhex(str(catalog.setting("uuid"))))
         stack.callback(journal.close)
-        catalog.set_setting("clean", 0)
-        recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory)
-        store = Store(catalog, journal, directory, layers_directory, space, read_only=read_only, on_trouble=on_trouble)
+        second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, stack)
+        recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place)
+        store = Store(
+            catalog, journal, directory, layers_directory, space, second_place,
+            on_full=on_full, read_only=read_only, read_suspect=read_suspect, on_trouble=on_trouble,
+        )  # fmt: skip
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
+        for origin, row in zip(store.origins, rows, strict=True):
+            recovered.findings += await _check_fingerprint(store, origin, row)
+        catalog.set_setting("clean", 0)
         await store.hold_back()
         await space.measure()
         async with trio.open_nursery() as nursery:
@@ -107,7 +121,7 @@ def _open_directory(path: str, io: Io, stack: ExitStack) -> tuple[Directory, Cat
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("lock", "layers", RESERVE_NAME) or name.startswith(("catalog.sqlite", "journal.", "hcpfs.log"))
+    return name in ("lock", "layers", RESERVE_NAME) or is_journal(name) or name.startswith((FILE_NAME, "hcpfs.log"))
 
 
 def _open_devices(sources: Sequence[Source], io: Io, read_only: bool, stack: ExitStack) -> list[OriginDevice]:
@@ -139,7 +153,7 @@ def _match(
             f"another store"
         )
     for source, device in zip(sources, devices, strict=True):
-        _check_device(rows[source.name], path, device)
+        _check_size(rows[source.name], path, device)
     if not was_clean:
         for row in rows.values():
             row.modified_ns = time.time_ns()  # unknown: what was written before the crash may be newer than recorded
@@ -151,33 +165,50 @@ def _listed(names: object) -> str:
 
 
 def _add_origins(catalog: Catalog, sources: Sequence[Source], devices: list[OriginDevice]) -> None:
-    rows = []
-    for source, device in zip(sources, devices, strict=True):
-        fingerprint = Fingerprint.of(device)
-        modified_ns = device.modified_ns
-        rows.append(
-            OriginRow(
-                0,
-                source.name,
-                os.fsencode(source.path),
-                device.size_bytes,
-                fingerprint.sums,
-                fingerprint.written,
-                modified_ns,
-            )
-        )
-    catalog.add_origins(rows)
+    catalog.add_origins(
+        OriginRow(0, source.name, os.fsencode(source.path), device.size_bytes, device.modified_ns)
+        for source, device in zip(sources, devices, strict=True)
+    )
 
 
-def _check_device(row: OriginRow, path: str, device: OriginDevice) -> None:
+def _check_size(row: OriginRow, path: str, device: OriginDevice) -> None:
     if device.size_bytes != row.size_bytes:
         change = "grew" if device.size_bytes > row.size_bytes else "shrank"
         raise RefusedError(
             f"{device.label} {change} from {row.size_bytes} to {device.size_bytes} bytes since the store {path} was "
             f"made: give it its old size, or use another store"
         )
-    if not Fingerprint(row.head_sums, row.head_written).matches(Fingerprint.of(device)):
+
+
+def _open_elsewhere(path: str | None, catalog: Catalog, io: Io, stack: ExitStack) -> Elsewhere | None:
+    if path is None:
+        return None
+    directory = Directory.open_path(path, io, create=True)
+    stack.callback(directory.close)
+    return Elsewhere(directory, str(catalog.setting("uuid")))
+
+
+async def _check_fingerprint(store: Store, origin: Origin, row: OriginRow) -> list[str]:
+    """Whether the device is the one that the snapshots were taken of, and was left alone meanwhile.
+
+    Raises RefusedError when it is another one. When it was changed the snapshots become suspect.
+    """
+    known = store.by_id(row.fingerprint_of)
+    if known is None or not known.usable:
+        return []
+    now = await trio.to_thread.run_sync(origin.fingerprint)
+    found = compare(sampled(origin.size_bytes), row.fingerprint, now, lambda chunk: not origin.knows(chunk))
+    if not found.changed:
+        return []
+    if found.is_another_device:
         raise RefusedError(
-            f"{device.label} is not the device that the store {path} was made for, or was changed while hcpfs was not "
-            f"running: its first MiB differs. The snapshots in this store would be wrong for it: use another store"
+            f"{origin.device.label} is not the device that the store {store.path} was made for: none of what was "
+            f"sampled is on it. Name the right device, or another store"
         )
+    places = ", ".join(f"{run.offset}+{run.length}" for run in found.changed[:8])
+    sentence = (
+        f"{origin.device.label} was changed while hcpfs was not running (seen at {places}): what snapshots read from "
+        f"it may be wrong"
+    )
+    await store.suspect(sentence)
+    return [sentence]

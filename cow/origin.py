@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import trio
 from pyroaring import BitMap64
 
-from cow.catalog import Catalog, OriginRow
+from cow.catalog import OriginRow
 from cow.device import OriginDevice
 from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
-from cow.fingerprint import HEAD_BYTES, Fingerprint
+from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import Run, chunks_of, covering, missing_from
 from cow.layer import Layer
@@ -39,7 +39,6 @@ class Origin:
         self,
         row: OriginRow,
         device: OriginDevice,
-        catalog: Catalog,
         gate: Gate,
         preserver: Preserver,
         *,
@@ -51,13 +50,11 @@ class Origin:
         self.size_bytes = device.size_bytes
         self.chunks = chunks_of(device.size_bytes)
         self.modified_ns = row.modified_ns
-        self.fingerprint = Fingerprint(row.head_sums, row.head_written)
+        self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
         self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
-        self._catalog = catalog
         self._gate = gate
         self._preserver = preserver
         self._read_only = read_only
-        self._marking = trio.Lock()  #: guards the writing of `fingerprint`'s mask
 
     # -- the live image ------------------------------------------------------------------------------------------
 
@@ -75,7 +72,7 @@ class Origin:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
 
         Returns the bytes written, fewer only at the device's end. Durable after `sync`. Raises PastEndError beyond
-        the end, ReadOnlyError, and OSError where the device itself fails.
+        the end, ReadOnlyError, OSError where the device itself fails, and the errors of `Preserver.preserve`.
         """
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
@@ -87,8 +84,6 @@ class Origin:
             return 0
         run = covering(offset, len(data))
         async with self._gate.passing():
-            if offset < HEAD_BYTES and self.fingerprint.marked(run) is not None:
-                await self._mark_head(run)
             await self._preserver.preserve(self, run)
             if not self.device.pwrite_nowait(data, offset):
                 await trio.to_thread.run_sync(self.device.pwrite, data, offset)
@@ -99,12 +94,16 @@ class Origin:
         """Make all writes that were acknowledged durable. # I3"""
         await trio.to_thread.run_sync(self.device.sync)
 
-    async def _mark_head(self, run: Run) -> None:
-        async with self._marking:
-            mask = self.fingerprint.marked(run)
-            if mask is not None:
-                await trio.to_thread.run_sync(self._catalog.set_head_written, self.id, mask)
-                self.fingerprint.mark(mask)
+    def fingerprint(self) -> bytes:
+        """The fingerprint of the device, as the newest snapshot sees it. Blocks.
+
+        A sampled chunk that is overwritten meanwhile is known to a layer before that, and does not count then.
+        """
+        return digests(sampled(self.size_bytes), self.read_chunks)
+
+    def knows(self, chunk: int) -> bool:
+        """Whether a layer that is in use has the chunk, or has lost it."""
+        return any(chunk in layer.held or chunk in layer.lost for group in self.groups for layer in group.layers)
 
     def read_chunks(self, run: Run, *, nowait: bool = False) -> bytes:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks, save under `nowait`."""
@@ -130,6 +129,8 @@ class Origin:
         missing = [run]
         for layer in self.groups[-1].layers:
             missing = [part for wanted in missing for part in missing_from(layer.held, wanted)]
+            if layer.lost:
+                missing = [part for wanted in missing for part in missing_from(layer.lost, wanted)]
         return missing
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:
@@ -153,7 +154,7 @@ class Origin:
         exposed = chunks
         for group in reversed(self.groups):
             for layer in group.layers:
-                exposed = exposed - layer.held
+                exposed = exposed - layer.known
             if not exposed:
                 break
             found.append(group.snapshot)
@@ -189,7 +190,9 @@ def drop_shadowed(before: list[Layer], layer: Layer) -> BitMap64:
     """Take out of `layer` what layers asked before it hold, and return that."""
     shadowed = BitMap64()
     for earlier in before:
-        shadowed |= layer.held & earlier.held
+        known = earlier.known
+        shadowed |= layer.held & known
+        layer.lost -= known
     if shadowed:
         layer.held -= shadowed
         layer.dirty = True

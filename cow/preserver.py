@@ -4,25 +4,36 @@ Writers that need chunks preserved join the next batch and wait. One task takes 
 write them to the layers, make them durable, commit once for all, wake the writers. While a batch is being committed
 the next one gathers, so the number of syncs follows the disk and not the number of writes.
 
-When a batch cannot be kept, snapshots are given up, durably, before any writer goes on: the origin comes first. # I8
+The origin comes first (I8). Chunks that cannot be kept because a disk fails are recorded as lost, so that reading them
+gives EIO; where that cannot be recorded either, the snapshots that need them are given up. When there is no room the
+policy decides. All of it is durable before any writer goes on.
 """
 
-import errno
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 import trio
 from pyroaring import BitMap64
 
 from cow.commits import Commits
+from cow.device import FULL
 from cow.errors import CowError, QuotaError, StoreFullError
-from cow.geometry import Run, pieces, runs_of
+from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.journal import Kind, Record
 from cow.layer import Layer
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class OnFull(StrEnum):
+    """What happens when there is no room for the origin's old bytes."""
+
+    DROP_OLDEST = "drop-oldest"  # the oldest snapshot that is not open is given up, then the next
+    LOSE_CHUNKS = "lose-chunks"  # the chunks read EIO from then on, in the snapshots that need them
+    BLOCK_WRITES = "block-writes"  # the writer gets ENOSPC
 
 
 class PreservedOrigin(Protocol):
@@ -49,31 +60,64 @@ class _Batch:
         self.error: Exception | None = None
 
 
+@dataclass
+class _Job:
+    """What has to be copied from one origin, and what became of it."""
+
+    origin: PreservedOrigin
+    layer: Layer
+    runs: list[Run]
+    kept: list[Run] = field(default_factory=list)
+    sums: list[bytes] = field(default_factory=list)
+    lost: list[Run] = field(default_factory=list)
+    cause: str = ""
+
+    def lose(self, run: Run, error: Exception) -> None:
+        self.lost.append(run)
+        self.cause = str(error)
+
+    def lose_all(self, error: Exception) -> None:
+        self.kept, self.sums, self.lost, self.cause = [], [], self.runs, str(error)
+
+    def records(self) -> Iterator[Record]:
+        if self.kept:
+            runs = self.kept if self.lost else self.runs  # the same chunks, in fewer runs
+            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), runs, b"".join(self.sums))
+        if self.lost:
+            yield Record(Kind.LOST, self.layer.id, time.time_ns(), self.lost)
+
+
 class Preserver:
     """Trio thread only. `run` must be running.
 
     `reserve(bytes)` raises QuotaError or StoreFullError when the store has no room. `make_room()` gives up the
-    least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those.
+    least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
+    told, with a sentence, whose chunks were lost.
     """
 
     def __init__(
         self,
         commits: Commits,
+        on_full: OnFull,
         reserve: Callable[[int], Awaitable[None]],
         make_room: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
+        on_lost: Callable[[Sequence[int], str], None],
     ) -> None:
         self._commits = commits
+        self._on_full = on_full
         self._reserve = reserve
         self._make_room = make_room
         self._give_up = give_up
+        self._on_lost = on_lost
         self._next = _Batch()
         self._arrived = trio.Event()
 
     async def preserve(self, origin: PreservedOrigin, run: Run) -> None:
         """Return when no snapshot reads any of `run` from the device: it may be overwritten.
 
-        Raises CowError only when neither the bytes could be preserved nor the snapshots be durably given up.
+        Raises StoreFullError under the policy block-writes, and CowError when the chunks could neither be preserved
+        nor recorded as lost nor the snapshots be given up.
         """
         while missing := origin.unpreserved(run):
             batch = self._next
@@ -82,6 +126,8 @@ class Preserver:
                 wanted.add_range(part.first, part.end)
             self._arrived.set()
             await batch.done.wait()
+            if isinstance(batch.error, StoreFullError):
+                raise StoreFullError(str(batch.error)) from batch.error
             if batch.error is not None:
                 raise CowError(
                     f"the old bytes could not be preserved, nor the snapshots that need them be given up "
@@ -104,54 +150,103 @@ class Preserver:
     async def _take(self, batch: _Batch) -> None:
         while jobs := self._jobs(batch):
             try:
-                await self._reserve(sum(layer.new_bytes(runs) for _, layer, runs in jobs))
-                await self._copy(jobs)
+                await self._reserve(sum(job.layer.new_bytes(job.runs) for job in jobs))
+                await self._copy(jobs, _copy_durably)
             except (QuotaError, StoreFullError) as error:
-                if not await self._make_room():
-                    await self._give_up_all(batch, str(error))
+                await self._when_full(batch, error)
             except (CowError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in _FULL and await self._make_room():
-                    continue
-                await self._give_up_all(batch, str(error))
+                if isinstance(error, OSError) and error.errno in FULL:
+                    await self._when_full(batch, error)
+                else:
+                    await self._give_up_all(batch, error)
 
     @staticmethod
-    def _jobs(batch: _Batch) -> list[tuple[PreservedOrigin, Layer, list[Run]]]:
+    def _jobs(batch: _Batch) -> list[_Job]:
         """What is still missing, by origin. Asked anew after each round: the snapshots may have gone."""
         found = []
         for origin, wanted in batch.wanted.items():
             runs = [part for run in runs_of(iter(wanted)) for part in origin.unpreserved(run)]
             if runs:
-                found.append((origin, origin.newest_layer, runs))
+                found.append(_Job(origin, origin.newest_layer, runs))
         return found
 
-    async def _copy(self, jobs: list[tuple[PreservedOrigin, Layer, list[Run]]]) -> None:
-        for _, layer, _ in jobs:
-            layer.pin()
+    async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
+        """Have the jobs copied, in a thread, and commit what became of them."""
+        for job in jobs:
+            job.layer.pin()
         try:
-            records = await trio.to_thread.run_sync(_copy_durably, jobs)
-
-            def apply() -> None:
-                for _, layer, runs in jobs:
-                    layer.commit(runs)
-
-            await self._commits.commit(records, apply)
+            await trio.to_thread.run_sync(copy, jobs)
+            records = [record for job in jobs for record in job.records()]
+            await self._commits.commit(records, lambda: self._apply(jobs))
         finally:
-            for _, layer, _ in jobs:
-                layer.unpin()
+            for job in jobs:
+                job.layer.unpin()
 
-    async def _give_up_all(self, batch: _Batch, cause: str) -> None:
+    def _apply(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            job.layer.commit(job.kept)
+            if job.lost:
+                lost = BitMap64()
+                for run in job.lost:
+                    lost.add_range(run.first, run.end)
+                affected = job.origin.needing(lost)
+                job.layer.lose(job.lost)
+                job.layer.give_up_unsynced()
+                self._on_lost(
+                    affected,
+                    f"{len(lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
+                    f"first at offset {lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
+                )
+
+    async def _when_full(self, batch: _Batch, error: Exception) -> None:
+        if self._on_full is OnFull.BLOCK_WRITES:
+            raise StoreFullError(f"{error}; the policy on_full=block-writes stops the writer") from error
+        if self._on_full is OnFull.DROP_OLDEST:
+            if not await self._make_room():
+                await self._give_up_all(batch, error)
+            return
+
+        def lose(jobs: list[_Job]) -> None:
+            for job in jobs:
+                job.lose_all(error)
+
+        try:
+            await self._copy(self._jobs(batch), lose)
+        except (CowError, OSError) as second:
+            await self._give_up_all(batch, second)
+
+    async def _give_up_all(self, batch: _Batch, error: Exception) -> None:
         for origin, wanted in batch.wanted.items():
             await self._give_up(
                 origin.needing(wanted),
-                f"old bytes of the origin could not be preserved when they were overwritten: {cause}",
+                f"old bytes of the origin could not be preserved when they were overwritten: {error}",
             )
 
 
-def _copy_durably(jobs: list[tuple[PreservedOrigin, Layer, list[Run]]]) -> list[Record]:
-    """Copy the runs into the layers; the data is durable on return, and the records say so once committed."""
-    records = []
-    for origin, layer, runs in jobs:
-        sums = [layer.write(part.first, origin.read_chunks(part)) for run in runs for part in pieces(run, COPY_CHUNKS)]
-        layer.sync_data()
-        records.append(Record(Kind.PRESERVED, layer.id, time.time_ns(), runs, b"".join(sums)))
-    return records
+def _copy_durably(jobs: list[_Job]) -> None:
+    """Copy the runs into the layers; what is kept is durable on return. Raises OSError when there is no room."""
+    for job in jobs:
+        for run in job.runs:
+            for part in pieces(run, COPY_CHUNKS):
+                _copy_part(job, part)
+        try:
+            job.layer.sync_data()
+        except (OSError, CowError) as error:
+            job.lose_all(error)
+
+
+def _copy_part(job: _Job, part: Run) -> None:
+    try:
+        data = job.origin.read_chunks(part)
+        sums = job.layer.write(part.first, data)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        if part.chunks == 1:
+            job.lose(part, error)
+            return
+        for chunk in pieces(part, 1):  # perhaps it is one bad sector
+            _copy_part(job, chunk)
+        return
+    job.kept.append(part)
+    job.sums.append(sums)

@@ -11,6 +11,7 @@ from pyroaring import BitMap64
 
 from cow.catalog import Catalog, Role, State
 from cow.device import Directory
+from cow.elsewhere import Elsewhere
 from cow.errors import CowError
 from cow.geometry import chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
@@ -25,12 +26,14 @@ class Recovered:
     findings: list[str] = field(default_factory=list)
 
 
-def recover(catalog: Catalog, journal: Journal, layers_directory: Directory) -> Recovered:
+def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
     """Drop half-taken snapshots, load the layers, replay the journal, remove what nothing refers to. Blocks.
 
     All effects are durable on return, and the journal has a fresh file.
     """
     findings = _drop_pending(catalog)
+    if elsewhere is not None:
+        findings += _take_over_given_up(catalog, elsewhere)
     chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
     for layer in layers.values():
@@ -71,6 +74,19 @@ def _drop_pending(catalog: Catalog) -> list[str]:
     return [f"snapshot {row.name!r} was being taken at the stop, and is dropped" for row in pending]
 
 
+def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
+    """Snapshots that were given up while the store took no writes."""
+    newest = elsewhere.read()
+    if not newest:
+        return []
+    reason = "the store took no writes when old bytes had to be kept, so all snapshots of that time were given up"
+    for row in catalog.snapshots():
+        if row.id <= newest:
+            catalog.set_state(row.id, State.INVALID, reason)
+    elsewhere.clear()
+    return [reason]
+
+
 def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory: Directory) -> None:
     """Let go of the layers that the catalog does not name, and remove their directories."""
     wanted = {row.id for row in catalog.layers()}
@@ -96,6 +112,9 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
     if any(run.end > layer.chunks for run in record.runs):
         raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
     layer.written_ns = max(layer.written_ns, record.time_ns)
+    if record.kind is Kind.LOST:
+        layer.lose(record.runs)
+        return
     if record.kind is Kind.INTENT:
         for run in record.runs:
             layer.intended.add_range(run.first, run.end)

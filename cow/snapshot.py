@@ -28,7 +28,7 @@ class Snapshot:
     @property
     def usable(self) -> bool:
         """Whether it can be read at all."""
-        return self.row.state in (State.PENDING, State.VALID, State.DAMAGED)
+        return self.row.state is not State.INVALID
 
     @property
     def is_open(self) -> bool:

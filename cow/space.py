@@ -7,27 +7,35 @@ A file `reserve` holds space back for what must not fail when the disk is full: 
 a journal file, a clean stop. It is let go for those moments only.
 """
 
-import errno
+from collections.abc import Callable
 
 import trio
 
-from cow.device import Directory
-from cow.errors import QuotaError, RefusedError
+from cow.device import FULL, Directory
+from cow.errors import QuotaError, RefusedError, StoreFullError
 from cow.journal import FILE_BYTES
 
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
+WARNING_PERCENTS = (80, 90, 95)
+MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
+MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
 
 class Space:
-    """The store's space. `quota_bytes` None means: whatever the file system has."""
+    """The store's space. `quota_bytes` None means: whatever the file system has.
 
-    def __init__(self, directory: Directory, quota_bytes: int | None) -> None:
+    `on_warning` gets a sentence when the store fills up beyond one of `WARNING_PERCENTS`.
+    """
+
+    def __init__(self, directory: Directory, quota_bytes: int | None, on_warning: Callable[[str], None]) -> None:
         if quota_bytes is not None and quota_bytes < LEAST_QUOTA_BYTES:
             raise RefusedError(f"a quota of {quota_bytes} bytes is too small: give at least {LEAST_QUOTA_BYTES >> 20}M")
         self.quota_bytes = quota_bytes
         self._directory = directory
+        self._on_warning = on_warning
+        self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
         self.let_go()
         self._measured = directory.allocated_bytes()
@@ -40,31 +48,70 @@ class Space:
 
     @property
     def available_bytes(self) -> int:
-        """What snapshots may still take."""
-        free = self._directory.free_bytes()
-        if self.quota_bytes is None:
-            return free
-        return max(0, min(free, self._limit(self.quota_bytes) - self.used_bytes))
-
-    @staticmethod
-    def _limit(quota_bytes: int) -> int:
-        return quota_bytes - FILE_BYTES  # a new journal file is there for a while beside the old one
+        """What may still be kept in it."""
+        return max(0, self.total_bytes - FILE_BYTES - self.used_bytes)  # one journal file may come beside another
 
     @property
     def total_bytes(self) -> int:
-        """The quota, or what the file system could give."""
-        return self.used_bytes + self._directory.free_bytes() if self.quota_bytes is None else self.quota_bytes
+        """The quota, or what the file system could give when that is less."""
+        could = self.used_bytes + self._directory.free_bytes()
+        return could if self.quota_bytes is None else min(could, self.quota_bytes)
+
+    @property
+    def used_percent(self) -> int:
+        """How full it is, at most 100."""
+        return min(100, 100 * self.used_bytes // max(1, self.used_bytes + self.available_bytes))
 
     async def measure(self) -> None:
         """Count anew what the store takes."""
         promised = self._promised
         self._measured = await trio.to_thread.run_sync(self._directory.allocated_bytes)
         self._promised -= promised
+        self._warn()
+
+    def _warn(self) -> None:
+        percent = self.used_percent
+        reached = max((one for one in WARNING_PERCENTS if percent >= one), default=0)
+        if reached > self._warned_percent:
+            self._on_warning(
+                f"the store {self._directory.label} is {percent} % full ({self.used_bytes} of {self.total_bytes} "
+                f"bytes): remove snapshots, or mount with a larger quota"
+            )
+        self._warned_percent = reached
+
+    async def check_for_snapshot(self) -> None:
+        """Raise StoreFullError when the store is too full for one more snapshot."""
+        if self.used_percent >= MOST_PERCENT_FOR_SNAPSHOTS:
+            await self.measure()
+        if self.used_percent >= MOST_PERCENT_FOR_SNAPSHOTS:
+            raise StoreFullError(
+                f"the store {self._directory.label} is {self.used_percent} % full, and from "
+                f"{MOST_PERCENT_FOR_SNAPSHOTS} % on there are no new snapshots, so that those there are can be kept: "
+                f"remove snapshots, or mount with a larger quota"
+            )
 
     async def reserve(self, count: int) -> None:
-        """Promise `count` bytes. Raises QuotaError when the store would pass its quota."""
+        """Promise `count` bytes for old bytes of the origin.
+
+        Raises QuotaError when the store would pass its quota. What the file system has left shows when it is written.
+        """
+        await self._promise(count, 100)
+
+    async def reserve_for_write(self, count: int) -> None:
+        """Promise `count` bytes for a snapshot's own writes, which leave a margin for the origin's old bytes.
+
+        Raises QuotaError or StoreFullError when only the margin is left.
+        """
+        if count > self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100:
+            raise StoreFullError(
+                f"the disk of the store {self._directory.label} is nearly full, and what is left is for the origin: "
+                f"make room on it, or remove snapshots"
+            )
+        await self._promise(count, MOST_PERCENT_FOR_WRITES)
+
+    async def _promise(self, count: int, percent: int) -> None:
         if self.quota_bytes is not None:
-            limit = self._limit(self.quota_bytes)
+            limit = (self.quota_bytes - FILE_BYTES) * percent // 100
             if self.used_bytes + count > limit:
                 await self.measure()
             if self.used_bytes + count > limit:
@@ -91,7 +138,7 @@ class Space:
         try:
             file.allocate(RESERVE_BYTES)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             file.truncate(0)
             return False

@@ -7,8 +7,10 @@ States of a snapshot, and who makes each step:
 
     (none) --create_snapshot--> pending --create_snapshot--> valid --read of a bad chunk--> damaged
     pending --recovery, or an error in create_snapshot--> (none)
-    valid, damaged --no room, or old bytes not preserved--> invalid
-    valid, damaged, invalid --delete_snapshot--> (none)
+    valid --chunks lost--> damaged
+    valid, damaged --the device was changed while nobody looked--> suspect
+    valid, damaged, suspect --no room, or nothing can be recorded--> invalid
+    all but pending --delete_snapshot--> (none)
 """
 
 import os
@@ -22,6 +24,7 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
 from cow.commits import Checkpoint, Commits
 from cow.device import Directory, OriginDevice
+from cow.elsewhere import Elsewhere
 from cow.errors import (
     CowError,
     NameTakenError,
@@ -32,19 +35,19 @@ from cow.errors import (
     StoreFullError,
     printable,
 )
-from cow.fingerprint import Fingerprint
 from cow.gate import Gate
 from cow.image import Image
 from cow.journal import Journal
 from cow.layer import Layer, remove_layer_directory
 from cow.origin import Origin, drop_shadowed
-from cow.preserver import Preserver
+from cow.preserver import OnFull, Preserver
 from cow.recovery import heir_of
 from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
 NO_LAYER = 0  # an id that the catalog never gives
+_TRUSTED = (State.VALID, State.DAMAGED)
 
 Evidence = dict[str, str]
 Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
@@ -66,12 +69,18 @@ class Store:
         directory: Directory,
         layers_directory: Directory,
         space: Space,
+        elsewhere: Elsewhere | None,
         *,
+        on_full: OnFull,
         read_only: bool,
+        read_suspect: bool,
         on_trouble: Callable[[str], None],
     ) -> None:
         self.space = space
+        self.on_full = on_full
         self.read_only = read_only
+        self._read_suspect = read_suspect
+        self._elsewhere = elsewhere
         self.origins: list[Origin] = []
         self.path = directory.label
         self._on_trouble = on_trouble
@@ -81,10 +90,13 @@ class Store:
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
-        self._commits = Commits(journal, lambda: self._layers.values(), self._keep_checkpoint)
-        self._preserver = Preserver(self._commits, space.reserve, self._make_room, self._give_up)
+        self._commits = Commits(journal, lambda: self._layers.values(), self._keep_checkpoint, space.let_go)
+        self._preserver = Preserver(
+            self._commits, on_full, space.reserve, self._make_room, self._give_up, self._lost_chunks
+        )
         self._checkpoints: list[Checkpoint] = []
         self._punches: list[tuple[Layer, BitMap64]] = []
+        self._states: list[Snapshot] = []  #: whose state the catalog has to be told
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
         self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
         self._chores = trio.Event()
@@ -112,14 +124,14 @@ class Store:
         """Take a snapshot of all origins at one instant. It is durable and complete on return. # I5
 
         `quiesce` is entered before writes are held and left right after; the evidence it yields goes into `info`.
-        Raises the errors of names, ReadOnlyError, QuotaError, StoreFullError, HoldTimeoutError, and OSError where an
+        Raises the errors of names, ReadOnlyError, StoreFullError, HoldTimeoutError, and OSError where an
         origin cannot be synced; the snapshot does not exist then.
         """
         check_name(name)
         self._check_name_is_free(name)
         if self.read_only:
             raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
-        await self.space.reserve(0)
+        await self.space.check_for_snapshot()
         async with quiesce() as evidence:
             began = time.perf_counter_ns()
             async with self._gate.hold(DRAIN_SECONDS), self._layout:
@@ -145,6 +157,7 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
+        self._chores.set()
 
     def _check_name_is_free(self, name: bytes) -> None:
         if any(one.name == name for one in self._snapshots.values()):
@@ -167,7 +180,16 @@ class Store:
             await self._damaged(row.id, sentence)
 
         images = [
-            Image(origin, row.id, row.created_ns, deltas[origin.id], self._commits, self.space.reserve, on_damage)
+            Image(
+                origin,
+                row.id,
+                row.created_ns,
+                deltas[origin.id],
+                self._commits,
+                self.space.reserve_for_write,
+                on_damage,
+                suspect=row.state is State.SUSPECT and not self._read_suspect,
+            )
             for origin in self.origins
         ]
         self._snapshots[row.id] = Snapshot(row, images)
@@ -244,11 +266,32 @@ class Store:
 
     async def _damaged(self, number: int, sentence: str) -> None:
         snapshot = self._snapshots.get(number)
-        if snapshot is None or snapshot.row.state != State.VALID:
-            return
+        if snapshot is not None and self._mark_damaged(snapshot, sentence):
+            await self._record_states()
+
+    def _mark_damaged(self, snapshot: Snapshot, sentence: str) -> bool:
+        if snapshot.row.state != State.VALID:
+            return False
         snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
         self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
-        await trio.to_thread.run_sync(self._catalog.set_state, number, State.DAMAGED, sentence)
+        self._states.append(snapshot)
+        self._chores.set()
+        return True
+
+    def _lost_chunks(self, numbers: Sequence[int], sentence: str) -> None:
+        """That chunks are lost is in the journal; what the catalog says of the snapshots follows."""
+        for number in numbers:
+            snapshot = self._snapshots.get(number)
+            if snapshot is not None:
+                self._mark_damaged(snapshot, sentence)
+
+    async def _record_states(self) -> None:
+        async with self._layout:
+            while self._states:
+                row = self._states[-1].row
+                if row.id in self._snapshots:
+                    await trio.to_thread.run_sync(self._catalog.set_state, row.id, row.state, row.reason)
+                self._states.pop()
 
     # -- when there is no room, or the store fails ---------------------------------------------------------------
 
@@ -285,10 +328,26 @@ class Store:
                 if snapshot is None or not snapshot.usable:
                     continue
                 heir = self._heir_of(snapshot)
-                gone = await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
-                self._release(snapshot, heir, gone)
-                snapshot.row.state, snapshot.row.reason = State.INVALID, reason
-                self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
+                try:
+                    gone = await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
+                except (CowError, OSError) as error:
+                    await self._give_up_elsewhere(f"{reason}; nor could that be recorded in the store: {error}", error)
+                    return
+                self._gave_up(snapshot, heir, gone, reason)
+
+    def _gave_up(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int], reason: str) -> None:
+        self._release(snapshot, heir, gone)
+        snapshot.row.state, snapshot.row.reason = State.INVALID, reason
+        self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
+
+    async def _give_up_elsewhere(self, reason: str, error: Exception) -> None:
+        """The store takes no more writes: give up all snapshots, and record it in the second place."""
+        if self._elsewhere is None:
+            raise error
+        await trio.to_thread.run_sync(self._elsewhere.record, max(self._snapshots))
+        for snapshot in list(self._snapshots.values()):
+            if snapshot.usable:
+                self._gave_up(snapshot, None, [], reason)
 
     # -- housekeeping --------------------------------------------------------------------------------------------
 
@@ -324,9 +383,22 @@ class Store:
                 finally:
                     layer.unpin()
             self._punches.pop(0)
+        await self._record_states()
+        await self._take_fingerprints()
         if not self.space.holding_back and not self._closing:
             await self.hold_back()
         await self.space.measure()
+
+    async def _take_fingerprints(self) -> None:
+        """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
+        newest = max((one.id for one in self._snapshots.values() if one.row.state in _TRUSTED), default=0)
+        for origin in self.origins if newest and not self.read_only else ():
+            if origin.fingerprint_of != newest:
+                fingerprint = await trio.to_thread.run_sync(origin.fingerprint)
+                if newest not in self._snapshots:
+                    return  # it went meanwhile; the chores come again
+                await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)
+                origin.fingerprint_of = newest
 
     async def _sweep(self) -> None:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
@@ -341,9 +413,7 @@ class Store:
     def open_origins(self, rows: Sequence[OriginRow], devices: Sequence[OriginDevice]) -> None:
         """Take over the devices, in the order of the catalog's rows. Called once, by the opener."""
         for row, device in zip(rows, devices, strict=True):
-            self.origins.append(
-                Origin(row, device, self._catalog, self._gate, self._preserver, read_only=self.read_only)
-            )
+            self.origins.append(Origin(row, device, self._gate, self._preserver, read_only=self.read_only))
 
     def load(self, layers: dict[int, Layer]) -> None:
         """Put together the snapshots from what recovery found. Called once, by the opener.
@@ -361,6 +431,11 @@ class Store:
             deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
             deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
             self._add(row, deltas)
+        for snapshot in self._snapshots.values():
+            count = sum(run.chunks for image in snapshot.images for run in image.lost())
+            if count:
+                self._mark_damaged(snapshot, f"{count} chunks were lost; they read EIO, and the rest stays readable")
+        self._chores.set()
 
     def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
         preserved = [
@@ -377,7 +452,6 @@ class Store:
             shadowed = drop_shadowed(group.layers, layer)
             if shadowed:
                 self._punches.append((layer, shadowed))
-                self._chores.set()
             group.layers.append(layer)
 
     async def run(self) -> None:
@@ -405,16 +479,19 @@ class Store:
         await trio.to_thread.run_sync(self._record_clean_stop)
 
     def _record_clean_stop(self) -> None:
-        for origin in self.origins:
-            fingerprint = Fingerprint.of(origin.device)
-            self._catalog.set_origin(
-                origin.id,
-                path=os.fsencode(origin.device.label),
-                head_sums=fingerprint.sums,
-                head_written=fingerprint.written,
-                modified_ns=origin.modified_ns,
-            )
-        self._catalog.set_setting("clean", 1)
+        self._catalog.record_clean_stop(
+            (origin.id, os.fsencode(origin.device.label), origin.modified_ns) for origin in self.origins
+        )
+
+    async def suspect(self, reason: str) -> None:
+        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them."""
+        for snapshot in self._snapshots.values():
+            if snapshot.usable:
+                snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
+                for image in snapshot.images:
+                    image.suspect = not self._read_suspect
+                self._states.append(snapshot)
+        await self._record_states()
 
     def close_files(self) -> None:
         """Close the layers' files, whatever came before."""

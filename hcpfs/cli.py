@@ -54,7 +54,8 @@ def cli() -> None:
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...",
-    help="store=DIR, quota=SIZE, source=[NAME=]PATH, ro, allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
+    help="store=DIR, quota=SIZE, on_full=drop-oldest|lose-chunks|block-writes, source=[NAME=]PATH, ro, read_suspect, "
+    "allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
 )  # fmt: skip
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(

@@ -19,7 +19,7 @@ from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath
 from hcpfs.operations import Operations
-from hcpfs.options import MountOptions
+from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.tree import Tree
@@ -55,7 +55,10 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
             options.store_path,
             options.sources,
             quota_bytes=options.quota_bytes,
+            on_full=options.on_full,
             read_only=options.read_only,
+            read_suspect=options.read_suspect,
+            elsewhere=STORES,
             on_trouble=lambda sentence: troubles[-1](sentence),
         ) as opened,
     ):

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from xxhash import xxh3_64_hexdigest
 
-from cow import Source
+from cow import OnFull, Source
 from hcpfs.tree import Access
 
 STORES = "/var/lib/hcpfs"
+_TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 # Options of mount(8) and of fstab that are its own business, or true of this file system anyway.
 _IGNORED = {
@@ -32,7 +33,9 @@ class MountOptions:
     mountpoint: str = ""
     store: str | None = None
     quota_bytes: int | None = None
+    on_full: OnFull = OnFull.DROP_OLDEST
     read_only: bool = False
+    read_suspect: bool = False
     allow_other: bool = False
     access: Access = field(default_factory=Access)
     freeze_seconds: float = 10.0
@@ -64,8 +67,11 @@ def parse_source(text: str) -> Source:
         name = os.path.basename(os.path.abspath(path))
         name = name if name.endswith(".img") else f"{name}.img"
     encoded = os.fsencode(name)
-    if not encoded or encoded.startswith(b".") or b"/" in encoded or len(encoded) > 255 or encoded == b"info":
-        raise UsageError(f"{name!r} cannot name an image: no slash, no leading dot, not 'info', at most 255 bytes")
+    if not encoded or encoded.startswith(b".") or b"/" in encoded or len(encoded) > 255 or encoded in _TAKEN:
+        taken = ", ".join(sorted(os.fsdecode(one) for one in _TAKEN))
+        raise UsageError(
+            f"{name!r} cannot name an image: no slash, no leading dot, at most 255 bytes, and not one of {taken}"
+        )
     return Source(encoded, os.path.abspath(path))
 
 
@@ -78,17 +84,24 @@ def apply_options(options: MountOptions, texts: Iterable[str]) -> None:
 
 def _apply_option(options: MountOptions, option: str) -> None:
     key, _, value = option.partition("=")
-    if key in ("store", "quota", "source", "uid", "gid", "mode", "freeze") and not value:
+    if key in ("store", "quota", "on_full", "source", "uid", "gid", "mode", "freeze") and not value:
         raise UsageError(f"the option {key} needs a value: {key}=...")
     match key:
         case "store":
             options.store = value
         case "quota":
             options.quota_bytes = parse_size(value)
+        case "on_full":
+            try:
+                options.on_full = OnFull(value)
+            except ValueError:
+                raise UsageError(f"on_full={value} is not a policy: there are {', '.join(OnFull)}") from None
         case "source":
             options.sources.append(parse_source(value))
         case "ro":
             options.read_only = True
+        case "read_suspect":
+            options.read_suspect = True
         case "allow_other":
             options.allow_other = True
         case "foreground":
@@ -107,6 +120,6 @@ def _apply_option(options: MountOptions, option: str) -> None:
         case _:
             if key not in _IGNORED and not key.startswith(("x-", "comment")):
                 raise UsageError(
-                    f"the mount option {option!r} is not known: there are store, quota, source, ro, allow_other, uid, "
-                    f"gid, mode, freeze and foreground"
+                    f"the mount option {option!r} is not known: there are store, quota, on_full, source, ro, "
+                    f"read_suspect, allow_other, uid, gid, mode, freeze and foreground"
                 )

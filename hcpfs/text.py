@@ -65,6 +65,17 @@ def info(snapshot: Snapshot) -> bytes:
     return lines(pairs)
 
 
+def lost(snapshot: Snapshot) -> bytes:
+    """The text of a snapshot's `lost`: `offset length image` lines, in bytes, of what cannot be read any more."""
+    return b"".join(
+        f"{run.offset} {min(run.length, image.size_bytes - run.offset)} {_key(image.origin.name)}\n".encode(
+            "utf-8", "backslashreplace"
+        )
+        for image in snapshot.images
+        for run in image.lost()
+    )
+
+
 def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], last: LastError | None) -> bytes:
     """The text of `status`."""
     states = [snapshot.row.state.value for snapshot in store.snapshots]
@@ -77,10 +88,11 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("quota_bytes", "-" if store.space.quota_bytes is None else store.space.quota_bytes),
         ("used_bytes", store.space.used_bytes),
         ("available_bytes", store.space.available_bytes),
-        ("on_full", "drop-oldest"),
+        ("used_percent", store.space.used_percent),
+        ("on_full", store.on_full.value),
         ("snapshots", len(states)),
     ]
-    pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "invalid")]
+    pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "suspect", "invalid")]
     for origin in store.origins:
         key = _key(origin.name)
         pairs += [(f"{key}.device", origin.device.label), (f"{key}.size", origin.size_bytes)]

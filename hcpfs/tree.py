@@ -1,6 +1,6 @@
 """The tree: what the file system is. Knows no pyfuse3 and can be used without a mount.
 
-    /  live/NAME.img   snaps/SNAPSHOT/{NAME.img, info}   status
+    /  live/NAME.img   snaps/SNAPSHOT/{NAME.img, info, lost}   status
 
 Inode numbers are computed, not allocated, and never used twice: the fixed ones are small, and those of a snapshot
 follow from its id. So nothing has to be remembered for the kernel, and `forget` has nothing to do.
@@ -23,15 +23,16 @@ from cow.opening import Opened
 from cow.origin import Origin
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
-from hcpfs.text import LastError, info, status
+from hcpfs.text import LastError, info, lost, status
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
 _FIRST_LIVE_IMAGE = 16
 _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
-_INFO = 1
+_INFO, _LOST = 1, 2
 _FIRST_IMAGE = 16
+_TEXTS = {_INFO: info, _LOST: lost}
 _RELEASE_GRACE_SECONDS = 0.5
-_READ_ONLY_TEXT = "status and info can only be read"
+_READ_ONLY_TEXT = "status, info and lost can only be read"
 
 log = logging.getLogger("hcpfs")
 
@@ -157,7 +158,7 @@ class Tree:
             return
         elif snapshot is not None and inode == snapshot.id << _SNAPSHOT_SHIFT:
             named = [(image.origin.name, inode + _FIRST_IMAGE + place) for place, image in enumerate(snapshot.images)]
-            named.append((b"info", inode + _INFO))
+            named += [(b"info", inode + _INFO), (b"lost", inode + _LOST)]
         else:
             raise NotDirectoryError("not a directory")
         for place, (name, number) in enumerate(named):
@@ -192,8 +193,8 @@ class Tree:
         place = inode - (snapshot.id << _SNAPSHOT_SHIFT)
         if place == 0:
             return self._directory(inode, 2, snapshot.row.created_ns)
-        if place == _INFO:
-            return self._text(inode, info(snapshot), max(image.modified_ns for image in snapshot.images))
+        if place in _TEXTS:
+            return self._text(inode, _TEXTS[place](snapshot), max(image.modified_ns for image in snapshot.images))
         image = self._snapshot_image(snapshot, inode)
         allocated = await image.allocated_bytes()
         return self._image(inode, image.size_bytes, -(-allocated // 512), image.modified_ns)
@@ -296,8 +297,9 @@ class Tree:
         snapshot = self._snapshot(inode)
         if snapshot is None:
             raise NotFoundError("the snapshot was removed")
-        if inode == (snapshot.id << _SNAPSHOT_SHIFT) + _INFO:
-            return _Text(info(snapshot))
+        place = inode - (snapshot.id << _SNAPSHOT_SHIFT)
+        if place in _TEXTS:
+            return _Text(_TEXTS[place](snapshot))
         return self._snapshot_image(snapshot, inode)
 
     def handle(self, number: int) -> Handle:

@@ -9,7 +9,16 @@ import pytest
 from cow.device import Directory
 from cow.errors import CowError
 from cow.geometry import Run
-from cow.journal import FILE_BYTES, SECTOR_BYTES, Journal, JournalDamagedError, Kind, Record
+from cow.journal import (
+    FILE_BYTES,
+    SECTOR_BYTES,
+    SECTOR_PAYLOAD_BYTES,
+    Journal,
+    JournalDamagedError,
+    Kind,
+    Record,
+    _seal,
+)
 
 UUID = bytes(range(16))
 
@@ -140,18 +149,47 @@ def test_knows_when_a_record_needs_a_new_file(directory: Directory) -> None:
     assert len(_replay(directory)) == 2
 
 
-def test_takes_nothing_after_a_failed_append(directory: Directory) -> None:
-    """A full device: /dev/full takes no byte, and the journal must not go on as if it had."""
+def test_after_a_failed_append_a_new_file_makes_it_void(directory: Directory) -> None:
+    """Whether the failed record is on the disk is unknown, so it counts neither way, and its number is used again."""
     journal = Journal(directory, UUID)
     journal.start_file()
     journal.append([_record(1)])
-    with open("/dev/full", "r+b", buffering=0) as full:
+    saved = os.dup(journal._file.fd)
+    with open("/dev/full", "r+b", buffering=0) as full:  # takes no byte
         os.dup2(full.fileno(), journal._file.fd)
     with pytest.raises(OSError, match="No space left"):
         journal.append([_record(2)])
+    os.dup2(saved, journal._file.fd)
+    os.close(saved)
+    assert not journal.has_room(_record(3))
     with pytest.raises(CowError, match="closed after an error"):
         journal.append([_record(3)])
-    with pytest.raises(CowError, match="closed after an error"):
-        journal.start_file()
+
+    other = Journal(directory, UUID)  # as if the failed append had reached the disk after all
+    encoded = _sealed_record(_record(2), sequence=2, number=1, sector=2)
+    path = Path(directory.label, "journal.00000001")
+    with path.open("r+b") as file:
+        file.seek(2 * SECTOR_BYTES)
+        file.write(encoded)
+    assert list(other.replay()) == [_record(1), _record(2)]
+    assert journal.start_file() == [1]
+    journal.append([_record(3)])
     journal.close()
-    assert _replay(directory) == [_record(1)]
+    assert _replay(directory) == [_record(1), _record(3)]
+
+
+def _sealed_record(record: Record, *, sequence: int, number: int, sector: int) -> bytes:
+    return _seal(record.encode(sequence).ljust(SECTOR_PAYLOAD_BYTES, b"\0"), number, sector)
+
+
+def test_a_file_that_could_not_be_finished_is_passed_over(directory: Directory) -> None:
+    """The header comes last: before it nothing counts, and the file before goes on."""
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    journal.append([_record(1)])
+    Path(directory.label, "journal.00000002").write_bytes(bytes(1 << 16))
+    journal.append([_record(2)])
+    assert journal.start_file() == [1]
+    journal.append([_record(3)])
+    journal.close()
+    assert _replay(directory) == [_record(1), _record(2), _record(3)]

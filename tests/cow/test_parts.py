@@ -14,7 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from cow.chain import resolve
 from cow.device import Directory, OriginDevice
 from cow.errors import DamagedError, HoldTimeoutError, SyncError
-from cow.fingerprint import HEAD_CHUNKS, Fingerprint
+from cow.fingerprint import Comparison, compare, digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, held_in, missing_from, runs_of, split
 from cow.layer import SEGMENT_CHUNKS, Layer
@@ -98,22 +98,30 @@ def test_a_hold_that_takes_too_long_fails_and_opens_the_gate() -> None:
     trio.run(main)
 
 
-def test_a_fingerprint_forgives_what_was_marked_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(HEAD_CHUNKS * CHUNK_BYTES + 512))
-    device = OriginDevice.open_path(str(path))
-    taken = Fingerprint.of(device)
-    device.pwrite(b"x", 5 * CHUNK_BYTES)
-    assert not taken.matches(Fingerprint.of(device))
-    mask = taken.marked(Run(5, 1))
-    assert mask is not None
-    taken.mark(mask)
-    assert taken.matches(Fingerprint.of(device))
-    assert taken.marked(Run(5, 1)) is None
-    assert Fingerprint(taken.sums, taken.written).matches(Fingerprint.of(device))
-    device.pwrite(b"x", 6 * CHUNK_BYTES)
-    assert not taken.matches(Fingerprint.of(device))
-    device.close()
+def test_a_fingerprint_tells_a_changed_device_from_another_one(tmp_path: Path) -> None:
+    """Preserved chunks do not count, zeroes are no sign of identity, and the sample has both ends of the device."""
+    size_bytes = 64 << 20
+    runs = sampled(size_bytes)
+    assert runs[0].first == 0
+    assert runs[0].length >= 1 << 20
+    assert runs[-1].end == chunks_of(size_bytes)
+    assert sum(run.chunks for run in runs) < 400
+    content = bytearray(os.urandom(1 << 20) + bytes(size_bytes - (1 << 20)))
+
+    def read(run: Run) -> bytes:
+        return bytes(content[run.offset : run.offset + run.length])
+
+    before = digests(runs, read)
+    assert compare(runs, before, digests(runs, read), lambda chunk: True) == Comparison(256, [])
+    content[5 * CHUNK_BYTES] ^= 1
+    content[-1] ^= 1
+    now = digests(runs, read)
+    last = chunks_of(size_bytes) - 1
+    assert compare(runs, before, now, lambda chunk: True) == Comparison(255, [Run(5, 1), Run(last, 1)])
+    assert compare(runs, before, now, lambda chunk: chunk not in (5, last)) == Comparison(255, [])
+    assert not compare(runs, before, now, lambda chunk: True).is_another_device
+    content[: 1 << 20] = os.urandom(1 << 20)
+    assert compare(runs, before, digests(runs, read), lambda chunk: True).is_another_device
 
 
 def test_i3_a_failed_sync_never_turns_into_success(tmp_path: Path) -> None:

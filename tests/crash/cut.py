@@ -138,7 +138,7 @@ class Cutter:
         while todo:
             number = todo.pop()
             found[number] = dict(directories.get(number, {}))
-            for name, target in found[number].items():
+            for target in found[number].values():
                 if target in directories:
                     todo.append(target)
                 else:
@@ -197,7 +197,9 @@ def random_state_of(disk: Disk, random_: random.Random, before: int) -> Found:
     return Found(state, mark, event, story)
 
 
-def states_of(disk: Disk, random_: random.Random, *, first: int = 0, seen: set[object] | None = None) -> Iterator[Found]:
+def states_of(
+    disk: Disk, random_: random.Random, *, first: int = 0, seen: set[object] | None = None
+) -> Iterator[Found]:
     """Every state that a cut after event `first` of the disk's log may leave, each once for each mark.
 
     `seen` has what was given out before, over several logs.

@@ -101,7 +101,7 @@ class Fault(Exception):  # noqa: N818
 
 
 def site_of_caller() -> tuple[str, int]:
-    """The engine's function that asked and its caller, `journal.Journal.append<commits.Commits.commit`, and the line."""
+    """The engine's function that asked, and its caller (`journal.Journal.append<commits.Commits.commit`), the line."""
     found: list[str] = []
     line = 0
     frame = sys._getframe(1)
@@ -130,7 +130,9 @@ class Disk(Io):
         self.left_out: Callable[[Call], bool] | None = None
         self.calls: Counter[Call] | None = None  #: set to have them counted
         self.database = state.catalog
-        self._inodes = {number: Inode(number, False, content=bytearray(content)) for number, content in state.files.items()}
+        self._inodes = {
+            number: Inode(number, False, content=bytearray(content)) for number, content in state.files.items()
+        }
         self._inodes |= {
             number: Inode(number, True, entries=dict(entries)) for number, entries in state.directories.items()
         }

@@ -14,7 +14,7 @@ from cow import journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
-from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, prepare
+from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare
 
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
 CONTENT = bytes(0x80 | (place // 512 + 1) for place in range(SIZE))
@@ -74,9 +74,7 @@ async def opened(disk: Disk, oracle: Oracle) -> AsyncIterator[Session]:
 
 async def read_all(session: Session) -> dict[str, bytes]:
     """Every snapshot's content."""
-    return {
-        snapshot.name.decode(): await snapshot.images[0].read(0, SIZE) for snapshot in session.store.snapshots
-    }
+    return {snapshot.name.decode(): await snapshot.images[0].read(0, SIZE) for snapshot in session.store.snapshots}
 
 
 async def examine(state: State, oracle: Oracle) -> Disk:

@@ -52,9 +52,15 @@ class Edit:
         owner_name, _, name = path.rpartition(".")
         owner = getattr(module, owner_name) if owner_name else module
         source = inspect.getsource(inspect.getattr_static(owner, name))
-        assert source.count(self.old) == 1, f"{self.what}: {self.old!r} is in {self.function} {source.count(self.old)} times"
+        assert source.count(self.old) == 1, (
+            f"{self.what}: {self.old!r} is in {self.function} {source.count(self.old)} times"
+        )
         namespace: dict[str, object] = {}
-        exec(compile(textwrap.dedent(source.replace(self.old, self.new)), f"<{self.what}>", "exec"), vars(module), namespace)
+        exec(
+            compile(textwrap.dedent(source.replace(self.old, self.new)), f"<{self.what}>", "exec"),
+            vars(module),
+            namespace,
+        )
         with patch.object(owner, name, namespace[name]):
             yield
 
@@ -95,7 +101,12 @@ ORDER = [
         "                self.delta.unpin()\n",
         "            await trio.to_thread.run_sync(self._write_delta, run, whole)\n            await self._announce(run)\n",
     ),
-    Edit("open intents are not carried over", "commits:Commits._start_file", "            if layer.intended\n", "            if False\n"),
+    Edit(
+        "open intents are not carried over",
+        "commits:Commits._start_file",
+        "            if layer.intended\n",
+        "            if False\n",
+    ),
     Edit(
         "journal files are dropped before the layers are saved",
         "commits:Commits.save",
@@ -109,10 +120,20 @@ ORDER = [
         "    older = journal.start_file()\n",
         "    older = journal.start_file()\n    journal.retire(older)\n    older = []\n",
     ),
-    Edit("recovery does not rehash what was being overwritten", "recovery:recover", "        if layer.intended:\n", "        if False:\n"),
+    Edit(
+        "recovery does not rehash what was being overwritten",
+        "recovery:recover",
+        "        if layer.intended:\n",
+        "        if False:\n",
+    ),
     Edit("recovery keeps half-taken snapshots", "recovery:_drop_pending", "row.state == State.PENDING]", "False]"),
     Edit("recovery does not apply the journal", "recovery:_apply", "    layer.commit(record.runs)\n", ""),
-    Edit("recovery does not restore the checksums", "recovery:_apply", "        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])\n", ""),
+    Edit(
+        "recovery does not restore the checksums",
+        "recovery:_apply",
+        "        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])\n",
+        "",
+    ),
     Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
     Edit(
         "the catalog hands the layers of a deleted snapshot to nobody",

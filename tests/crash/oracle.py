@@ -37,9 +37,7 @@ class Versions:
             return None
         if len(found) != len(self.flushed):
             return f"it has {len(found)} bytes, not {len(self.flushed)}"
-        wrong = {
-            at for at in range(0, len(found), SECTOR) if found[at : at + SECTOR] != self.flushed[at : at + SECTOR]
-        }
+        wrong = {at for at in range(0, len(found), SECTOR) if found[at : at + SECTOR] != self.flushed[at : at + SECTOR]}
         content = bytearray(self.flushed)
         for offset, data in self.since:
             content[offset : offset + len(data)] = data

@@ -1,7 +1,7 @@
 """SQLite's own files under power cuts: why the simulated disk may take a transaction of the catalog for one event.
 
-A catalog is used by a process whose system calls are traced; what a cut at any moment would leave of its files is opened
-with the real catalog. Every transaction that had returned is there, and none is there in part.
+A catalog is used by a process whose system calls are traced; what a cut at any moment would leave of its files is
+opened with the real catalog. Every transaction that had returned is there, and none is there in part.
 """
 
 import random

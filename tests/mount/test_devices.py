@@ -202,7 +202,7 @@ def test_i2_a_consistency_group_is_taken_at_one_instant(sandbox: Sandbox) -> Non
     served = served.remount()
     for number in range(25):
         images = served.snaps / f"s{number}"
-        assert sorted(os.listdir(images)) == ["first", "info", "second"]
+        assert sorted(os.listdir(images)) == ["first", "info", "lost", "second"]
         assert _counters(images) == at_once[number]
     (served.snaps / "s3").rmdir()
     served.umount()

@@ -12,11 +12,11 @@ MIB = 1 << 20
 
 @pytest.fixture(params=["tmpfs", "ext4"])
 def served(sandbox: Sandbox, request: pytest.FixtureRequest) -> Served:
-    """A 64 MiB disk whose store has 40 MiB."""
+    """A 64 MiB disk whose store has 44 MiB."""
     if request.param == "tmpfs":
-        place = sandbox.mount_device("tmpfs", "small", "-t", "tmpfs", "-o", "size=40M,mode=700")
+        place = sandbox.mount_device("tmpfs", "small", "-t", "tmpfs", "-o", "size=44M,mode=700")
     else:
-        device = sandbox.loop(sandbox.disk("small.img", 40 * MIB))
+        device = sandbox.loop(sandbox.disk("small.img", 44 * MIB))
         sandbox.format(device, "ext4")
         place = sandbox.mount_device(device, "small")
     return sandbox.mount(sandbox.disk(size=64 * MIB), store=place / "store")
@@ -39,8 +39,9 @@ def test_i8_the_origin_goes_on_and_the_oldest_snapshots_are_given_up(served: Ser
     for number in range(4):
         moments[f"s{number}"] = bytes(expected)
         (served.snaps / f"s{number}").mkdir()
-        at = number * 12 * MIB
-        expected[at : at + 12 * MIB] = _overwrite(served, at, 12 * MIB, random_)
+        at = number * 5 * MIB
+        length = 20 * MIB if number == 3 else 5 * MIB
+        expected[at : at + length] = _overwrite(served, at, length, random_)
     assert served.live.read_bytes() == expected
     states = {name: served.info(name)["state"] for name in moments}
     assert states["s0"] == "invalid"
@@ -72,8 +73,10 @@ def test_a_snapshots_own_writes_get_enospc_and_cost_no_snapshot(served: Served) 
     written = []
     with served.image("b").open("r+b", buffering=0) as image, pytest.raises(OSError, match="No space left"):
         written.extend(iter(lambda: image.write(os.urandom(MIB)), None))
-    assert sum(written) > 16 * MIB
+    assert sum(written) > 12 * MIB
     assert served.info("a")["state"] == served.info("b")["state"] == "valid"
     assert served.image("a").read_bytes() == bytes(64 * MIB)
+    _overwrite(served, 0, MIB, random.Random(2))  # there is room left for the origin's old bytes
+    assert served.info("a")["state"] == served.info("b")["state"] == "valid"
     (served.snaps / "b").rmdir()
     assert served.status["last_error_errno"] == "ENOSPC"
