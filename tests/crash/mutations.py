@@ -1,7 +1,7 @@
-"""Engines with one thing left out or in the wrong order: if the harness does not notice, it would not notice us either.
+"""Engines with one thing left out or in the wrong order, which the harness must notice.
 
-Three kinds: each sync, and each commit of the catalog, that a run of the workloads makes, found from the run itself; and
-edits of the source, each of which takes out one check or one ordering edge.
+Three kinds: each sync, and each commit of the catalog, that a run of the workloads makes, found from the run itself;
+and edits of the source, each of which takes out one check or one ordering edge.
 """
 
 import importlib
@@ -87,8 +87,8 @@ ORDER = [
     Edit(
         "a snapshot is recorded as valid before the origin is synced",
         "store:Store.create_snapshot",
-        "            for origin in self.origins:\n                await origin.sync()\n            async with self._layout:\n"
-        "                await self._finish(snapshot, evidence)\n",
+        "            for origin in self.origins:\n                await origin.sync()\n"
+        "            async with self._layout:\n                await self._finish(snapshot, evidence)\n",
         "            async with self._layout:\n                await self._finish(snapshot, evidence)\n"
         "            for origin in self.origins:\n                await origin.sync()\n",
     ),
@@ -99,7 +99,8 @@ ORDER = [
         "            await self._announce(run)\n            self.delta.pin()\n            try:\n"
         "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n            finally:\n"
         "                self.delta.unpin()\n",
-        "            await trio.to_thread.run_sync(self._write_delta, run, whole)\n            await self._announce(run)\n",
+        "            await trio.to_thread.run_sync(self._write_delta, run, whole)\n"
+        "            await self._announce(run)\n",
     ),
     Edit(
         "open intents are not carried over",
