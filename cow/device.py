@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 from cow.errors import RefusedError, SyncError
@@ -57,6 +58,7 @@ class Io:
     rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
     rmdir = staticmethod(os.rmdir)
+    posix_fadvise = staticmethod(os.posix_fadvise)
     flock = staticmethod(fcntl.flock)
 
     def listdir(self, fd: int) -> list[str]:
@@ -297,17 +299,25 @@ class Directory:
         Raises FileNotFoundError, or RefusedError when something else than a directory stands there.
         """
         if create:
-            try:
-                self._io.mkdir(name, 0o700, dir_fd=self.fd)
-            except FileExistsError:
-                pass
-            else:
-                self.sync()
+            self._make_directory(name)
         label = f"{self.label}/{name}"
         try:
             return type(self)(self._io, self._io.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd), label)
         except NotADirectoryError as error:
             raise RefusedError(f"{label} is not a directory; the store was tampered with") from error
+
+    def _make_directory(self, name: str) -> None:
+        try:
+            self._io.mkdir(name, 0o700, dir_fd=self.fd)
+        except FileExistsError:
+            self.sync()  # it may be from a try whose sync failed
+            return
+        try:
+            self.sync()
+        except OSError:
+            with suppress(OSError):
+                self.rmdir(name)  # so that the next try makes, and syncs, a new entry
+            raise
 
     def names(self) -> list[str]:
         """The names in the directory, sorted."""
@@ -406,4 +416,6 @@ class OriginDevice(File):
         if geometry.size_bytes == 0:
             io.close(fd)
             raise RefusedError(f"{path} is empty (0 bytes): there is nothing to take a snapshot of")
+        # After a failed sync, by us or by others before us, the cache may show what the device does not have.
+        io.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return cls(io, fd, path, geometry)

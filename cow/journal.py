@@ -148,7 +148,6 @@ class Journal:
         file = self._directory.open(name, create=True)
         try:
             file.allocate(FILE_BYTES)
-            file.sync()
             self._directory.sync()
         except OSError:
             file.close()

@@ -14,6 +14,7 @@ class Snapshot:
         self.row = row
         self.images = images  #: in the order of the store's origins
         self.leaving = False  #: being deleted: it cannot be opened any more
+        self.abandoned = False  #: it could not be taken, and never existed for users
 
     @property
     def id(self) -> int:
@@ -24,6 +25,11 @@ class Snapshot:
     def name(self) -> bytes:
         """Its present name."""
         return self.row.name
+
+    @property
+    def exists(self) -> bool:
+        """Whether users see it."""
+        return self.row.state != State.PENDING and not self.leaving and not self.abandoned
 
     @property
     def usable(self) -> bool:

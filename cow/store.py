@@ -107,7 +107,7 @@ class Store:
     @property
     def snapshots(self) -> list[Snapshot]:
         """All snapshots that exist for users, oldest first."""
-        return [one for one in self._snapshots.values() if one.row.state != State.PENDING and not one.leaving]
+        return [one for one in self._snapshots.values() if one.exists]
 
     def find(self, name: bytes) -> Snapshot | None:
         """The snapshot of that name."""
@@ -116,7 +116,7 @@ class Store:
     def by_id(self, number: int) -> Snapshot | None:
         """The snapshot of that id."""
         found = self._snapshots.get(number)
-        return None if found is None or found.leaving or found.row.state == State.PENDING else found
+        return found if found is not None and found.exists else None
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -128,9 +128,10 @@ class Store:
         origin cannot be synced; the snapshot does not exist then.
         """
         check_name(name)
-        self._check_name_is_free(name)
         if self.read_only:
             raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
+        await self._remove_abandoned()
+        self._check_name_is_free(name)
         await self.space.check_for_snapshot()
         async with quiesce() as evidence:
             began = time.perf_counter_ns()
@@ -145,11 +146,18 @@ class Store:
             async with self._layout:
                 await self._finish(snapshot, evidence)
         except BaseException:
+            snapshot.abandoned = True
             with trio.CancelScope(shield=True):
-                async with self._layout:
-                    await self._remove(snapshot)
+                await self._remove_abandoned()
             raise
         return snapshot
+
+    async def _remove_abandoned(self) -> None:
+        """Take back snapshots that could not be taken, also those where an error kept us from it before."""
+        for snapshot in [one for one in self._snapshots.values() if one.abandoned]:
+            async with self._layout:
+                if snapshot.id in self._snapshots:
+                    await self._remove(snapshot)
 
     async def _finish(self, snapshot: Snapshot, evidence: Evidence) -> None:
         if snapshot.row.state != State.PENDING:

@@ -13,7 +13,7 @@ from itertools import product
 
 from xxhash import xxh3_128_digest
 
-from tests.crash.disk import _SOURCE_INODE, _STORE_INODE, Disk, Op, State, apply_to
+from tests.crash.disk import ELSEWHERE_INODE, SOURCE_INODE, STORE_INODE, Disk, Op, State, apply_to
 
 SECTOR = 512
 MOST_EXHAUSTIVE = 8
@@ -55,6 +55,7 @@ class Cutter:
             for one in covered:
                 self._make_durable(one)
                 self._pending.remove(one)
+                self._supersede(one)
             return bool(covered)
         if op.kind == "commit":
             if edge == "begin":
@@ -67,6 +68,19 @@ class Cutter:
             if op.is_directory:
                 self._directories.setdefault(op.target, {})
         return edge == "begin"
+
+    def _supersede(self, durable: Op) -> None:
+        """What a failed sync left open is settled where something later has become durable."""
+        for old in [one for one in self._pending if one in self._lost and one.inode == durable.inode]:
+            if durable.kind in ("link", "unlink") and old.kind in ("link", "unlink"):
+                left = [] if old.name == durable.name else [old]
+            elif durable.kind == "write" and old.kind == "write":
+                left = list(_outside(old, durable))
+            else:
+                continue
+            place = self._pending.index(old)
+            self._pending[place : place + 1] = left
+            self._lost.update(left)
 
     def _make_durable(self, op: Op) -> None:
         if op.kind in ("link", "unlink"):
@@ -132,9 +146,9 @@ class Cutter:
     def _reachable(
         self, changed: dict[int, bytearray], directories: dict[int, dict[str, int]], catalog: bytes | None
     ) -> State:
-        files = {_SOURCE_INODE: bytes(changed.get(_SOURCE_INODE, self._files[_SOURCE_INODE]))}
+        files = {SOURCE_INODE: bytes(changed.get(SOURCE_INODE, self._files[SOURCE_INODE]))}
         found: dict[int, dict[str, int]] = {}
-        todo = [_STORE_INODE]
+        todo = [STORE_INODE, ELSEWHERE_INODE]
         while todo:
             number = todo.pop()
             found[number] = dict(directories.get(number, {}))
@@ -162,6 +176,18 @@ def _apply_entry(entries: dict[str, int], op: Op) -> None:
         del entries[op.name]
 
 
+def _outside(old: Op, later: Op) -> Iterator[Op]:
+    """The parts of a write that a later one did not overwrite."""
+    end, later_end = old.offset + len(old.data), later.offset + len(later.data)
+    if later_end <= old.offset or end <= later.offset:
+        yield old
+        return
+    for start, stop in ((old.offset, later.offset), (later_end, end)):
+        if start < stop:
+            data = old.data[start - old.offset : stop - old.offset]
+            yield Op("write", old.inode, old.site, offset=start, data=data, ended=True)
+
+
 def _torn(op: Op, kept: Sequence[int]) -> Iterator[Op]:
     for sector in kept:
         start = sector * SECTOR
@@ -170,8 +196,8 @@ def _torn(op: Op, kept: Sequence[int]) -> Iterator[Op]:
 
 def digest(state: State) -> bytes:
     """Equal for states that recovery cannot tell apart."""
-    parts = [state.files[_SOURCE_INODE], state.catalog or b""]
-    todo = [("", _STORE_INODE)]
+    parts = [state.files[SOURCE_INODE], state.catalog or b""]
+    todo = [("", STORE_INODE), ("elsewhere", ELSEWHERE_INODE)]
     while todo:
         path, number = todo.pop()
         for name, target in sorted(state.directories[number].items()):
@@ -183,9 +209,9 @@ def digest(state: State) -> bytes:
     return xxh3_128_digest(b"\0".join(len(part).to_bytes(8, "little") + part for part in parts))
 
 
-def random_state_of(disk: Disk, random_: random.Random, before: int) -> Found:
-    """One state that a cut at some event before `before` may leave."""
-    event = random_.randrange(before)
+def random_state_of(disk: Disk, random_: random.Random, first: int, end: int) -> Found:
+    """One state that a cut at some event from `first` on, before `end`, may leave."""
+    event = random_.randrange(first, end)
     cutter = Cutter(disk.start)
     mark: object = None
     for edge, what in disk.log[: event + 1]:

@@ -19,8 +19,9 @@ from typing import Any
 
 from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
 
-STORE, SOURCE = "/store", "/disk.img"
-_STORE_INODE, _SOURCE_INODE = 1, 2
+STORE, SOURCE, ELSEWHERE = "/store", "/disk.img", "/elsewhere"
+STORE_INODE, SOURCE_INODE, ELSEWHERE_INODE = 1, 2, 3
+_ROOTS = {STORE: STORE_INODE, SOURCE: SOURCE_INODE, ELSEWHERE: ELSEWHERE_INODE}
 PAGE = 4096
 UNLIMITED = 1 << 40
 # What these contain means nothing, and whether they are there neither.
@@ -83,6 +84,7 @@ class Call:
     site: str
     line: int
     is_source: bool
+    is_elsewhere: bool
 
     def __str__(self) -> str:
         return f"{self.kind} by {self.site} (line {self.line})"
@@ -116,7 +118,7 @@ def site_of_caller() -> tuple[str, int]:
 
 def empty_state(content: bytes) -> State:
     """A source with that content, and no store yet."""
-    return State({_SOURCE_INODE: content}, {_STORE_INODE: {}}, None)
+    return State({SOURCE_INODE: content}, {STORE_INODE: {}, ELSEWHERE_INODE: {}}, None)
 
 
 class Disk(Io):
@@ -141,6 +143,7 @@ class Disk(Io):
             for name, number in inode.entries.items():
                 self._inodes[number].meaningless = name in _MEANINGLESS
         self._next_inode = max(self._inodes) + 1
+        self._elsewhere = {ELSEWHERE_INODE, *self._inodes[ELSEWHERE_INODE].entries.values()}
         self._descriptors: dict[int, Inode] = {}
         self._next_descriptor = 1000
         self._locked: set[int] = set()
@@ -152,7 +155,7 @@ class Disk(Io):
 
     def content(self) -> bytes:
         """The source as a running system sees it."""
-        return bytes(self._inodes[_SOURCE_INODE].content)
+        return bytes(self._inodes[SOURCE_INODE].content)
 
     @property
     def open_descriptors(self) -> int:
@@ -167,7 +170,7 @@ class Disk(Io):
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _ask(self, kind: str, inode: int) -> tuple[Call, Fault | None]:
-        call = Call(kind, *site_of_caller(), inode == _SOURCE_INODE)
+        call = Call(kind, *site_of_caller(), inode == SOURCE_INODE, inode in self._elsewhere)
         if self.calls is not None:
             self.calls[call] += 1
         fault = self.decide(call) if self.decide is not None else None
@@ -199,7 +202,7 @@ class Disk(Io):
 
     def open(self, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if dir_fd is None:
-            return self._descriptor(self._inodes[{STORE: _STORE_INODE, SOURCE: _SOURCE_INODE}[path]])
+            return self._descriptor(self._inodes[_ROOTS[path]])
         directory = self._descriptors[dir_fd]
         number = directory.entries.get(path)
         if number is None:
@@ -217,6 +220,8 @@ class Disk(Io):
         self._next_inode += 1
 
         self._inodes[inode.number] = inode
+        if directory.number in self._elsewhere:
+            self._elsewhere.add(inode.number)
 
         def apply() -> None:
             directory.entries[name] = inode.number
@@ -251,6 +256,9 @@ class Disk(Io):
             st_mode=kind | 0o700, st_uid=os.geteuid(), st_size=len(inode.content), st_blocks=blocks, st_mtime_ns=0
         )
 
+    def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
+        pass
+
     def fchmod(self, fd: int, mode: int) -> None:
         pass
 
@@ -262,7 +270,7 @@ class Disk(Io):
         return sum(len(one.pages) for one in self._reachable()) * PAGE
 
     def _reachable(self) -> list[Inode]:
-        found, todo = [], [_STORE_INODE]
+        found, todo = [], [STORE_INODE]
         while todo:
             inode = self._inodes[todo.pop()]
             found.append(inode)
@@ -308,7 +316,7 @@ class Disk(Io):
         return len(written)
 
     def _take_space(self, inode: Inode, offset: int, length: int) -> None:
-        if inode.number == _SOURCE_INODE:
+        if inode.number == SOURCE_INODE:
             return
         before = set() if self.capacity_bytes == UNLIMITED else set(inode.pages)
         inode.touch(offset, length)

@@ -16,6 +16,7 @@ from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
 from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare
 
+LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
 CONTENT = bytes(0x80 | (place // 512 + 1) for place in range(SIZE))
 
@@ -35,10 +36,16 @@ class Tally:
     workloads: int = 0
 
 
-async def _inline(function: Callable[..., T], *arguments: Any, **_: Any) -> T:
-    """Stands for trio.to_thread.run_sync: here, with other tasks before it, so that runs can be repeated."""
-    await trio.lowlevel.checkpoint()
-    return function(*arguments)
+class _Inline:
+    """Stands for trio.to_thread.run_sync: here, after others had a few turns, so that runs differ and can be repeated."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(1)
+
+    async def run_sync(self, function: Callable[..., T], *arguments: Any, **_: Any) -> T:
+        for _ in range(self._random.choice((1, 1, 1, 2, 4, 8))):
+            await trio.lowlevel.checkpoint()
+        return function(*arguments)
 
 
 @contextmanager
@@ -47,7 +54,7 @@ def small_and_deterministic() -> Iterator[None]:
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(1)
     with (
-        patch.object(trio.to_thread, "run_sync", _inline),
+        patch.object(trio.to_thread, "run_sync", _Inline().run_sync),
         patch.object(journal, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
@@ -102,8 +109,7 @@ async def examine(state: State, oracle: Oracle) -> Disk:
 
 async def _use(session: Session, found: dict[str, bytes]) -> None:
     """What recovery believes must also hold when the store is used on: overwrite everything, look again."""
-    wanted = session.oracle.being_made
-    name = wanted[0] if wanted is not None and wanted[0] not in found else "one more"
+    name = next((name for name in session.oracle.maybe_made if name not in found), "one more")
     found = {**found, name: session.disk.content()}
     await session.store.create_snapshot(name.encode())
     await session.origin.write(0, session.fresh(SIZE))
@@ -133,19 +139,19 @@ async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, in
 
 
 async def check_workload(
-    workload: Workload, random_: random.Random, tally: Tally, *, doubles: float, whole: bool = False,
-    make_disk: Callable[[], Disk] | None = None, most: int | None = None,
+    workload: Workload, random_: random.Random, tally: Tally, *, share: float = 1.0, doubles: float = 0.0,
+    whole: bool = False, disk: Disk | None = None,
 ) -> None:  # fmt: skip
-    """Check the states of a workload (of its preparation too when `whole`), and a share `doubles` of second cuts.
+    """Check a `share` of the states of a workload, of its preparation too when `whole`.
 
-    Raises ViolationError at the first one that is wrong. Stops after `most` states.
+    For a share `doubles` of those the power is cut twice more during the recovery from the first cut. Raises
+    ViolationError at the first state that is wrong.
     """
-    disk, first = await record(workload, make_disk() if make_disk is not None else None)
+    disk, first = await record(workload, disk)
     tally.workloads += 1
-    seen: set[object] = set()
-    for count, found in enumerate(states_of(disk, random_, first=0 if whole else first, seen=seen)):
-        if most is not None and count >= most:
-            return
+    for found in states_of(disk, random_, first=0 if whole else first):
+        if random_.random() >= share:
+            continue
         recovered = await _examine(workload, found, "")
         tally.states += 1
         if random_.random() < doubles:
@@ -155,8 +161,8 @@ async def check_workload(
 async def _cut_again(workload: Workload, found: Found, recovered: Disk, random_: random.Random, tally: Tally) -> None:
     """The power goes once more, at some moment of the recovery."""
     opened_at = next(place for place, (edge, _) in enumerate(recovered.log) if edge == "mark")
-    for _ in range(2):
-        second = random_state_of(recovered, random_, opened_at)
+    for first in (0, max(0, opened_at - LAST_EVENTS)):
+        second = random_state_of(recovered, random_, first, opened_at)
         # Once it is opened, the catalog may say of the stop what the first cut left.
         second = replace(second, mark=replace(found.mark, may_be_clean=True))
         await _examine(workload, second, f"after a first cut at event {found.event}, with\n{found.story}\n")
@@ -175,12 +181,8 @@ async def _examine(workload: Workload, found: Found, before: str) -> Disk:
 
 
 async def check_workloads(
-    workloads: Iterable[Workload], seed: int, *, doubles: float, progress: Callable[[Tally], None] = lambda tally: None
-) -> Tally:
-    """Check many workloads."""
-    random_ = random.Random(seed)
-    tally = Tally()
+    workloads: Iterable[Workload], random_: random.Random, tally: Tally, *, share: float = 1.0, doubles: float = 0.0
+) -> None:
+    """Check many workloads, and the making of a store with the first."""
     for number, workload in enumerate(workloads):
-        await check_workload(workload, random_, tally, doubles=doubles, whole=number == 0)
-        progress(tally)
-    return tally
+        await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0)

@@ -6,16 +6,43 @@ and edits of the source, each of which takes out one check or one ordering edge.
 
 import importlib
 import inspect
+import random
+import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
 
+from cow.errors import CowError
 from tests.crash.disk import Call, Disk, empty_state
-from tests.crash.harness import CONTENT, record
-from tests.crash.workloads import Workload
+from tests.crash.harness import CONTENT, Tally, check_workload, record
+from tests.crash.workloads import OPERATIONS, Workload
+
+
+# What the mutations are hunted with: every operation by itself, and what it takes to reach the rarer calls.
+HUNTS: list[Workload] = [
+    *((name, "checkpoint") for name in OPERATIONS),
+    ("write a chunk of the newest", "checkpoint", "idle", "write a chunk of the newest", "sync the newest", "restart"),
+    ("write chunks of the oldest", "checkpoint", "idle", "sync live"),
+    *(("create", "write live chunks") * count for count in (4, 6)),
+    ("write live chunks", "sync live", "restart", "write live chunks"),
+]
+SHARE, DOUBLES = 0.3, 0.5
+
+
+async def hunt(make_disk: Callable[[], Disk] = lambda: Disk(empty_state(CONTENT))) -> str | None:
+    """What the harness says of the engine as it is now, on such a disk; None when it has nothing to say."""
+    random_ = random.Random(1)
+    for workload in HUNTS:
+        try:
+            await check_workload(
+                workload, random_, Tally(), share=SHARE, doubles=DOUBLES, whole=workload is HUNTS[0], disk=make_disk()
+            )
+        except (AssertionError, CowError, OSError) as error:
+            return str(error)
+    return None
 
 
 async def calls_of(workloads: list[Workload], kinds: set[str]) -> list[Call]:
@@ -61,7 +88,12 @@ class Edit:
             vars(module),
             namespace,
         )
-        with patch.object(owner, name, namespace[name]):
+        original = inspect.getattr_static(owner, name)
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(owner, name, namespace[name]))
+            for other in [one for key, one in sys.modules.items() if key.startswith("cow.") and not owner_name]:
+                if vars(other).get(name) is original:  # imported by name
+                    stack.enter_context(patch.object(other, name, namespace[name]))
             yield
 
 

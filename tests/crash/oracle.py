@@ -6,8 +6,11 @@ being taken, dropped or renamed is there before or after, never between.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from tests.crash.cut import SECTOR
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Versions:
 
     flushed: bytes
     since: tuple[tuple[int, bytes], ...] = ()
-    loose: bool = False  #: whether even without a crash some of `since` may not be there
+    loose: bool = False  #: some of `since` may or may not be there, even without a crash, and no sync settles it
 
     def write(self, offset: int, data: bytes) -> "Versions":
         return replace(self, since=(*self.since, (offset, data)))
@@ -38,24 +41,36 @@ class Versions:
         if len(found) != len(self.flushed):
             return f"it has {len(found)} bytes, not {len(self.flushed)}"
         wrong = {at for at in range(0, len(found), SECTOR) if found[at : at + SECTOR] != self.flushed[at : at + SECTOR]}
-        content = bytearray(self.flushed)
-        for offset, data in self.since:
-            content[offset : offset + len(data)] = data
-            wrong -= {at for at in wrong if found[at : at + SECTOR] == content[at : at + SECTOR]}
-            if not wrong:
-                return None
+        wrong = {at for at in wrong if found[at : at + SECTOR] not in self._possible(at)}
         return f"the sectors at {sorted(wrong)} are none of what was written there" if wrong else None
+
+    def _possible(self, at: int) -> list[bytes]:
+        """What the sector at that offset may be: the flushed version, and each that came of a write to the last.
+
+        When it is open what the last was, each that came of a write to any.
+        """
+        versions = [self.flushed[at : at + SECTOR]]
+        for offset, data in self.since:
+            start, end = max(offset, at), min(offset + len(data), at + SECTOR)
+            if start < end:
+                part = data[start - offset : end - offset]
+                before = versions if self.loose else versions[-1:]
+                versions = [*versions, *(one[: start - at] + part + one[end - at :] for one in before)]
+        return versions
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """`live` and the snapshots, and the one thing that is under way. Compared by identity: each is a moment."""
+    """`live` and the snapshots, and what is under way, or failed, so that it may have happened or not.
+
+    Compared by identity: each is a moment.
+    """
 
     live: Versions
     snapshots: Mapping[str, Versions] = field(default_factory=dict)
-    being_made: tuple[str, Versions] | None = None
-    being_dropped: str | None = None
-    being_renamed: tuple[str, str] | None = None
+    maybe_made: Mapping[str, Versions] = field(default_factory=dict)
+    maybe_dropped: frozenset[str] = frozenset()
+    maybe_renamed: Mapping[str, str] = field(default_factory=dict)  #: new names by old ones
     may_be_clean: bool = True
 
     __hash__ = object.__hash__
@@ -66,11 +81,43 @@ class Oracle:
     def expect(self, names: set[str]) -> dict[str, Versions]:
         """The snapshots that must be there, given the names that are. Raises AssertionError when those are wrong."""
         wanted = dict(self.snapshots)
-        if self.being_made is not None and self.being_made[0] in names:
-            wanted[self.being_made[0]] = self.being_made[1]
-        if self.being_dropped is not None and self.being_dropped not in names:
-            del wanted[self.being_dropped]
-        if self.being_renamed is not None and self.being_renamed[1] in names:
-            wanted[self.being_renamed[1]] = wanted.pop(self.being_renamed[0])
+        wanted.update({name: versions for name, versions in self.maybe_made.items() if name in names})
+        for old, new in self.maybe_renamed.items():
+            if new in names and old in wanted:
+                wanted[new] = wanted.pop(old)
+        for name in self.maybe_dropped - names:
+            wanted.pop(name, None)
         assert names == set(wanted), f"there are the snapshots {sorted(names)}, and there must be {sorted(wanted)}"
         return wanted
+
+    # -- what has begun, and what has ended ----------------------------------------------------------------------
+
+    def making(self, name: str, made: Versions) -> "Oracle":
+        return replace(self, maybe_made={**self.maybe_made, name: made})
+
+    def made(self, name: str, made: Versions, live: Versions) -> "Oracle":
+        snapshots = {**self.snapshots, name: made}
+        return replace(self, snapshots=snapshots, maybe_made=_without(self.maybe_made, name), live=live)
+
+    def dropping(self, name: str) -> "Oracle":
+        return replace(self, maybe_dropped=self.maybe_dropped | {name})
+
+    def dropped(self, name: str) -> "Oracle":
+        return replace(self, snapshots=_without(self.snapshots, name), maybe_dropped=self.maybe_dropped - {name})
+
+    def renaming(self, old: str, new: str) -> "Oracle":
+        return replace(self, maybe_renamed={**self.maybe_renamed, old: new})
+
+    def renamed(self, old: str, new: str) -> "Oracle":
+        snapshots = {new if name == old else name: versions for name, versions in self.snapshots.items()}
+        dropped = frozenset(new if name == old else name for name in self.maybe_dropped)
+        return replace(
+            self, snapshots=snapshots, maybe_dropped=dropped, maybe_renamed=_without(self.maybe_renamed, old)
+        )
+
+    def wrote(self, name: str, versions: Versions) -> "Oracle":
+        return replace(self, snapshots={**self.snapshots, name: versions})
+
+
+def _without(held: Mapping[str, T], name: str) -> dict[str, T]:
+    return {key: value for key, value in held.items() if key != name}

@@ -19,7 +19,7 @@ from tests.crash.disk import Op
 
 SNAPSHOTS = 12
 MOST_STATES_A_MOMENT = 12
-_ROOT, _DUMMY = 1, 2
+_ROOT = disk.STORE_INODE
 
 # Each snapshot takes two transactions; every third one is deleted, in a third. "done N" goes out after each step.
 WORK = """
@@ -144,7 +144,7 @@ def test_i5_a_transaction_of_the_catalog_is_there_or_not_after_a_cut(tmp_path: P
     contents = _contents(steps)
 
     random_ = random.Random(1)
-    cutter = Cutter(disk.State({_DUMMY: b""}, {_ROOT: {}}, None))
+    cutter = Cutter(disk.State({disk.SOURCE_INODE: b""}, {_ROOT: {}, disk.ELSEWHERE_INODE: {}}, None))
     done, states, seen = 0, 0, set()
     for event in events:
         if isinstance(event, int):

@@ -14,10 +14,11 @@ from itertools import product
 import trio
 
 from cow import Source, open_store
+from cow.errors import CowError
 from cow.image import Image
 from cow.origin import Origin
 from cow.store import Store
-from tests.crash.disk import SOURCE, STORE, Disk
+from tests.crash.disk import ELSEWHERE, SOURCE, STORE, Disk
 from tests.crash.oracle import Oracle, Versions
 
 CHUNK = 4096
@@ -32,8 +33,9 @@ class StopError(Exception):
 class Session:
     """A store in use on a disk, and the oracle, which is marked in the disk's log before and after each call."""
 
-    def __init__(self, disk: Disk, oracle: Oracle) -> None:
+    def __init__(self, disk: Disk, oracle: Oracle, *, elsewhere: bool = False) -> None:
         self.disk = disk
+        self._elsewhere = ELSEWHERE if elsewhere else None
         self.oracle = oracle
         self.troubles: list[str] = []
         self.findings: list[str] = []
@@ -45,7 +47,14 @@ class Session:
     async def open(self, **options: object) -> None:
         self._stack = AsyncExitStack()
         opened = await self._stack.enter_async_context(
-            open_store(STORE, [Source(b"disk.img", SOURCE)], io=self.disk, on_trouble=self.troubles.append, **options)
+            open_store(
+                STORE,
+                [Source(b"disk.img", SOURCE)],
+                elsewhere=self._elsewhere,
+                io=self.disk,
+                on_trouble=self.troubles.append,
+                **options,
+            )
         )
         self.store, self.findings, self.was_clean = opened.store, opened.findings, opened.was_clean
 
@@ -73,6 +82,10 @@ class Session:
         self.oracle = oracle
         self.disk.mark(oracle)
 
+    def tolerate_stop(self) -> None:
+        """A stop failed, and whether it counts as clean is open."""
+        self._mark(replace(self.oracle, may_be_clean=True))
+
     def mark_in_use(self) -> None:
         """From here on a cut leaves a stop that is not clean."""
         self._mark(replace(self.oracle, may_be_clean=False))
@@ -89,53 +102,70 @@ class Session:
     async def write_live(self, offset: int, length: int) -> None:
         data = self.fresh(min(length, SIZE - offset))
         self._mark(replace(self.oracle, live=self.oracle.live.write(offset, data)))
-        await self.origin.write(offset, data)
+        try:
+            await self.origin.write(offset, data)
+        except (CowError, OSError):
+            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
+            raise
 
     async def write_snapshot(self, name: str, offset: int, length: int) -> None:
         data = self.fresh(min(length, SIZE - offset))
-        versions = self.oracle.snapshots[name].write(offset, data)
-        self._mark(replace(self.oracle, snapshots={**self.oracle.snapshots, name: versions}))
-        await self.image(name).write(offset, data)
+        self._mark(self.oracle.wrote(name, self.oracle.snapshots[name].write(offset, data)))
+        try:
+            await self.image(name).write(offset, data)
+        except (CowError, OSError):
+            self._mark(self.oracle.wrote(name, replace(self.oracle.snapshots[name], loose=True)))
+            raise
 
     async def sync_live(self) -> None:
-        await self.origin.sync()
+        try:
+            await self.origin.sync()
+        except (CowError, OSError):
+            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
+            raise
         self._mark(replace(self.oracle, live=self.oracle.live.flush()))
 
     async def sync_snapshot(self, name: str) -> None:
         await self.image(name).sync()
-        versions = self.oracle.snapshots[name].flush()
-        self._mark(replace(self.oracle, snapshots={**self.oracle.snapshots, name: versions}))
+        self._mark(self.oracle.wrote(name, self.oracle.snapshots[name].flush()))
 
     async def create(self) -> None:
         self._counter += 1
         name = f"s{self._counter}"
-        made = Versions(self.oracle.live.latest)
-        self._mark(replace(self.oracle, being_made=(name, made)))
-        await self.store.create_snapshot(name.encode())
-        snapshots = {**self.oracle.snapshots, name: made}
-        self._mark(replace(self.oracle, snapshots=snapshots, being_made=None, live=self.oracle.live.flush()))
+        live = self.oracle.live
+        made = live if live.loose else Versions(live.latest)
+        self._mark(self.oracle.making(name, made))
+        try:
+            await self.store.create_snapshot(name.encode())
+        except (CowError, OSError):  # perhaps it was the sync of the origin
+            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
+            raise
+        self._mark(self.oracle.made(name, made, self.oracle.live.flush()))
 
     async def delete(self, name: str) -> None:
-        self._mark(replace(self.oracle, being_dropped=name))
+        self._mark(self.oracle.dropping(name))
         await self.store.delete_snapshot(name.encode())
-        left = {other: versions for other, versions in self.oracle.snapshots.items() if other != name}
-        self._mark(replace(self.oracle, snapshots=left, being_dropped=None))
+        self._mark(self.oracle.dropped(name))
 
     async def rename(self, name: str) -> None:
         self._counter += 1
         new = f"r{self._counter}"
-        self._mark(replace(self.oracle, being_renamed=(name, new)))
+        self._mark(self.oracle.renaming(name, new))
         await self.store.rename_snapshot(name.encode(), new.encode())
-        snapshots = {new if other == name else other: versions for other, versions in self.oracle.snapshots.items()}
-        self._mark(replace(self.oracle, snapshots=snapshots, being_renamed=None))
+        self._mark(self.oracle.renamed(name, new))
 
     async def restart(self, **options: object) -> None:
         self._mark(replace(self.oracle, may_be_clean=True))
-        await self.stop()
+        try:
+            await self.stop()
+        except (CowError, OSError):
+            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
+            raise
         # A clean stop syncs all images.
         snapshots = {name: versions.flush() for name, versions in self.oracle.snapshots.items()}
         self._mark(replace(self.oracle, live=self.oracle.live.flush(), snapshots=snapshots))
         await self.open(**options)
+        assert self.was_clean, "a clean stop was not recorded"
         self._mark(replace(self.oracle, may_be_clean=False))
 
     async def write_during(self, other: Callable[[], Awaitable[None]]) -> None:
@@ -150,7 +180,7 @@ class Session:
         name, data = f"s{self._counter}", self.fresh(5 * CHUNK)
         before = self.oracle.live.latest
         made = Versions(before, ((0, data),), loose=True)
-        self._mark(replace(self.oracle, being_made=(name, made), live=self.oracle.live.write(0, data)))
+        self._mark(replace(self.oracle.making(name, made), live=self.oracle.live.write(0, data)))
 
         async def write() -> None:
             for start in range(0, len(data), CHUNK):  # some before the instant and some after it
@@ -159,8 +189,7 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.create_snapshot, name.encode())
             nursery.start_soon(write)
-        snapshots = {**self.oracle.snapshots, name: made}
-        self._mark(replace(self.oracle, snapshots=snapshots, being_made=None, live=Versions(before, made.since)))
+        self._mark(self.oracle.made(name, made, Versions(before, made.since)))
 
     async def write_the_same_at_once(self) -> None:
         """The same bytes, so that the order does not matter: no write may overtake what another preserves."""
@@ -211,6 +240,12 @@ async def _checkpoint(session: Session) -> None:
     await session.store.checkpoint()
 
 
+async def _idle() -> None:
+    """Let the housekeeping come to its end."""
+    for _ in range(300):
+        await trio.lowlevel.checkpoint()
+
+
 OPERATIONS: dict[str, Action] = {
     "write a live chunk": lambda session: session.write_live(CHUNK, CHUNK),
     "write live chunks": lambda session: session.write_live(0, 4 * CHUNK),
@@ -226,6 +261,7 @@ OPERATIONS: dict[str, Action] = {
     "delete the newest": _on(_newest, lambda session, name: session.delete(name)),
     "rename": _on(_oldest, lambda session, name: session.rename(name)),
     "checkpoint": _checkpoint,
+    "idle": lambda session: _idle(),
     "restart": lambda session: session.restart(),
     "write the same live chunks at once": lambda session: session.write_the_same_at_once(),
     "write live during a create": lambda session: session.write_during_create(),
