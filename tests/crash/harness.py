@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ from cow import journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
-from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare
+from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare, short_workloads
 
 LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
@@ -37,7 +38,7 @@ class Tally:
 
 
 class _Inline:
-    """Stands for trio.to_thread.run_sync: here, after others had a few turns, so that runs differ and can be repeated."""
+    """Stands for trio.to_thread.run_sync: in this thread, after others had a few turns, the number from a seed."""
 
     def __init__(self) -> None:
         self._random = random.Random(1)
@@ -186,3 +187,11 @@ async def check_workloads(
     """Check many workloads, and the making of a store with the first."""
     for number, workload in enumerate(workloads):
         await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0)
+
+
+def sweep(part: int, parts: int, seed: int, share: float, doubles: float) -> Tally:
+    """One part of all short workloads; the parts can be swept side by side, each in a process of its own."""
+    tally = Tally()
+    mine = islice(short_workloads(), part, None, parts)
+    run(partial(check_workloads, mine, random.Random(f"{seed} {part}"), tally, share=share, doubles=doubles))
+    return tally

@@ -20,7 +20,6 @@ from tests.crash.disk import Call, Disk, empty_state
 from tests.crash.harness import CONTENT, Tally, check_workload, record
 from tests.crash.workloads import OPERATIONS, Workload
 
-
 # What the mutations are hunted with: every operation by itself, and what it takes to reach the rarer calls.
 HUNTS: list[Workload] = [
     *((name, "checkpoint") for name in OPERATIONS),
