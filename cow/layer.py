@@ -10,6 +10,7 @@ not decide when anything is durable: its owner calls `sync_data`, commits to the
 import struct
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -294,10 +295,11 @@ class Layer:
             raise
         directory = self._directory
         assert directory is not None  # `_file` opened it
+        with suppress(FileNotFoundError):
+            directory.unlink("map.new")  # from a crash in the middle of the rename it may be the same file as `map`
         file = directory.open("map.new", create=True)
         try:
             file.pwrite(content, 0)
-            file.truncate(len(content))
             file.sync()
         finally:
             file.close()

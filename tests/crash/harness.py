@@ -15,7 +15,7 @@ from cow import journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
-from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare, short_workloads
+from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, long_workloads, prepare, short_workloads
 
 LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
@@ -191,7 +191,17 @@ async def check_workloads(
 
 def sweep(part: int, parts: int, seed: int, share: float, doubles: float) -> Tally:
     """One part of all short workloads; the parts can be swept side by side, each in a process of its own."""
-    tally = Tally()
     mine = islice(short_workloads(), part, None, parts)
-    run(partial(check_workloads, mine, random.Random(f"{seed} {part}"), tally, share=share, doubles=doubles))
+    return _check_in_order(mine, f"{seed} {part}", share, doubles)
+
+
+def roam(seed: int, workloads: int, share: float, doubles: float) -> Tally:
+    """Some long workloads at random."""
+    mine = islice(long_workloads(random.Random(seed)), workloads)
+    return _check_in_order(mine, f"{seed}", share, doubles)
+
+
+def _check_in_order(workloads: Iterable[Workload], seed: str, share: float, doubles: float) -> Tally:
+    tally = Tally()
+    run(partial(check_workloads, workloads, random.Random(seed), tally, share=share, doubles=doubles))
     return tally

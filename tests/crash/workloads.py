@@ -183,7 +183,7 @@ class Session:
         self._mark(replace(self.oracle.making(name, made), live=self.oracle.live.write(0, data)))
 
         async def write() -> None:
-            for start in range(0, len(data), CHUNK):  # some before the instant and some after it
+            for start in reversed(range(0, len(data), CHUNK)):  # some before the instant and some after it
                 await self.origin.write(start, data[start : start + CHUNK])
 
         async with trio.open_nursery() as nursery:
