@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -55,7 +55,8 @@ CREATE TABLE layers (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     origin INTEGER NOT NULL REFERENCES origins (id),
     snapshot INTEGER NOT NULL REFERENCES snapshots (id),
-    role TEXT NOT NULL CHECK (role IN ('preserved', 'delta'))
+    role TEXT NOT NULL CHECK (role IN ('preserved', 'delta')),
+    generation INTEGER NOT NULL DEFAULT 0
 );
 """
 
@@ -114,6 +115,7 @@ class LayerRow:
     origin: int
     snapshot: int
     role: Role
+    generation: int = 0  #: that its map has at least
 
 
 class Catalog:
@@ -181,6 +183,17 @@ class Catalog:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
 
+    def problems(self) -> list[str]:
+        """What SQLite finds wrong with the database itself: sentences, none when it is sound."""
+        with self._transaction() as do:
+            found = [row[0] for row in do.execute("PRAGMA integrity_check(20)").fetchall()]
+            strays = do.execute("PRAGMA foreign_key_check").fetchall()
+        sentences = [f"the catalog {self._path}: {problem}" for problem in found if problem != "ok"]
+        return sentences + [
+            f"the catalog {self._path}: row {row} of {table} belongs to a row of {parent} that is missing"
+            for table, row, parent, _ in strays
+        ]
+
     def close(self) -> None:
         """Close the database; SQLite folds the write-ahead log in."""
         with self._lock:
@@ -246,8 +259,13 @@ class Catalog:
     def layers(self) -> list[LayerRow]:
         """All layers, oldest first."""
         with self._transaction() as do:
-            rows = do.execute("SELECT id, origin, snapshot, role FROM layers ORDER BY id").fetchall()
-        return [LayerRow(row[0], row[1], row[2], Role(row[3])) for row in rows]
+            rows = do.execute("SELECT id, origin, snapshot, role, generation FROM layers ORDER BY id").fetchall()
+        return [LayerRow(row[0], row[1], row[2], Role(row[3]), row[4]) for row in rows]
+
+    def record_saved(self, generations: Sequence[tuple[int, int]]) -> None:
+        """Record the generations, by layer, of maps that are durable. Layers that are gone are passed over."""
+        with self._transaction() as do:
+            do.executemany("UPDATE layers SET generation = ?2 WHERE id = ?1", generations)
 
     def add_snapshot(self, name: bytes, created_ns: int) -> tuple[SnapshotRow, list[LayerRow]]:
         """Record a pending snapshot with its two layers for each origin. Its epoch is open on return."""

@@ -14,14 +14,14 @@ from cow.device import FULL
 from cow.errors import SyncError
 from cow.geometry import runs_of
 from cow.journal import Journal, Kind, Record
-from cow.layer import Layer
+from cow.layer import Layer, MapImage
 
 
 @dataclass
 class Checkpoint:
     """What a checkpoint has to save: the layers' sets at one moment, and the journal files that it makes needless."""
 
-    maps: list[tuple[Layer, bytes]]
+    maps: list[tuple[Layer, MapImage]]
     journals: list[int]
 
 
@@ -29,7 +29,8 @@ class Commits:
     """Serialises access to the journal. Trio thread only; the file work is done in threads.
 
     `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; `let_go`
-    gives back the reserve when there is no room for one.
+    gives back the reserve when there is no room for one. `record_saved` puts the generations of maps, by layer, into
+    the catalog.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Commits:
         layers: Callable[[], Iterable[Layer]],
         on_checkpoint: Callable[[Checkpoint], None],
         let_go: Callable[[], None],
+        record_saved: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
         self._journal = journal
         self._layers = layers
         self._on_checkpoint = on_checkpoint
         self._let_go = let_go
+        self._record_saved = record_saved
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
 
     async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
@@ -98,15 +101,18 @@ class Commits:
         After an error the files stay, and the next checkpoint covers them again.
         """
         try:
-            for layer, content in checkpoint.maps:
+            for layer, image in checkpoint.maps:
                 layer.pin()
                 try:
                     if layer.sums_in_doubt:
                         async with self._lock:
                             await trio.to_thread.run_sync(self._renew_sums, layer)
-                    await trio.to_thread.run_sync(layer.save, content)
+                    await trio.to_thread.run_sync(layer.save, image)
                 finally:
                     layer.unpin()
+            saved = [(layer.id, image.generation) for layer, image in checkpoint.maps]
+            if saved:
+                await trio.to_thread.run_sync(self._record_saved, saved)
         except BaseException:
             for layer, _ in checkpoint.maps:
                 layer.dirty = True

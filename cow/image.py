@@ -9,7 +9,8 @@ that a crash in the middle is told apart from damage.
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 from pyroaring import BitMap64
@@ -60,6 +61,11 @@ class Image:
         return self.origin.size_bytes
 
     @property
+    def is_usable(self) -> bool:
+        """Whether its snapshot was not given up."""
+        return any(group.snapshot == self._snapshot for group in self.origin.groups)
+
+    @property
     def modified_ns(self) -> int:
         """When the contents last changed: the snapshot's time, or the last write to this image."""
         return max(self._created_ns, self.delta.written_ns)
@@ -101,7 +107,8 @@ class Image:
             return 0
         return await trio.to_thread.run_sync(lambda: sum(layer.allocated_bytes() for layer in written))
 
-    def _layers(self) -> list[Layer]:
+    def layers(self) -> list[Layer]:
+        """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
         return [self.delta, *self.origin.layers_for(self._snapshot)]
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -128,6 +135,12 @@ class Image:
         async with self._changing:
             return await self._read_settled(run)
 
+    @asynccontextmanager
+    async def settled(self) -> AsyncIterator[None]:
+        """While no write to this image is under way, so that what does not match is damaged."""
+        async with self._changing:
+            yield
+
     async def _read_settled(self, run: Run) -> bytes:
         """Read while no write to this image is under way, so that a mismatch is damage."""
         try:
@@ -138,7 +151,7 @@ class Image:
 
     async def _read_once(self, run: Run) -> bytes:
         while True:
-            layers = self._layers()
+            layers = self.layers()
             found = resolve(layers, run)
             try:
                 return self._gather(found, nowait=True)
@@ -175,7 +188,7 @@ class Image:
         from_device = [piece.run for piece in found if piece.layer is None]
         if not from_device:
             return False
-        layers = self._layers()
+        layers = self.layers()
         return any(layer.held.range_cardinality(run.first, run.end) for run in from_device for layer in layers)
 
     # -- writing -------------------------------------------------------------------------------------------------

@@ -91,8 +91,10 @@ class Journal:
     run is never appended to.
     """
 
-    def __init__(self, directory: Directory, store_uuid: bytes) -> None:
+    def __init__(self, directory: Directory, store_uuid: bytes, expected: int = 0) -> None:
+        """`expected`: the number of a file that must be there, or a newer one; 0 when there need be none."""
         self._directory = directory
+        self._expected = expected
         self._uuid = store_uuid
         self._numbers = sorted(int(name.removeprefix(_PREFIX)) for name in directory.names() if is_journal(name))
         self._file: File | None = None
@@ -148,6 +150,7 @@ class Journal:
         file = self._directory.open(name, create=True)
         try:
             file.allocate(FILE_BYTES)
+            file.sync()  # so that a file with a header that is too short was cut by somebody
             self._directory.sync()
         except OSError:
             file.close()
@@ -211,6 +214,11 @@ class Journal:
             waiting = content
         if waiting is not None:
             sequence = yield from _records_of(waiting, None)
+        found = 0 if waiting is None else waiting.number
+        if found < self._expected:
+            raise JournalDamagedError(
+                f"journal file {self._expected} in {self._directory.label}, or a newer one, is missing or empty"
+            )
         return sequence
 
     def _read_file(self, number: int) -> "_Content | None":
@@ -230,7 +238,9 @@ class Journal:
         magic, format_number, uuid, found_number, sequence = _FILE_HEADER.unpack_from(sectors[0])
         if (magic, format_number, uuid, found_number) != (FILE_MAGIC, 1, self._uuid, number):
             raise JournalDamagedError(f"{file.label} belongs to another store or place")
-        return _Content(file.label, sectors, sequence)
+        if len(content) < FILE_BYTES:
+            raise JournalDamagedError(f"{file.label} was cut short, to {len(content)} bytes")
+        return _Content(file.label, sectors, sequence, number)
 
 
 class _Content(NamedTuple):
@@ -239,6 +249,7 @@ class _Content(NamedTuple):
     label: str
     sectors: list[bytes | None]
     sequence: int
+    number: int
 
 
 def _records_of(content: _Content, limit: int | None) -> Generator[Record, None, int]:

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -23,10 +24,17 @@ SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
 SUM_BYTES = 8
 MAP_MAGIC = b"HCPFSMAP"
 MAP_FORMAT = 2
-_MAP_HEADER = struct.Struct("<8sIQQQQ")  # magic, format, layer, written_ns, bytes of the set held, of the set lost
+_MAP_HEADER = struct.Struct("<8sIQQQQQ")  # magic, format, layer, generation, written_ns, bytes of held, bytes of lost
 _MOST_MAP_BYTES = 1 << 30
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
+
+
+class MapImage(NamedTuple):
+    """What a `map` file shall contain."""
+
+    generation: int
+    content: bytes
 
 
 class Layer:
@@ -40,6 +48,7 @@ class Layer:
         self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
         self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
         self.written_ns = 0  #: time of the last write to a delta, 0 when there was none
+        self.generation = 0  #: of the map that was encoded last; grows
         self.dirty = False  #: whether the journal has commits that the last checkpoint had not
         self.sums_in_doubt = False  #: whether a sync of the checksums failed, so that some may be lost
         self.damage: str | None = None  #: why nothing in this layer can be trusted
@@ -171,6 +180,14 @@ class Layer:
             raise DamagedError(self.damage)
         if nowait and "sums" not in self._files:
             raise BlockingIOError
+        data, sums = self.read_unchecked(run, nowait=nowait)
+        found = self.checksums(run.first, data)
+        if found != sums:
+            raise DamagedError(self._mismatch(run, found, sums))
+        return data
+
+    def read_unchecked(self, run: Run, *, nowait: bool = False) -> tuple[bytes, bytes]:
+        """Whole chunks and what their checksums should be. Raises DamagedError when a file is missing or too short."""
         try:
             data = b"".join(
                 self._read_part(self._file(name), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
@@ -179,10 +196,12 @@ class Layer:
             sums = self._read_part(self._file("sums"), run.chunks * SUM_BYTES, run.first * SUM_BYTES, nowait)
         except FileNotFoundError as error:
             raise DamagedError(f"a file of layer {self.name} is missing from the store: {error.filename}") from error
-        found = self.checksums(run.first, data)
-        if found != sums or len(data) != run.length:
-            raise DamagedError(self._mismatch(run, found, sums))
-        return data
+        if len(data) != run.length or len(sums) != run.chunks * SUM_BYTES:
+            raise DamagedError(
+                f"a file of layer {self.name} ends before chunk {run.end} (offset {run.end * CHUNK_BYTES}): it was cut "
+                f"short"
+            )
+        return data, sums
 
     @staticmethod
     def _read_part(file: File, length: int, offset: int, nowait: bool) -> bytes:
@@ -273,23 +292,25 @@ class Layer:
 
     # -- the checkpoint ------------------------------------------------------------------------------------------
 
-    def encode_map(self) -> bytes:
-        """The set of committed chunks as the content of `map`. Trio thread only."""
+    def encode_map(self) -> MapImage:
+        """The set of committed chunks as the content of `map`, of a new generation. Trio thread only."""
+        self.generation += 1
         committed = self.held - self.uncommitted
         committed.run_optimize()
         held, lost = committed.serialize(), self.lost.serialize()
-        header = _MAP_HEADER.pack(MAP_MAGIC, MAP_FORMAT, self.id, self.written_ns, len(held), len(lost))
-        return header + held + lost + xxh3_64_digest(header + held + lost)
+        header = _MAP_HEADER.pack(
+            MAP_MAGIC, MAP_FORMAT, self.id, self.generation, self.written_ns, len(held), len(lost)
+        )
+        content = header + held + lost
+        return MapImage(self.generation, content + xxh3_64_digest(content))
 
-    def save(self, content: bytes) -> None:
-        """Make `sums` and a `map` of that content durable. A layer that has no files yet gets none without need.
+    def save(self, image: MapImage) -> None:
+        """Make `sums` and the map durable. The caller puts the map's generation into the catalog after that.
 
         After an error in `sums` (`sums_in_doubt`) its latest checksums must be written anew before the next try.
         """
         try:
-            self._file("sums", create=bool(self.lost)).sync()
-        except FileNotFoundError:
-            return
+            self._file("sums", create=True).sync()
         except (OSError, SyncError):
             self.sums_in_doubt = True
             raise
@@ -299,7 +320,7 @@ class Layer:
             directory.unlink("map.new")  # from a crash in the middle of the rename it may be the same file as `map`
         file = directory.open("map.new", create=True)
         try:
-            file.pwrite(content, 0)
+            file.pwrite(image.content, 0)
             file.sync()
         finally:
             file.close()
@@ -317,25 +338,32 @@ class Layer:
         sums.forget_sync_failure()
         self.sums_in_doubt = False
 
-    def load(self) -> None:
-        """Read `map` into `held` and `lost`. A layer without one holds nothing; a bad one sets `damage`."""
+    def load(self, generation: int) -> None:
+        """Read `map` into `held` and `lost`; a bad one sets `damage`, and so does one older than `generation`.
+
+        A layer that has none, and none of which the catalog knows (generation 0), holds nothing.
+        """
         try:
             self._directory = self._parent.subdirectory(self.name)
             file = self._directory.open("map")
         except FileNotFoundError:
+            if generation:
+                self.damage = f"the map of layer {self.name} is missing: what it holds is unknown"
             return
         try:
             content = file.pread(min(file.size_bytes, _MOST_MAP_BYTES), 0)
         finally:
             file.close()
         self._decode_map(content)
+        if self.damage is None and self.generation < generation:
+            self.damage = f"the map of layer {self.name} is an old one: what it holds is unknown"
 
     def _decode_map(self, content: bytes) -> None:
         body, digest = content[:-8], content[-8:]
         if len(body) < _MAP_HEADER.size or xxh3_64_digest(body) != digest:
             self.damage = f"the map of layer {self.name} does not match its checksum: what it holds is unknown"
             return
-        magic, format_number, layer_id, written_ns, held_bytes, lost_bytes = _MAP_HEADER.unpack_from(body)
+        magic, format_number, layer_id, generation, written_ns, held_bytes, lost_bytes = _MAP_HEADER.unpack_from(body)
         if (magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, self.id):
             self.damage = f"the map of layer {self.name} is that of another layer: the store's files were moved"
             return
@@ -348,7 +376,7 @@ class Layer:
         if any(chunks and chunks.max() >= self.chunks for chunks in (held, lost)):
             self.damage = f"the map of layer {self.name} names chunks beyond the device's end"
             return
-        self.held, self.lost, self.written_ns = held, lost, written_ns
+        self.held, self.lost, self.written_ns, self.generation = held, lost, written_ns, generation
 
 
 def remove_layer_directory(layers: Directory, name: str) -> None:

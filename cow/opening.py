@@ -18,11 +18,11 @@ from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import RefusedError, printable
 from cow.fingerprint import compare, sampled
-from cow.journal import Journal, is_journal
+from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
-from cow.recovery import recover
+from cow.recovery import open_journal, recover
 from cow.space import RESERVE_NAME, Space
 from cow.store import Store
 
@@ -65,13 +65,13 @@ async def open_store(
     Raises RefusedError, or OSError when something cannot be opened.
     """
     with ExitStack() as stack:
-        directory, catalog = await trio.to_thread.run_sync(_open_directory, path, io, stack)
+        directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=True))
         devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, stack)
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
         space = Space(directory, quota_bytes, on_trouble)
-        journal = Journal(directory, bytes.fromhex(str(catalog.setting("uuid"))))
+        journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, stack)
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place)
@@ -100,8 +100,12 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
     store.load(layers)
 
 
-def _open_directory(path: str, io: Io, stack: ExitStack) -> tuple[Directory, Catalog]:
-    directory = Directory.open_path(path, io, create=True)
+def open_directory(path: str, io: Io, stack: ExitStack, *, create: bool) -> tuple[Directory, Catalog]:
+    """Open the store's directory and its catalog, and lock it; made when missing, with `create`.
+
+    What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
+    """
+    directory = Directory.open_path(path, io, create=create)
     stack.callback(directory.close)
     directory.take_over()
     try:
@@ -114,6 +118,8 @@ def _open_directory(path: str, io: Io, stack: ExitStack) -> tuple[Directory, Cat
         raise RefusedError(
             f"the directory {path} holds other things than a store ({foreign[0]}): name an empty or a new directory"
         )
+    if not create and FILE_NAME not in directory.names():
+        raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
     catalog = Catalog(directory)
     stack.callback(catalog.close)
     directory.sync()

@@ -36,8 +36,8 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
         findings += _take_over_given_up(catalog, elsewhere)
     chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
-    for layer in layers.values():
-        _load(layer)
+    for row in catalog.layers():
+        load_layer(layers[row.id], row.generation)
     try:
         for record in journal.replay():
             _apply(record, layers)
@@ -51,10 +51,14 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
     findings += _invalidate_unknown(catalog, layers)
     _forget_dropped(catalog, layers, layers_directory)
     older = journal.start_file()
+    catalog.set_setting("journal", journal.numbers[-1])
+    saved = []
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
             layer.save(layer.encode_map())
             layer.dirty = False
+            saved.append((layer.id, layer.generation))
+    catalog.record_saved(saved)
     journal.retire(older)
     return Recovered(layers, findings)
 
@@ -98,9 +102,17 @@ def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory
             remove_layer_directory(layers_directory, name)
 
 
-def _load(layer: Layer) -> None:
+def open_journal(directory: Directory, catalog: Catalog) -> Journal:
+    """The journal of the store."""
+    expected = catalog.setting("journal")
+    uuid = bytes.fromhex(str(catalog.setting("uuid")))
+    return Journal(directory, uuid, expected if isinstance(expected, int) else 0)
+
+
+def load_layer(layer: Layer, generation: int) -> None:
+    """Read a layer's map; where that cannot be done, the layer's `damage` says so."""
     try:
-        layer.load()
+        layer.load(generation)
     except (OSError, CowError, ValueError) as error:
         layer.damage = f"the map of layer {layer.name} cannot be read ({error}): what it holds is unknown"
 

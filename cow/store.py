@@ -36,8 +36,9 @@ from cow.errors import (
     printable,
 )
 from cow.gate import Gate
+from cow.geometry import Run
 from cow.image import Image
-from cow.journal import Journal
+from cow.journal import Journal, Kind, Record
 from cow.layer import Layer, remove_layer_directory
 from cow.origin import Origin, drop_shadowed
 from cow.preserver import OnFull, Preserver
@@ -90,7 +91,9 @@ class Store:
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
-        self._commits = Commits(journal, lambda: self._layers.values(), self._keep_checkpoint, space.let_go)
+        self._commits = Commits(
+            journal, lambda: self._layers.values(), self._keep_checkpoint, space.let_go, catalog.record_saved
+        )
         self._preserver = Preserver(
             self._commits, on_full, space.reserve, self._make_room, self._give_up, self._lost_chunks
         )
@@ -292,6 +295,17 @@ class Store:
             snapshot = self._snapshots.get(number)
             if snapshot is not None:
                 self._mark_damaged(snapshot, sentence)
+
+    async def lose(self, layer: Layer, runs: Sequence[Run]) -> None:
+        """Record that chunks of a layer cannot be used: reading them is EIO from then on, durably."""
+        lost = BitMap64()
+        for run in runs:
+            lost.add_range(run.first, run.end)
+        affected = [one for one in self.snapshots if any(_reads(image, layer, lost) for image in one.images)]
+        record = Record(Kind.LOST, layer.id, time.time_ns(), runs)
+        await self._commits.commit([record], lambda: layer.lose(runs))
+        sentence = f"{len(lost)} chunks were found damaged and given up; they read EIO, and the rest stays readable"
+        self._lost_chunks([one.id for one in affected], sentence)
 
     async def _record_states(self) -> None:
         async with self._layout:
@@ -505,3 +519,15 @@ class Store:
         """Close the layers' files, whatever came before."""
         for layer in [*self._layers.values(), *self._dropped.values()]:
             layer.close()
+
+
+def _reads(image: Image, layer: Layer, chunks: BitMap64) -> bool:
+    """Whether the image reads any of the chunks, all held by `layer`, from there."""
+    if not image.is_usable:
+        return False
+    left = chunks
+    for one in image.layers():
+        if one is layer:
+            return bool(left)
+        left = left - one.known
+    return False

@@ -1,6 +1,7 @@
 """The command line: `hcpfs mount`, `umount`, `ls`; and `hcpfs SOURCE MOUNTPOINT -o ...`, as mount(8) calls it."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -8,19 +9,24 @@ import select
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.progress import DownloadColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from cow.catalog import FILE_NAME
 from cow.errors import CowError
+from cow.scrub import Finding, Progress, scrub_store
 from hcpfs import __version__, background, beneath
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+
+DAMAGED, REPAIRED = 3, 4  # exit codes of verify
 
 
 class _Sentence(click.ClickException):
@@ -185,6 +191,57 @@ def list_snapshots(mountpoint: str, as_json: bool) -> None:
         sizes = [_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")]
         table.add_row(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-"), *sizes)
     Console(markup=False, highlight=False).print(table)
+
+
+@cli.command()
+@click.argument("place", metavar="STORE|MOUNTPOINT")
+@click.option("--repair", is_flag=True, help="Give up what cannot be used, and say what was lost.")
+def verify(place: str, repair: bool) -> None:
+    """Read all that is kept and check it: a STORE that is not in use, or the one at a MOUNTPOINT.
+
+    Names each damaged run of chunks and the snapshots that read it. Exit code: 0, all is well; 3, something is damaged;
+    4, it was, and --repair gave it up, so that reading it is an error and the rest can be relied on; 1, it could not be
+    checked.
+    """
+    path = os.path.abspath(place)
+    mounted = any(mount.mountpoint == path for mount in beneath.mounts())
+    try:
+        found = list(_show_progress(_verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair)))
+    except (CowError, OSError) as error:
+        raise _Sentence(f"{path} could not be checked: {error}") from error
+    left = [finding for finding in found if not finding.repaired]
+    if found:
+        click.echo(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")
+        sys.exit(DAMAGED if left else REPAIRED)
+    click.echo("all is well")
+
+
+def _show_progress(steps: Iterable[Progress | Finding]) -> Iterator[Finding]:
+    """Print the findings as they come, above a progress bar when it is for a person."""
+    console = Console(stderr=True, markup=False, highlight=False)
+    with RichProgress(*RichProgress.get_default_columns(), DownloadColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("reading")
+        for step in steps:
+            if isinstance(step, Finding):
+                click.echo(step.sentence)
+                yield step
+            else:
+                bar.update(task, completed=step.done_bytes, total=step.total_bytes)
+
+
+def _verify_mounted(path: str, repair: bool) -> Iterator[Progress | Finding]:
+    _read_status(path)
+    with Path(path, ".repair" if repair else ".verify").open("rb", buffering=0) as lines:
+        ended = False
+        for line in io.BufferedReader(lines, 1 << 16):
+            said = json.loads(line)
+            if "finding" in said:
+                yield Finding(said["finding"], said["repaired"])
+            elif "done" in said:
+                yield Progress(said["done"], said["total"])
+            ended = "end" in said
+    if not ended:
+        raise _Sentence(f"the check of {path} ended early: is it being unmounted?")
 
 
 def _parse(text: bytes) -> dict[str, str]:

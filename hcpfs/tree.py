@@ -7,6 +7,7 @@ follow from its id. So nothing has to be remembered for the kernel, and `forget`
 """
 
 import errno
+import json
 import logging
 import os
 import stat
@@ -21,11 +22,14 @@ from cow.errors import CowError, NotFoundError, SnapshotBusyError
 from cow.image import Image
 from cow.opening import Opened
 from cow.origin import Origin
+from cow.scrub import Finding, OpenScrub
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
 from hcpfs.text import LastError, info, lost, status
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
+_SCRUBS = {b".verify": 5, b".repair": 6}  # not listed, so that nobody who reads the whole tree starts one
+_SCRUB_LINE_SECONDS = 0.3
 _FIRST_LIVE_IMAGE = 16
 _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
 _INFO, _LOST = 1, 2
@@ -112,6 +116,47 @@ class _Text:
         return
 
 
+class _Scrub:
+    """An open `.verify` or `.repair`: reading it does the work, and gives a line of JSON for each finding and so often.
+
+    `{"done": bytes, "total": bytes}`, `{"finding": sentence, "repaired": bool}`, and at last `{"end": true}`.
+    """
+
+    def __init__(self, scrub: OpenScrub) -> None:
+        self._scrub = scrub
+        self._text = b""
+        self._ended = False
+
+    async def read(self, offset: int, length: int) -> bytes:
+        if offset == len(self._text) and not self._ended:
+            self._text += await self._more()
+        return self._text[offset : offset + length]
+
+    async def _more(self) -> bytes:
+        lines: list[dict[str, object]] = []
+        deadline = time.monotonic() + _SCRUB_LINE_SECONDS
+        while time.monotonic() < deadline:
+            found = await self._scrub.step()
+            if found is None:
+                self._ended = True
+                lines.append({"end": True})
+                break
+            for one in found:
+                if isinstance(one, Finding):
+                    lines.append({"finding": one.sentence, "repaired": one.repaired})
+                elif not lines or "done" not in lines[-1]:
+                    lines.append({"done": one.done_bytes, "total": one.total_bytes})
+                else:
+                    lines[-1] = {"done": one.done_bytes, "total": one.total_bytes}
+        return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+    async def write(self, offset: int, data: bytes) -> int:
+        raise NotPermittedError(_READ_ONLY_TEXT)
+
+    async def sync(self) -> None:
+        return
+
+
 class Opening(NamedTuple):
     """The answer to an open: the handle's number, and whether it is text, whose size is not known beforehand."""
 
@@ -170,6 +215,8 @@ class Tree:
             snapshot = self.store.find(name)
             if snapshot is not None:
                 return snapshot.id << _SNAPSHOT_SHIFT
+        elif parent == ROOT and name in _SCRUBS:
+            return _SCRUBS[name]
         else:
             for entry in self.entries(parent):
                 if entry.name == name:
@@ -183,6 +230,8 @@ class Tree:
             return self._directory(inode, links, self._changed_ns)
         if inode == STATUS:
             return self._text(inode, self._status(), time.time_ns())
+        if inode in _SCRUBS.values():
+            return Attributes(inode, stat.S_IFREG | 0o400, 1, 0, 0, time.time_ns())
         if not inode >> _SNAPSHOT_SHIFT:
             origin = self._origin(inode)
             blocks = -(-origin.size_bytes // 512)
@@ -278,18 +327,20 @@ class Tree:
             raise NotPermittedError(
                 "an image cannot be truncated: write over it in place (dd conv=notrunc, rsync --inplace)"
             )
-        if isinstance(handle, _Text) and flags & os.O_ACCMODE != os.O_RDONLY:
+        if isinstance(handle, _Text | _Scrub) and flags & os.O_ACCMODE != os.O_RDONLY:
             raise NotPermittedError(_READ_ONLY_TEXT)
         number = self._next_handle
         self._next_handle += 1
         self._handles[number] = handle
         if isinstance(handle, Image):
             handle.opened += 1
-        return Opening(number, isinstance(handle, _Text))
+        return Opening(number, isinstance(handle, _Text | _Scrub))
 
     def _handle(self, inode: int) -> Handle:
         if inode == STATUS:
             return _Text(self._status())
+        if inode in _SCRUBS.values():
+            return _Scrub(OpenScrub(self.store, repair=inode == _SCRUBS[b".repair"]))
         if inode in (ROOT, LIVE, SNAPS):
             raise DirectoryAsFileError("a directory cannot be opened as a file")
         if not inode >> _SNAPSHOT_SHIFT:

@@ -25,6 +25,7 @@ LAYERS = [
     {"cow.snapshot"},
     {"cow.store"},
     {"cow.opening"},
+    {"cow.scrub"},
     {"cow"},
     {"hcpfs"},
     {"hcpfs.beneath", "hcpfs.process", "hcpfs.text", "hcpfs.background"},

@@ -165,7 +165,7 @@ def test_a_layer_survives_save_and_load_across_segments(layers: Directory) -> No
     layer.save(layer.encode_map())
     layer.close()
     loaded = Layer(layers, 9, 1 << 34)
-    loaded.load()
+    loaded.load(0)
     assert (loaded.held, loaded.written_ns, loaded.damage) == (layer.held, 1234, None)
     assert [loaded.read(run) for run in runs] == [b"a" * run.length for run in runs]
     assert sorted(p.name for p in Path(layers.label, loaded.name).glob("data.*")) == ["data.0000", "data.0001"]
@@ -192,7 +192,7 @@ def test_i4_a_missing_or_short_file_is_damage(layers: Directory, name: str) -> N
     for change in (lambda: _truncate(path), path.unlink):
         change()
         damaged = Layer(layers, 1, 10)
-        damaged.load()
+        damaged.load(0)
         with pytest.raises(DamagedError):
             damaged.read(Run(0, 2))
         damaged.close()
@@ -212,7 +212,7 @@ def test_i4_a_layer_with_a_bad_map_is_not_passed_over(layers: Directory) -> None
     content[20] ^= 1
     path.write_bytes(content)
     damaged = Layer(layers, 1, 10)
-    damaged.load()
+    damaged.load(0)
     with pytest.raises(DamagedError, match="map of layer"):
         resolve([damaged], Run(5, 1))
     damaged.close()

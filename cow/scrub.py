@@ -1,0 +1,262 @@
+"""Scrub: read all that the store holds and check it, with the store in use or not, and give up what cannot be used.
+
+Every chunk that a layer holds is read and held against its checksum, into which its place and its layer are mixed, so
+that misplaced and stale chunks show too. The catalog is checked for itself and against the layers.
+
+What is found is told as `Finding`s, with `Progress` in between. Without `repair` nothing is written.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+
+import trio
+from pyroaring import BitMap64
+
+from cow.catalog import Catalog, LayerRow, Role, State
+from cow.device import SYSTEM, Directory, Io
+from cow.errors import DamagedError, printable
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, pieces, runs_of
+from cow.image import Image
+from cow.journal import Journal, JournalDamagedError, Kind, Record
+from cow.layer import SUM_BYTES, Layer
+from cow.opening import open_directory
+from cow.origin import Origin
+from cow.recovery import load_layer, open_journal, recover
+from cow.store import Store
+
+STEP_CHUNKS = 256  # read at a time: 1 MiB
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many of all bytes have been checked."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not right, in a sentence. `repaired`: it cannot do harm any more."""
+
+    sentence: str
+    repaired: bool = False
+
+
+Chain = tuple[bytes, Sequence[Layer]]  # a snapshot's name, and the layers that it asks, in order
+
+
+def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64:
+    """The chunks of `run`, all held, that do not match their checksums or cannot be read. Blocks.
+
+    `renewed` has the checksums, by chunk, that a journal would still put into their slots.
+    """
+    bad = BitMap64()
+    try:
+        data, sums = layer.read_unchecked(run)
+    except (OSError, DamagedError):
+        if run.chunks == 1:
+            bad.add(run.first)
+            return bad
+        for part in pieces(run, 1):
+            bad |= bad_chunks(layer, part, renewed)
+        return bad
+    found = layer.checksums(run.first, data)
+    for index in range(run.chunks):
+        chunk = run.first + index
+        expected = renewed.get(chunk) or sums[index * SUM_BYTES : (index + 1) * SUM_BYTES]
+        if found[index * SUM_BYTES : (index + 1) * SUM_BYTES] != expected:
+            bad.add(chunk)
+    return bad
+
+
+def describe(image: bytes, layer: Layer, bad: BitMap64, chains: Iterable[Chain]) -> Iterator[str]:
+    """A sentence for each run of damaged chunks: where it is, and which snapshots read it."""
+    readers = {chunk: frozenset(name for name, chain in chains if _reads(chain, layer, chunk)) for chunk in bad}
+    for run in runs_of(iter(bad)):
+        names = sorted(set().union(*(readers[chunk] for chunk in range(run.first, run.end))))
+        whose = ", ".join(printable(name) for name in names) or "none any more"
+        yield (
+            f"image {printable(image)}, offset {run.offset}, length {run.length}: damaged in layer {layer.name}; "
+            f"snapshots that read it: {whose}"
+        )
+
+
+def _reads(chain: Sequence[Layer], layer: Layer, chunk: int) -> bool:
+    asked = next((one for one in chain if chunk in one.held or chunk in one.lost), None)
+    return asked is layer
+
+
+class OpenScrub:
+    """The scrub of a store in use; trio thread only. With `repair` damaged chunks become lost ones, durably."""
+
+    def __init__(self, store: Store, *, repair: bool) -> None:
+        self._store = store
+        self._repair = repair
+        self._layers: list[tuple[Origin, Layer, Image | None]] = [
+            (origin, layer, None) for origin in store.origins for group in origin.groups for layer in group.layers
+        ]
+        self._layers += [(one.origin, one.delta, one) for snapshot in store.snapshots for one in snapshot.images]
+        self._total_bytes = sum(len(layer.held) for _, layer, _ in self._layers) * CHUNK_BYTES
+        self._done_bytes = 0
+        self._steps = self._all_steps()
+
+    def _all_steps(self) -> Iterator[tuple[Origin, Layer, Image | None, Run]]:
+        for origin, layer, image in self._layers:
+            for held in runs_of(iter(layer.held.copy())):
+                for run in pieces(held, STEP_CHUNKS):
+                    yield origin, layer, image, run
+
+    async def step(self) -> list[Progress | Finding] | None:
+        """Check some more; what was found, and how far it is. None at the end. Raises OSError, CowError."""
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        origin, layer, image, run = step
+        found: list[Progress | Finding] = []
+        bad = await _check_in_use(layer, image, run)
+        if bad:
+            chains: list[Chain] = [
+                (snapshot.name, one.layers())
+                for snapshot in self._store.snapshots
+                for one in snapshot.images
+                if one.origin is origin and one.is_usable
+            ]
+            found += [Finding(sentence, self._repair) for sentence in describe(origin.name, layer, bad, chains)]
+            if self._repair:
+                await self._store.lose(layer, list(runs_of(iter(bad))))
+        self._done_bytes += run.length
+        return [*found, Progress(self._done_bytes, max(self._total_bytes, self._done_bytes))]
+
+
+async def _check_in_use(layer: Layer, image: Image | None, run: Run) -> BitMap64:
+    """Check a run of a layer that others use; of a delta while no write to it is under way."""
+    async with AsyncExitStack() as stack:
+        if image is not None:
+            await stack.enter_async_context(image.settled())
+        layer.pin()
+        try:
+            bad = await trio.to_thread.run_sync(bad_chunks, layer, run, {})
+        finally:
+            layer.unpin()
+        return bad & layer.held  # what was dropped meanwhile may be punched out already
+
+
+def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progress | Finding]:
+    """Scrub the store at `path`, which nobody has open. Its devices are not needed.
+
+    Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as a mount does.
+    """
+    with ExitStack() as stack:
+        directory, catalog = open_directory(path, io, stack, create=False)
+        yield from (Finding(problem) for problem in catalog.problems())
+        layers_directory = directory.subdirectory("layers")
+        stack.callback(layers_directory.close)
+        journal = open_journal(directory, catalog)
+        stack.callback(journal.close)
+        if repair:
+            recovered = recover(catalog, journal, layers_directory, None)
+            layers = recovered.layers
+            yield from (Finding(sentence, repaired=True) for sentence in recovered.findings)
+            renewed: dict[int, dict[int, bytes]] = {}
+        else:
+            layers, renewed, problems = _look(catalog, journal, layers_directory)
+            yield from (Finding(problem) for problem in problems)
+        for layer in layers.values():
+            stack.callback(layer.close)
+        yield from _check_snapshots(catalog, repair)
+        yield from _check_layers(catalog, layers, renewed, journal if repair else None)
+
+
+def _look(
+    catalog: Catalog, journal: Journal, layers_directory: Directory
+) -> tuple[dict[int, Layer], dict[int, dict[int, bytes]], list[str]]:
+    """What recovery would find, without writing anything: the layers, and the checksums that the journal has."""
+    chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
+    layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
+    renewed: dict[int, dict[int, bytes]] = {number: {} for number in layers}
+    problems = []
+    for row in catalog.layers():
+        layer = layers[row.id]
+        load_layer(layer, row.generation)
+        if layer.damage is not None:
+            problems.append(layer.damage)
+    try:
+        for record in journal.records():
+            if record.layer in layers:
+                _follow(record, layers[record.layer], renewed[record.layer])
+    except JournalDamagedError as error:
+        problems.append(f"{error}: which old bytes were kept since the last checkpoint is unknown")
+    for layer in layers.values():
+        layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
+    return layers, renewed, problems
+
+
+def _follow(record: Record, layer: Layer, renewed: dict[int, bytes]) -> None:
+    if record.kind is Kind.LOST:
+        layer.lose(record.runs)
+    elif record.kind is Kind.INTENT:
+        for run in record.runs:
+            layer.intended.add_range(run.first, run.end)
+    else:
+        layer.commit(record.runs)
+        chunks = (chunk for run in record.runs for chunk in range(run.first, run.end))
+        for index, chunk in enumerate(chunks):
+            renewed[chunk] = record.sums[index * SUM_BYTES : (index + 1) * SUM_BYTES]
+
+
+def _check_snapshots(catalog: Catalog, repair: bool) -> Iterator[Finding]:
+    """Each snapshot in use has its layers for each origin."""
+    rows = catalog.layers()
+    for snapshot in catalog.snapshots():
+        if snapshot.state in (State.INVALID, State.PENDING):
+            continue
+        for origin in catalog.origins():
+            roles = {row.role for row in rows if row.snapshot == snapshot.id and row.origin == origin.id}
+            if roles != set(Role):
+                reason = f"the catalog lacks its layers for the image {printable(origin.name)}"
+                if repair:
+                    catalog.set_state(snapshot.id, State.INVALID, reason)
+                yield Finding(f"snapshot {printable(snapshot.name)} cannot be read: {reason}", repaired=repair)
+                break
+
+
+def _check_layers(
+    catalog: Catalog, layers: Mapping[int, Layer], renewed: Mapping[int, Mapping[int, bytes]], journal: Journal | None
+) -> Iterator[Progress | Finding]:
+    """Check all chunks; with a journal, record the damaged ones as lost there, and save the layers' maps."""
+    names = {origin.id: origin.name for origin in catalog.origins()}
+    rows = [row for row in catalog.layers() if layers[row.id].damage is None]
+    total = sum(len(layers[row.id].held) for row in rows) * CHUNK_BYTES
+    done = 0
+    for row in rows:
+        layer = layers[row.id]
+        damaged = BitMap64()
+        for run in [piece for held in runs_of(iter(layer.held)) for piece in pieces(held, STEP_CHUNKS)]:
+            damaged |= bad_chunks(layer, run, renewed.get(row.id, {}))
+            done += run.length
+            yield Progress(done, total)
+        if not damaged:
+            continue
+        for sentence in describe(names[row.origin], layer, damaged, _chains(catalog, layers, row.origin)):
+            yield Finding(sentence, repaired=journal is not None)
+        if journal is not None:
+            layer.lose(list(runs_of(iter(damaged))))
+            layer.save(layer.encode_map())
+            catalog.record_saved([(layer.id, layer.generation)])
+
+
+def _chains(catalog: Catalog, layers: Mapping[int, Layer], origin: int) -> list[Chain]:
+    """What each snapshot of an origin asks, as `cow.origin` and `cow.store` put it together."""
+    rows = [row for row in catalog.layers() if row.origin == origin]
+    snapshots = [row for row in catalog.snapshots() if row.state not in (State.INVALID, State.PENDING)]
+
+    def of(snapshot: int, role: Role) -> list[LayerRow]:
+        return [row for row in rows if row.snapshot == snapshot and row.role == role]
+
+    chains: list[Chain] = []
+    for place, snapshot in enumerate(snapshots):
+        preserved = [row for later in snapshots[place:] for row in of(later.id, Role.PRESERVED)]
+        chains.append((snapshot.name, [layers[row.id] for row in [*of(snapshot.id, Role.DELTA), *preserved]]))
+    return chains
