@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from xxhash import xxh3_128
+
 from cow.device import Directory
 from cow.errors import CowError, RefusedError, StoreFullError
 
@@ -59,6 +61,16 @@ CREATE TABLE layers (
     generation INTEGER NOT NULL DEFAULT 0
 );
 """
+
+
+# What the checksum covers, and in which order.
+_SEALED = {
+    "store": "WHERE key != 'digest' ORDER BY key",
+    "origins": "ORDER BY id",
+    "snapshots": "ORDER BY id",
+    "evidence": "ORDER BY snapshot, key",
+    "layers": "ORDER BY id",
+}
 
 
 class CatalogError(CowError):
@@ -124,7 +136,9 @@ class Catalog:
     Raises RefusedError when the file is not a catalog, or one of another format.
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, *, repair: bool = False) -> None:
+        """With `repair`, where the contents do not match their checksum, all snapshots are given up; see `repaired`."""
+        self.repaired = ""  #: a sentence on what was given up
         self._path = os.path.join(directory.label, FILE_NAME)
         self._lock = threading.Lock()  #: guards `_connection`
         present = set(directory.names())
@@ -133,8 +147,8 @@ class Catalog:
                 directory.open(name, create=True).close()  # SQLite would follow a symbolic link; this refuses one
         self._connection = directory.io.connect(self._path)
         try:
-            self._open()
-        except (sqlite3.DatabaseError, CatalogError) as error:
+            self._open(repair, any(name.startswith("journal.") for name in present))
+        except (sqlite3.Error, CatalogError, ValueError) as error:  # ValueError: text that is not UTF-8
             self._connection.close()
             raise RefusedError(
                 f"{self._path} is not a catalog of hcpfs, or is damaged ({error}): name another store, or restore it "
@@ -144,12 +158,17 @@ class Catalog:
             self._connection.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, repair: bool, has_contents: bool) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute("PRAGMA foreign_keys=ON")
         with self._transaction() as do:
             if not do.execute("SELECT 1 FROM sqlite_master WHERE name = 'store'").fetchone():
+                if has_contents:
+                    raise RefusedError(
+                        f"{self._path} is missing or empty, and there is a journal beside it: restore it from a "
+                        f"backup, or name another store; nothing was changed"
+                    )
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     do.execute(statement)
                 do.executemany(
@@ -168,15 +187,38 @@ class Catalog:
                 f"the hcpfs that made it, or another store"
             )
 
+        with self._transaction() as do:
+            sealed = do.execute("SELECT value FROM store WHERE key = 'digest'").fetchone()
+            intact = sealed is not None and sealed[0] == _digest(do)
+        if not intact:
+            self._mend(repair)
+
+    def _mend(self, repair: bool) -> None:
+        sentence = f"the contents of {self._path} do not match their checksum: it was edited, or is damaged"
+        if not repair:
+            raise RefusedError(f"{sentence}; `hcpfs verify --repair` gives up its snapshots and makes the store usable")
+        with self._transaction() as do:
+            do.execute("UPDATE snapshots SET state = ?, reason = ?", (State.INVALID, sentence))
+            self._seal(do)
+        self.repaired = sentence
+
+    @staticmethod
+    def _seal(do: sqlite3.Connection) -> None:
+        """Put the checksum of the contents beside them."""
+        do.execute("INSERT OR REPLACE INTO store VALUES ('digest', ?)", (_digest(do),))
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
+                before = self._connection.total_changes
                 yield self._connection
+                if self._connection.total_changes != before:
+                    self._seal(self._connection)
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
-                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # errors of the module have none
                     raise StoreFullError(f"no space left for the catalog {self._path}: make room there") from error
                 raise CatalogError(f"the catalog {self._path} failed: {error}") from error
             finally:
@@ -323,6 +365,15 @@ class Catalog:
             gone = _release_layers(do, snapshot, heir)
             do.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
             return gone
+
+
+def _digest(do: sqlite3.Connection) -> bytes:
+    """A checksum of all that says what belongs to what: SQLite has none, and a flipped bit there is a wrong answer."""
+    digest = xxh3_128()
+    for table, which in _SEALED.items():
+        for row in do.execute(f"SELECT * FROM {table} {which}"):
+            digest.update(repr((table, *row)).encode("utf-8", "backslashreplace"))
+    return digest.digest()
 
 
 def _release_layers(do: sqlite3.Connection, snapshot: int, heir: int | None) -> list[int]:

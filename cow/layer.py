@@ -371,8 +371,12 @@ class Layer:
         if held_at + held_bytes + lost_bytes != len(body):
             self.damage = f"the map of layer {self.name} has {len(body)} bytes, which is not what its header says"
             return
-        held = BitMap64.deserialize(body[held_at : held_at + held_bytes])
-        lost = BitMap64.deserialize(body[held_at + held_bytes :])
+        try:
+            held = BitMap64.deserialize(body[held_at : held_at + held_bytes])
+            lost = BitMap64.deserialize(body[held_at + held_bytes :])
+        except (ValueError, IndexError) as error:
+            self.damage = f"the map of layer {self.name} cannot be understood ({error}): what it holds is unknown"
+            return
         if any(chunks and chunks.max() >= self.chunks for chunks in (held, lost)):
             self.damage = f"the map of layer {self.name} names chunks beyond the device's end"
             return

@@ -100,7 +100,9 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
     store.load(layers)
 
 
-def open_directory(path: str, io: Io, stack: ExitStack, *, create: bool) -> tuple[Directory, Catalog]:
+def open_directory(
+    path: str, io: Io, stack: ExitStack, *, create: bool, repair: bool = False
+) -> tuple[Directory, Catalog]:
     """Open the store's directory and its catalog, and lock it; made when missing, with `create`.
 
     What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
@@ -120,7 +122,7 @@ def open_directory(path: str, io: Io, stack: ExitStack, *, create: bool) -> tupl
         )
     if not create and FILE_NAME not in directory.names():
         raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
-    catalog = Catalog(directory)
+    catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()
     return directory, catalog

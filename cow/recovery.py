@@ -113,7 +113,7 @@ def load_layer(layer: Layer, generation: int) -> None:
     """Read a layer's map; where that cannot be done, the layer's `damage` says so."""
     try:
         layer.load(generation)
-    except (OSError, CowError, ValueError) as error:
+    except (OSError, CowError) as error:
         layer.damage = f"the map of layer {layer.name} cannot be read ({error}): what it holds is unknown"
 
 

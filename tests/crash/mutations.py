@@ -17,8 +17,9 @@ from functools import partial
 from unittest.mock import patch
 
 from cow.errors import CowError
+from tests.crash.corruption import check_many
 from tests.crash.disk import Call, Disk, empty_state
-from tests.crash.harness import CONTENT, Tally, check_workload, record, run
+from tests.crash.harness import CONTENT, Tally, ViolationError, check_workload, record, run
 from tests.crash.workloads import Workload
 
 # What the mutations are hunted with: every operation by itself, and what it takes to reach the rarer calls.
@@ -217,6 +218,42 @@ ORDER = [
         "written = self.delta.uncommitted | BitMap64()",
     ),
 ]
+
+CHECKS = [
+    Edit("chunks are not checked", "layer:Layer.read", "        if found != sums:\n", "        if False:\n"),
+    Edit("checksums know no place", "layer:Layer.checksums", "seed=(seed + index) & _MASK_64", "seed=7"),
+    Edit("maps are not checked", "layer:Layer._decode_map", "xxh3_64_digest(body) != digest", "False"),
+    Edit(
+        "maps of other layers are taken",
+        "layer:Layer._decode_map",
+        "(magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, self.id)",
+        "False",
+    ),
+    Edit(
+        "a missing map is an empty one", "layer:Layer.load", "            if generation:\n", "            if False:\n"
+    ),
+    Edit("journal sectors are not checked", "journal:_open_sector", "_seal(payload, number, sector) != raw", "False"),
+    Edit("a missing journal is an empty one", "journal:Journal._all_records", "found < self._expected", "False"),
+    Edit("a short journal is a young one", "journal:Journal._read_file", "len(content) < FILE_BYTES", "False"),
+    Edit(
+        "a record may be missing between others",
+        "journal:_records_of",
+        "header is not None and header[1] > sequence",
+        "False",
+    ),
+    Edit("the catalog is not checked", "catalog:Catalog._open", "sealed[0] == _digest(do)", "True"),
+]
+DAMAGED_STORES = 4000
+
+
+def unnoticed_check(edit: Edit) -> str | None:
+    """The missing check in words when no damaged store shows that it is missing, else None."""
+    with edit.applied():
+        try:
+            run(partial(check_many, DAMAGED_STORES, 2))
+        except ViolationError:
+            return None
+    return edit.what
 
 
 def unnoticed(mutation: Call | Edit) -> str | None:

@@ -14,7 +14,7 @@ from cow.journal import Journal, Kind, Record
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
 from tests.crash.harness import CONTENT, run, small_and_deterministic
-from tests.crash.mutations import SHARES, all_mutations, hunt, unnoticed
+from tests.crash.mutations import CHECKS, SHARES, all_mutations, hunt, unnoticed, unnoticed_check
 
 
 def test_without_a_mutation_there_is_nothing_to_notice() -> None:
@@ -28,6 +28,13 @@ def test_every_mutation_of_the_write_path_is_noticed() -> None:
     print(f"{len(mutations)} mutations, {len(missed)} not noticed")
     assert missed == []
     assert len(mutations) > 35
+
+
+def test_every_missing_check_is_noticed() -> None:
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as processes:
+        missed = [what for what in processes.map(unnoticed_check, CHECKS) if what is not None]
+    print(f"{len(CHECKS)} checks, {len(missed)} not missed")
+    assert missed == []
 
 
 def test_journal_files_are_retired_without_a_gap() -> None:

@@ -174,19 +174,22 @@ def test_i4_missing_and_stale_files_are_found_and_nothing_wrong_is_read(served: 
     assert _verify(served.path).returncode == 0
 
 
-def test_a_catalog_that_lacks_layers(served: Served) -> None:
+def test_an_edited_catalog_is_refused_and_repair_gives_up_its_snapshots(sandbox: Sandbox, served: Served) -> None:
     served.umount()
     with sqlite3.connect(served.store / "catalog.sqlite") as catalog:
-        catalog.execute("DELETE FROM layers WHERE id = 1")
+        catalog.execute("UPDATE layers SET snapshot = 2 WHERE id = 1")
     catalog.close()
-    done = _verify(served.store)
-    assert done.returncode == 3
-    assert "snapshot old cannot be read: the catalog lacks its layers for the image disk.img" in done.stdout
-    assert _verify(served.store, "--repair").returncode == 4
+    assert "do not match their checksum" in sandbox.refusal(*served.sources, served.path, "--store", served.store)
+    assert _verify(served.store).returncode == 1
+    done = _verify(served.store, "--repair")
+    assert done.returncode == 4
+    assert "all snapshots were given up" in done.stdout
     assert _verify(served.store).returncode == 0
     served = served.again()
-    assert served.info("old")["state"] == "invalid"
-    assert served.info("new")["state"] == "valid"
+    assert served.info("old")["state"] == served.info("new")["state"] == "invalid"
+    (served.snaps / "old").rmdir()
+    (served.snaps / "fresh").mkdir()
+    assert served.image("fresh").read_bytes() == served.live.read_bytes()
 
 
 def test_what_is_no_store_is_left_alone(sandbox: Sandbox) -> None:
