@@ -6,6 +6,7 @@ with the checksum over them made right again, which must be refused or answered 
 """
 
 import random
+import sqlite3
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare
 
 WORKLOAD: Workload = (
     *("create", "write live chunks", "write chunks of the oldest", "sync the newest"),
-    *("write bytes of the newest", "rename", "create", "write live sectors"),
+    *("write bytes of the newest", "rename", "checkpoint", "idle", "create", "write live chunks"),
 )
 HOSTILE = [0, 1, 2**31, 2**32 - 1, 2**47, 2**62, 2**63 - 1, 2**64 - 1]
 CHUNK = 4096
@@ -72,11 +73,12 @@ class Corruptor:
             "catalog: flip a bit": self._catalog_flip,
             "catalog: random range": self._catalog_range,
             "catalog: cut short": self._catalog_cut,
+            "catalog: edited": self._catalog_edited,
             "resealed journal": self._resealed_journal,
         }
         if any(name == "map" for _, name in self._paths.values()):
             self._classes["resealed map"] = self._resealed_map
-            self._classes["flip a bit of a map"] = lambda: self._flip("map")
+            self._classes["flip a bit of a map"] = self._flip_map
         if clean:
             # After a kill the end of the journal may be zeroes: then the disk lost what it had acknowledged, which
             # nothing on the same disk can tell.
@@ -98,11 +100,18 @@ class Corruptor:
         used = [at for at in range(0, len(content), 64) if any(content[at : at + 64])] or [0]
         return min(len(content) - 1, self._random.choice(used) + self._random.randrange(64))
 
-    def _flip(self, kind: str = "") -> State:
-        inode = self._file(kind)
+    def _flip(self) -> State:
+        inode = self._file()
         content = bytearray(self._state.files[inode])
         if content:
             content[self._place(content)] ^= 1 << self._random.randrange(8)
+        return self._with(inode, bytes(content))
+
+    def _flip_map(self) -> State:
+        """Where the sets are: most other sets are sets too."""
+        inode = self._file("map")
+        content = bytearray(self._state.files[inode])
+        content[self._random.randrange(48, len(content) - 8)] ^= 1 << self._random.randrange(3)
         return self._with(inode, bytes(content))
 
     def _change(self) -> State:
@@ -189,6 +198,26 @@ class Corruptor:
     def _catalog_cut(self) -> State:
         content = self._state.catalog or b""
         return self._catalog(content[: self._random.randrange(len(content) // CHUNK) * CHUNK] or None)
+
+    def _catalog_edited(self) -> State:
+        """By somebody with a tool of his own: sound, and wrong."""
+        edit = self._random.choice(
+            [
+                "UPDATE layers SET snapshot = (SELECT max(id) FROM snapshots)",
+                "DELETE FROM layers WHERE id = (SELECT max(id) FROM layers WHERE role = 'preserved')",
+                "UPDATE snapshots SET name = CAST('other' AS BLOB) WHERE id = (SELECT max(id) FROM snapshots)",
+                "UPDATE origins SET size_bytes = -1",
+                "UPDATE layers SET generation = 0",
+                "UPDATE store SET value = 9223372036854775807 WHERE key = 'journal'",
+                "UPDATE store SET value = 'x' WHERE key = 'uuid'",
+            ]
+        )
+        connection = sqlite3.connect(":memory:", isolation_level=None)
+        connection.deserialize(self._state.catalog or b"")
+        connection.execute(edit)
+        content = connection.serialize()
+        connection.close()
+        return self._catalog(content)
 
     def _resealed_journal(self) -> State:
         inode = self._file("journal.")
