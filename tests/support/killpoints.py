@@ -1,0 +1,93 @@
+"""A daemon that kills itself at a named point: `python -m tests.support.killpoints POINT COUNT FILE ARGUMENTS...`.
+
+The COUNT-th call of the point's function, before or after it, ends the process; FILE is made then. ARGUMENTS are those
+of hcpfs. The engine has no hooks for this: functions are wrapped from outside.
+"""
+
+import functools
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Phase(Enum):
+    """When a daemon comes to the function."""
+
+    START = "while it starts, after a kill"
+    WORK = "at work"
+    STOP = "while it stops"
+
+
+class Point(NamedTuple):
+    """A function, the phase in which the daemon shall die there, and which of its calls since the start that is."""
+
+    place: str
+    phase: Phase
+    call: int = 1
+
+
+_FUNCTIONS = {
+    "recovery": Point("cow.opening:recover", Phase.START),
+    "load of a layer": Point("cow.recovery:load_layer", Phase.START, 2),
+    "first journal file": Point("cow.journal:Journal.start_file", Phase.START),
+    "first retire": Point("cow.journal:Journal.retire", Phase.START),
+    "append": Point("cow.journal:Journal.append", Phase.WORK, 3),
+    "sync of a layer": Point("cow.layer:Layer.sync_data", Phase.WORK, 2),
+    "checksums": Point("cow.layer:Layer.write_sums", Phase.WORK, 3),
+    "add snapshot": Point("cow.catalog:Catalog.add_snapshot", Phase.WORK),
+    "finish snapshot": Point("cow.catalog:Catalog.finish_snapshot", Phase.WORK, 2),
+    "delete snapshot": Point("cow.catalog:Catalog.delete_snapshot", Phase.WORK),
+    "fingerprint": Point("cow.catalog:Catalog.set_fingerprint", Phase.WORK),
+    "overwrite": Point("cow.device:OriginDevice.pwrite", Phase.WORK, 3),
+    "sync of the origin": Point("cow.device:OriginDevice.sync", Phase.WORK, 2),
+    "removal of a layer": Point("cow.store:remove_layer_directory", Phase.WORK),
+    "last journal file": Point("cow.journal:Journal.start_file", Phase.STOP, 2),
+    "save of a map": Point("cow.layer:Layer.save", Phase.STOP),
+    "last retire": Point("cow.journal:Journal.retire", Phase.STOP, 2),
+    "clean stop": Point("cow.catalog:Catalog.record_clean_stop", Phase.STOP),
+}
+POINTS = {f"{when} {name}": point for name, point in _FUNCTIONS.items() for when in ("before", "after")}
+
+
+def _deadly(function: Callable[..., Any], when: str, count: int, marker: Path) -> Callable[..., Any]:
+    left = [count]
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            _die(marker)
+        result = function(*arguments, **options)
+        if left[0] == 0:
+            _die(marker)
+        return result
+
+    return wrapper
+
+
+def _die(marker: Path) -> None:
+    marker.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    point, count, marker, *arguments = sys.argv[1:]
+    module_name, _, path = POINTS[point].place.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *classes, name = path.split(".")
+    for one in classes:
+        owner = getattr(owner, one)
+    setattr(owner, name, _deadly(getattr(owner, name), point.split()[0], int(count), Path(marker)))
+    from hcpfs import cli
+
+    sys.argv = ["hcpfs", *arguments]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
