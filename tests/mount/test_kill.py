@@ -19,12 +19,17 @@ ROUNDS = 15
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_i3_i4_i5_i8_killed_in_the_middle_of_anything(sandbox: Sandbox, seed: int) -> None:
+    assert killed_at_random(sandbox, seed, ROUNDS) > ROUNDS
+
+
+def killed_at_random(sandbox: Sandbox, seed: int, rounds: int) -> int:
+    """Kill the daemon of one store so many times; how many snapshots were taken."""
     random_ = random.Random(seed)
     content = random_.randbytes(CHUNKS * CHUNK)
     disk = sandbox.disk(content=content)
     history = History(content)
     served = sandbox.mount(disk)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         work_until(partial(os.kill, served.pid, signal.SIGKILL), served, history, random_)
         served.kill()
         history.live.settle_after_kill(disk.read_bytes())
@@ -33,19 +38,24 @@ def test_i3_i4_i5_i8_killed_in_the_middle_of_anything(sandbox: Sandbox, seed: in
         check(served, history)
     served.umount()
     assert disk.read_bytes() == history.live.content
-    assert history.made > ROUNDS
+    return history.made
 
 
 def test_a_killed_daemon_leaves_no_file_system_frozen(sandbox: Sandbox) -> None:
     """The daemon dies while its freezer holds a file system frozen: the broken pipe thaws it."""
+    killed_while_freezing(sandbox, 5)
+
+
+def killed_while_freezing(sandbox: Sandbox, rounds: int) -> None:
+    """Kill the daemon so many times while it takes a snapshot; a write to the file system must end each time."""
     served = sandbox.mount(sandbox.disk(size=32 << 20))
     device = sandbox.loop(served.live)
     sandbox.format(device, "ext4")
     files = sandbox.mount_device(device)
-    for attempt in range(5):
+    for attempt in range(rounds):
         taker = threading.Thread(target=_mkdir_or_die, args=(served.snaps / f"s{attempt}",))
         taker.start()
-        killer = threading.Timer(0.005 * attempt, os.kill, (served.pid, signal.SIGKILL))
+        killer = threading.Timer(0.005 * (attempt % 5), os.kill, (served.pid, signal.SIGKILL))
         killer.start()
         taker.join()
         killer.join()

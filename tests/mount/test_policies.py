@@ -104,11 +104,12 @@ def test_warnings_at_80_90_and_95_percent_and_no_new_snapshot_from_90(sandbox: S
 
 def test_i6_a_store_filled_again_and_again_never_troubles_the_origin(sandbox: Sandbox) -> None:
     """Snapshots come and go while the origin writes more than the store can keep."""
-    fill_again_and_again(sandbox, cycles=25)
+    fill_again_and_again(sandbox, cycles=50, seed=3)
 
 
-def fill_again_and_again(sandbox: Sandbox, cycles: int) -> None:
-    random_ = random.Random(3)
+def fill_again_and_again(sandbox: Sandbox, cycles: int, seed: int) -> None:
+    """So many times a snapshot, and more writes to the origin than there is room for."""
+    random_ = random.Random(seed)
     served = _mount(sandbox, "drop-oldest", bytes(SIZE))
     expected = bytearray(SIZE)
     for cycle in range(cycles):
