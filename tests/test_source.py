@@ -27,7 +27,7 @@ LAYERS = [
     {"cow.opening"},
     {"cow"},
     {"hcpfs"},
-    {"hcpfs.beneath", "hcpfs.process", "hcpfs.text", "hcpfs.background"},
+    {"hcpfs.background", "hcpfs.beneath", "hcpfs.loops", "hcpfs.process", "hcpfs.record", "hcpfs.text"},
     {"hcpfs.freezer", "hcpfs.quiesce", "hcpfs.tree"},
     {"hcpfs.operations", "hcpfs.options"},
     {"hcpfs.mount"},
