@@ -154,7 +154,7 @@ def check_mountpoint(path: str) -> None:
             os.listdir(path)  # stat(2) may still succeed on the mount of a dead daemon
     except OSError as error:
         dead = error.errno == errno.ENOTCONN
-        hint = "unmount the dead one first (umount -l)" if dead else "make the directory first"
+        hint = f"hcpfs recover {path} gets it going again" if dead else "make the directory first"
         raise RefusedError(f"the mount point {path} cannot be used ({error.strerror}): {hint}") from error
     if not stat.S_ISDIR(kind.st_mode):
         raise RefusedError(f"the mount point {path} is not a directory: name a directory")

@@ -31,7 +31,7 @@ def test_version_and_help() -> None:
     assert run(*HCPFS, "--version").stdout == f"hcpfs {__version__}\n"
     text = run(*HCPFS, "--help").stdout
     assert "mkdir /mnt/hcp/snaps/monday" in text
-    for command in ("mount", "umount", "ls"):
+    for command in ("mount", "umount", "ls", "recover"):
         assert command in text
         assert "Usage: hcpfs" in run(*HCPFS, command, "--help").stdout
 
