@@ -19,12 +19,17 @@ FILESYSTEM_TYPE = "fuse.hcpfs"
 
 
 class Mount(NamedTuple):
-    """A line of mountinfo: device number, mount point, type and source."""
+    """A line of mountinfo. `root` is the directory of the file system that is shown; options are comma-separated."""
 
     device: int
     mountpoint: str
     filesystem: str
     source: str
+    id: int
+    parent: int
+    root: str
+    options: str
+    super_options: str
 
 
 class Loop(NamedTuple):
@@ -43,8 +48,12 @@ def mounts() -> list[Mount]:
         fields, _, rest = line.partition(b" - ")
         parts, kind = fields.split(), rest.split()
         major, minor = parts[2].split(b":")
-        source = _unescape(kind[1]) if len(kind) > 1 else ""
-        found.append(Mount(os.makedev(int(major), int(minor)), _unescape(parts[4]), os.fsdecode(kind[0]), source))
+        # The source may be empty, so the options are found from the end.
+        source = _unescape(kind[1]) if len(kind) > 2 else ""
+        device, filesystem = os.makedev(int(major), int(minor)), os.fsdecode(kind[0])
+        number, parent = int(parts[0]), int(parts[1])
+        root, mountpoint, options, super_options = map(_unescape, (*parts[3:6], kind[-1]))
+        found.append(Mount(device, mountpoint, filesystem, source, number, parent, root, options, super_options))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command line: `hcpfs mount`, `umount`, `ls`; and `hcpfs SOURCE MOUNTPOINT -o ...`, as mount(8) calls it."""
+"""The command line: `hcpfs mount`, `umount` and so on; and `hcpfs SOURCE MOUNTPOINT -o ...`, as mount(8) calls it."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ import select
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +23,10 @@ from rich.table import Table
 from cow.catalog import FILE_NAME
 from cow.errors import CowError
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath
+from hcpfs import __version__, background, beneath, recover
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+from hcpfs.rebuild import Voice
+from hcpfs.record import Record
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
 
@@ -47,6 +49,7 @@ def cli() -> None:
       cp /mnt/hcp/snaps/monday/sdb1.img . back it up
       rmdir /mnt/hcp/snaps/monday         drop it
       hcpfs umount /mnt/hcp               stop; the snapshots stay
+      hcpfs recover /mnt/hcp              after the daemon's death: serve again
 
     From the mount on, use the device through /mnt/hcp/live/sdb1.img only, for example with
     `mount -o loop /mnt/hcp/live/sdb1.img /srv`.
@@ -63,6 +66,7 @@ def cli() -> None:
     help="store=DIR, quota=SIZE, on_full=drop-oldest|lose-chunks|block-writes, source=[NAME=]PATH, ro, read_suspect, "
     "allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
 )  # fmt: skip
+@click.option("--recover", "recovering", is_flag=True, help="If a daemon died there, do what hcpfs recover does.")
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(
     sources: tuple[str, ...],
@@ -70,6 +74,7 @@ def mount(
     quota: str | None,
     foreground: bool,
     options: tuple[str, ...],
+    recovering: bool,
     ready_fd: int | None,
 ) -> None:
     """Serve SOURCE..., block devices or image files, at MOUNTPOINT.
@@ -81,20 +86,25 @@ def mount(
         wanted = _mount_options(sources, store, quota, foreground, options)
     except UsageError as error:
         raise _Sentence(str(error)) from error
+    if recovering:
+        record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
+        try:
+            done = recover.recover_and_mount(record, Voice(click.echo, _complain), foreground=wanted.foreground)
+        except (CowError, OSError) as error:
+            raise _Sentence(str(error)) from error
+        if done is not None and not wanted.foreground:
+            sys.exit(done)
+        ready_fd = done
     if ready_fd is None and not wanted.foreground:
-        arguments = ["mount", *_absolute(sources[:-1]), wanted.mountpoint, "--store", wanted.store_path]
-        if quota is not None:
-            arguments += ["--quota", quota]
-        sentence = background.run_in_background([*arguments, *(word for text in options for word in ("-o", text))])
+        sentence = background.run_in_background(wanted.arguments())
         if sentence is not None:
             raise _Sentence(sentence)
         return
     _serve(wanted, ready_fd)
 
 
-def _absolute(sources: Sequence[str]) -> list[str]:
-    parsed = [parse_source(source) for source in sources]
-    return [f"{os.fsdecode(source.name)}={source.path}" for source in parsed]
+def _complain(sentence: str) -> None:
+    click.echo(f"hcpfs: {sentence}", err=True)
 
 
 def _mount_options(
@@ -132,6 +142,26 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
             logging.getLogger("hcpfs").error("%s", error)
             background.answer(ready[0], str(error))
             raise _Sentence(str(error)) from error
+
+
+@cli.command("recover")
+@click.argument("mountpoint")
+@click.option("--force", is_flag=True, help="Also when the daemon is alive but does not answer: end it.")
+@click.option("--no-mount", is_flag=True, help="Set the loop devices up again, but mount nothing on them.")
+def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
+    """Get MOUNTPOINT going again after its daemon died.
+
+    Unmounts what sat on its images and detaches their loop devices, clears the dead mount, serves it again as before,
+    sets the loop devices up again and mounts what it had unmounted. Everything that was flushed is there.
+
+    Exits with 0 when everything is back, with 1 when it refused or the daemon did not start, with 2 when the mount is
+    served again but something that sat on it is not back.
+    """
+    path = os.path.abspath(mountpoint)
+    try:
+        sys.exit(recover.recover(path, Voice(click.echo, _complain), force=force, mount_again=not no_mount))
+    except (CowError, OSError) as error:
+        raise _Sentence(str(error)) from error
 
 
 @cli.command()
@@ -265,9 +295,7 @@ def _read_status(path: str) -> dict[str, str]:
             return _parse(Path(path, "status").read_bytes())
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            raise _Sentence(
-                f"the daemon of {path} is dead: umount -l {path}, losetup -d what sat on it, and mount again"
-            ) from error
+            raise _Sentence(f"the daemon of {path} is dead: hcpfs recover {path} gets it going again") from error
         raise _Sentence(f"{path} cannot be read: {error.strerror}") from error
     raise _Sentence(f"no hcpfs is mounted at {path}")
 

@@ -17,7 +17,7 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath
+from hcpfs import beneath, loops, record
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden
@@ -73,13 +73,18 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_terminate_on_signals)
-                nursery.start_soon(_get_ready, quiescer, on_ready)
+                nursery.start_soon(_get_ready, options, quiescer, on_ready)
                 await pyfuse3.main()
                 nursery.cancel_scope.cancel()
+            in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
         finally:
             pyfuse3.close(unmount=True)
         log.info("unmounted; closing the store")
     log.info("closed clean")
+    if in_use or _is_mounted(options.mountpoint):  # it still is when its connection was aborted
+        log.warning("what used the images finds them dead: hcpfs recover %s gets it going again", options.mountpoint)
+    else:
+        _forget(options.mountpoint)
 
 
 @asynccontextmanager
@@ -114,9 +119,20 @@ def _mount(operations: Operations, options: MountOptions) -> None:
         ) from error
 
 
-async def _get_ready(quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
+async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
+    try:
+        record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))
+    except OSError as error:
+        log.warning("hcpfs recover will not know how this was mounted: %s", error)
     on_ready()
+
+
+def _forget(mountpoint: str) -> None:
+    try:
+        record.remove(mountpoint, os.getpid())
+    except OSError as error:
+        log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
 
 
 async def _terminate_on_signals() -> None:
@@ -141,12 +157,16 @@ def check_mountpoint(path: str) -> None:
             os.listdir(path)  # stat(2) may still succeed on the mount of a dead daemon
     except OSError as error:
         dead = error.errno == errno.ENOTCONN
-        hint = "unmount the dead one first (umount -l)" if dead else "make the directory first"
+        hint = f"hcpfs recover {path} gets it going again" if dead else "make the directory first"
         raise RefusedError(f"the mount point {path} cannot be used ({error.strerror}): {hint}") from error
     if not stat.S_ISDIR(kind.st_mode):
         raise RefusedError(f"the mount point {path} is not a directory: name a directory")
-    if any(mount.mountpoint == path and mount.filesystem == beneath.FILESYSTEM_TYPE for mount in beneath.mounts()):
+    if _is_mounted(path):
         raise RefusedError(f"an hcpfs is mounted at {path} already: unmount it first, or choose another directory")
+
+
+def _is_mounted(path: str) -> bool:
+    return any(mount.mountpoint == path and mount.filesystem == beneath.FILESYSTEM_TYPE for mount in beneath.mounts())
 
 
 def check_store_place(store: str, mountpoint: str) -> None:

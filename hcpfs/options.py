@@ -50,6 +50,33 @@ class MountOptions:
         paths = "\0".join(sorted(os.path.abspath(source.path) for source in self.sources))
         return os.path.join(STORES, f"{names[:100]}-{xxh3_64_hexdigest(os.fsencode(paths))}")
 
+    @property
+    def image_names(self) -> list[str]:
+        """The names in live/."""
+        return [os.fsdecode(source.name) for source in self.sources]
+
+    def arguments(self) -> list[str]:
+        """The words for `hcpfs` that mount the same from any directory, in the background."""
+        words = ["mount", *map(_word, self.sources), self.mountpoint, "--store", self.store_path]
+        if self.quota_bytes is not None:
+            words += ["--quota", str(self.quota_bytes)]
+        plain = MountOptions()
+        flags = {"ro": self.read_only, "read_suspect": self.read_suspect, "allow_other": self.allow_other}
+        texts = [name for name, wanted in flags.items() if wanted]
+        if self.on_full != plain.on_full:
+            texts.append(f"on_full={self.on_full}")
+        if self.access != plain.access:
+            texts += [f"uid={self.access.uid}", f"gid={self.access.gid}", f"mode={self.access.mode:o}"]
+        if self.freeze_seconds != plain.freeze_seconds:
+            texts.append(f"freeze={self.freeze_seconds}")
+        return [*words, *(("-o", ",".join(texts)) if texts else ())]
+
+
+def _word(source: Source) -> str:
+    """The source as on the command line. A path alone where that says it, as a name may have an = in it."""
+    name = os.fsdecode(source.name)
+    return source.path if name == _default_name(source.path) else f"{name}={source.path}"
+
 
 def parse_size(text: str) -> int:
     """A size in bytes, from digits and K, M, G or T (powers of 1024). Raises UsageError."""
@@ -64,8 +91,7 @@ def parse_source(text: str) -> Source:
     name, equals, path = text.partition("=")
     if not equals or "/" in name:
         path = text
-        name = os.path.basename(os.path.abspath(path))
-        name = name if name.endswith(".img") else f"{name}.img"
+        name = _default_name(path)
     encoded = os.fsencode(name)
     if not encoded or encoded.startswith(b".") or b"/" in encoded or len(encoded) > 255 or encoded in _TAKEN:
         taken = ", ".join(sorted(os.fsdecode(one) for one in _TAKEN))
@@ -73,6 +99,11 @@ def parse_source(text: str) -> Source:
             f"{name!r} cannot name an image: no slash, no leading dot, at most 255 bytes, and not one of {taken}"
         )
     return Source(encoded, os.path.abspath(path))
+
+
+def _default_name(path: str) -> str:
+    name = os.path.basename(os.path.abspath(path))
+    return name if name.endswith(".img") else f"{name}.img"
 
 
 def apply_options(options: MountOptions, texts: Iterable[str]) -> None:

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from hcpfs import beneath
+from hcpfs import beneath, record
 from tests.support.sandbox import Sandbox, wait_until
 
 
@@ -34,6 +35,8 @@ def _leftovers() -> set[str]:
     mounts = {mount.mountpoint for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE}
     loops = {path.parent.parent.name for path in Path("/sys/block").glob("loop*/loop/backing_file")}
     files = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith("hcpfs-")}
+    with suppress(FileNotFoundError):
+        files |= {f"{record.DIRECTORY}/{name}" for name in os.listdir(record.DIRECTORY)}
     return mounts | loops | files | {f"process {pid}" for pid in _processes()}
 
 

@@ -31,7 +31,7 @@ def test_version_and_help() -> None:
     assert run(*HCPFS, "--version").stdout == f"hcpfs {__version__}\n"
     text = run(*HCPFS, "--help").stdout
     assert "mkdir /mnt/hcp/snaps/monday" in text
-    for command in ("mount", "umount", "ls"):
+    for command in ("mount", "umount", "ls", "recover"):
         assert command in text
         assert "Usage: hcpfs" in run(*HCPFS, command, "--help").stdout
 
@@ -70,6 +70,19 @@ def test_options_of_mount_and_fstab() -> None:
     assert (options.quota_bytes, options.store, options.read_only) == (2 << 30, "/s", True)
     assert options.sources == [Source(b"b", "/dev/sdb")]
     assert (options.access.gid, options.access.mode) == (7, 0o640)
+
+
+def test_the_words_for_mounting_again_say_the_same_from_anywhere() -> None:
+    options = MountOptions(mountpoint="/mnt/hcp", sources=[parse_source("/dev/disk/by-id/x=1"), parse_source("b=rel")])
+    apply_options(options, ["source=c=/dev/sdc,store=st,quota=2G,ro,allow_other,uid=5,gid=7,mode=640,freeze=2.5"])
+    command, *words = options.arguments()
+    again = MountOptions(mountpoint="/mnt/hcp")
+    again.store, again.quota_bytes = words[words.index("--store") + 1], parse_size(words[words.index("--quota") + 1])
+    again.sources = [parse_source(word) for word in words[:3]]
+    apply_options(again, [words[words.index("-o") + 1]])
+    options.store = options.store_path
+    assert (command, again) == ("mount", options)
+    assert all(source.path.startswith("/") for source in again.sources)
 
 
 def test_ls(sandbox: Sandbox) -> None:

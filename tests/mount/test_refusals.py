@@ -193,7 +193,7 @@ def test_a_mount_point_with_a_dead_daemon(sandbox: Sandbox) -> None:
     with served.live.open("rb"):
         run("kill", "-9", served.pid)
         sentence = sandbox.refusal(sandbox.path / "disk.img", served.path, "--store", served.store)
-    assert "umount -l" in sentence
+    assert f"hcpfs recover {served.path}" in sentence
     served.kill()
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hcpfs import beneath
+from hcpfs import beneath, loops, record
 
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2
@@ -86,6 +86,11 @@ class Served:
         wait_until(lambda: not alive(self.pid), what="the end of the daemon")
         _detach(self.path)
 
+    def die(self) -> None:
+        """Kill -9 the daemon; its dead mount stays."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(self.pid), what="the end of the daemon")
+
     def again(self) -> "Served":
         """Mount once more with the same arguments."""
         return self.sandbox.mount(*self.sources, mountpoint=self.path, store=self.store, options=self.options)
@@ -102,6 +107,7 @@ class Sandbox:
         self.path = Path(tempfile.mkdtemp(prefix="hcpfs-test-", dir="/dev/shm"))
         self._loops: list[str] = []
         self._daemons: list[int] = []
+        self._mountpoints: set[str] = set()
         self._processes: list[subprocess.Popen] = []
 
     def disk(self, name: str = "disk.img", size: int = 8 << 20, content: bytes | None = None) -> Path:
@@ -127,6 +133,7 @@ class Sandbox:
         mountpoint.mkdir(exist_ok=True)
         options = options or []
         words = [str(source) for source in sources]
+        self._mountpoints.add(str(mountpoint))
         run(*HCPFS, "mount", *words, mountpoint, "--store", store, *options)
         served = Served(self, mountpoint, store, words, options)
         self._daemons.append(served.pid)
@@ -164,6 +171,20 @@ class Sandbox:
         """Unmount; the kernel, or an ending process, may keep it busy for a moment."""
         wait_until(lambda: run("umount", target, check=False).returncode == 0, what=f"umount {target}")
 
+    def serve_in_foreground(self, *words: object, mountpoint: Path) -> subprocess.Popen:
+        """`hcpfs mount` with --foreground among the words, as a service manager runs it; returns when it is usable."""
+        mountpoint.mkdir(exist_ok=True)
+        self._mountpoints.add(str(mountpoint))
+        process = self.spawn(*HCPFS, "mount", *words)
+
+        def is_served() -> bool:
+            assert process.poll() is None, f"the daemon exited {process.poll()}"
+            found = record.read(str(mountpoint))
+            return found is not None and found.pid == process.pid
+
+        wait_until(is_served, what="the mount")
+        return process
+
     def spawn(self, *command: object, **options: object) -> subprocess.Popen:
         """A process that does not outlive the test."""
         process = subprocess.Popen([str(word) for word in command], **options)
@@ -174,14 +195,20 @@ class Sandbox:
         for process in self._processes:
             process.kill()
             process.wait()
+        records = [found for path in self._mountpoints if (found := record.read(path)) is not None]
+        self._daemons += [one.pid for one in records if one.pid not in self._daemons and one.is_alive]
+        self._loops += [state.path for state in loops.states() if state.file.startswith(f"{self.path}/")]
         self._unmount_all()
         for device in reversed(self._loops):
+            run("partx", "-d", device, check=False)  # those that were added by hand outlive the losetup -d
             run("losetup", "-d", device, check=False)
         for pid in self._daemons:
             with contextlib.suppress(AssertionError):
                 wait_until(lambda pid=pid: not alive(pid), seconds=10)
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
+        for one in records:
+            record.remove(one.mountpoint, one.pid)
         shutil.rmtree(self.path)
 
     def _unmount_all(self) -> None:

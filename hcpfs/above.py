@@ -1,0 +1,163 @@
+"""What sits on a dead mount: loop devices on its images, file systems on those, loop devices on files there, and so on.
+
+Found without touching any of it: mountinfo and sysfs answer also when the file systems themselves never would.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hcpfs import beneath, loops
+
+_DELETED = " (deleted)"  # the kernel adds it to the path once it has noticed that names cannot be looked up any more
+
+
+@dataclass
+class LoopAbove:
+    """A loop device; level 0 sits on an image, level 1 on a file of a file system from level 0."""
+
+    level: int
+    state: loops.LoopState
+
+
+@dataclass
+class MountAbove:
+    """A mount of a device, `source`, named as in /dev. `depth` counts the mounts that it is mounted in."""
+
+    level: int
+    depth: int
+    id: int
+    parent: int
+    source: str
+    mountpoint: str
+    filesystem: str
+    root: str
+    options: str
+    super_options: str
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was mounted read-only. A file system that failed turns itself read-only, but not the mount."""
+        return "ro" in self.options.split(",")
+
+
+@dataclass
+class Above:
+    """All that sits on the mount, and the other mounts of itself (mount --bind)."""
+
+    loops: list[LoopAbove] = field(default_factory=list)
+    mounts: list[MountAbove] = field(default_factory=list)
+    binds: list[MountAbove] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Above":
+        """Back from plain values. Raises TypeError or KeyError for what `to_json` did not make."""
+        if not values:
+            return cls()
+        return cls(
+            [LoopAbove(one["level"], loops.LoopState(*one["state"])) for one in values["loops"]],
+            [MountAbove(**one) for one in values["mounts"]],
+            [MountAbove(**one) for one in values["binds"]],
+        )
+
+    def add(self, older: "Above") -> None:
+        """Take over what an earlier recovery took down and did not put back."""
+        names = {loop.state.name for loop in self.loops}
+        self.loops += [loop for loop in older.loops if loop.state.name not in names]
+        for mine, others in ((self.mounts, older.mounts), (self.binds, older.binds)):
+            places = {(mount.mountpoint, mount.source) for mount in mine}
+            mine += [mount for mount in others if (mount.mountpoint, mount.source) not in places]
+
+
+def find(mounts: list[beneath.Mount], image_of: Callable[[str], str | None]) -> Above:
+    """What sits on the images. `image_of` has the path that an image will be at again, for the path that sysfs shows.
+
+    The dead mount's own binds are not looked for (see `binds_of`).
+    """
+    found = Above()
+    states = loops.states()
+    current = [state._replace(file=image) for state in states if (image := image_of(state.file)) is not None]
+    level = 0
+    while current:
+        known = {loop.state.name for loop in found.loops}
+        current = [state for state in current if state.name not in known]
+        found.loops += [LoopAbove(level, state) for state in current]
+        mounted = [
+            _above(mounts, mount, source, level) for state in current for mount, source in _mounts_of(mounts, state)
+        ]
+        ids = {mount.id for mount in found.mounts}
+        mounted = list({mount.id: mount for mount in mounted if mount.id not in ids}.values())
+        found.mounts += mounted
+        ids = {mount.id for mount in mounted}
+        current = [state for state in states if (owner := owner_of(mounts, state.file)) and owner.id in ids]
+        level += 1
+    return found
+
+
+def _mounts_of(mounts: list[beneath.Mount], state: loops.LoopState) -> Iterable[tuple[beneath.Mount, str]]:
+    names = {device: _name(device) for device in beneath.devices_above(state.device)}
+    for mount in mounts:
+        if mount.device in names:
+            yield mount, names[mount.device]
+        elif mount.source.startswith("/dev/") and mount.source[5:] in names.values():
+            yield mount, mount.source[5:]  # btrfs shows an anonymous device number
+
+
+def _name(device: int) -> str:
+    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+
+
+def _above(mounts: list[beneath.Mount], mount: beneath.Mount, source: str, level: int) -> MountAbove:
+    by_id = {one.id: one for one in mounts}
+    depth, seen = 0, mount
+    while seen.parent in by_id and seen.parent != seen.id:
+        seen = by_id[seen.parent]
+        depth += 1
+    return MountAbove(
+        level, depth, mount.id, mount.parent, source, mount.mountpoint, mount.filesystem, mount.root,
+        mount.options, mount.super_options,
+    )  # fmt: skip
+
+
+def binds_of(mounts: list[beneath.Mount], dead: beneath.Mount) -> list[MountAbove]:
+    """The other mounts of the dead mount's file system; their `source` is empty."""
+    return [_above(mounts, mount, "", 0) for mount in mounts if mount.device == dead.device and mount.id != dead.id]
+
+
+def owner_of(mounts: list[beneath.Mount], path: str) -> beneath.Mount | None:
+    """The mount that a path lies on, told from the names alone."""
+    fitting = [mount for mount in mounts if f"{path}/".startswith(f"{mount.mountpoint.rstrip('/')}/")]
+    return max(reversed(fitting), key=lambda mount: len(mount.mountpoint), default=None)
+
+
+def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str], str | None]:
+    """For `find`: the images of a mount that is dead and still there."""
+
+    def image_of(shown: str) -> str | None:
+        path = shown.removesuffix(_DELETED)
+        owner = owner_of(mounts, path)
+        if owner is None or owner.device != dead.device:
+            return None
+        # Through a bind mount it is another path than below the mount point.
+        inside = os.path.relpath(path, owner.mountpoint)
+        return os.path.normpath(os.path.join(dead.mountpoint, owner.root.lstrip("/"), inside))
+
+    return image_of
+
+
+def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str], str | None]:
+    """For `find`: the images of a mount that was unmounted lazily: the kernel shows their paths within the mount."""
+    pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
+
+    def image_of(shown: str) -> str | None:
+        path = shown.removesuffix(_DELETED)
+        return mountpoint + path if pattern.fullmatch(path) else None
+
+    return image_of

@@ -1,0 +1,89 @@
+"""Asking what may never answer: a mount whose daemon is dead or hangs, and loop devices on it.
+
+A process that waits for a FUSE daemon may be unkillable until the connection is aborted, so the asking is done by a
+child, with a time limit. The abort goes through the kernel's fusectl file system and frees all who wait.
+"""
+
+import enum
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hcpfs import beneath
+
+_CONNECTIONS = "/sys/fs/fuse/connections"
+_CACHED_SECONDS = 1.5  # for up to 1 s the kernel answers from what it remembers of a file, also when its daemon is dead
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+_TRY = "import fcntl, os, sys\ntry:\n    {}\nexcept OSError as error:\n    sys.exit(error.errno)"
+_READ = _TRY.format("os.read(os.open(sys.argv[1], os.O_RDONLY), 1)")
+_LOOP_STATUS = _TRY.format("fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))")
+
+
+class Answer(enum.Enum):
+    """What became of a question."""
+
+    ANSWERS = enum.auto()
+    DEAD = enum.auto()
+    HANGS = enum.auto()
+
+
+def ask(mountpoint: str, seconds: float) -> Answer:
+    """Whether the daemon of the hcpfs at `mountpoint` answers within `seconds`."""
+    return _in_a_child(_READ, os.path.join(mountpoint, "status"), seconds)
+
+
+def ask_loop(path: str, seconds: float) -> Answer:
+    """Whether the file system of the loop device's file answers within `seconds`."""
+    deadline = time.monotonic() + _CACHED_SECONDS
+    while (answer := _in_a_child(_LOOP_STATUS, path, seconds)) is Answer.ANSWERS and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
+
+
+def _in_a_child(program: str, path: str, seconds: float) -> Answer:
+    code, _ = attempt([sys.executable, "-I", "-S", "-c", program, path], seconds)
+    if code is None:
+        return Answer.HANGS
+    return Answer.DEAD if code in _DEAD else Answer.ANSWERS
+
+
+def attempt(command: Sequence[str], seconds: float | None) -> tuple[int | None, str]:
+    """Run a command, for at most `seconds` if given.
+
+    Returns its exit code, None when it did not end, and what it said on standard error. One that waits in the kernel
+    and cannot even be killed is left to itself.
+    """
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stderr is not None
+    with child.stderr:
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            return None, f"it did not end within {seconds:g} s"
+        return code, child.stderr.read().decode(errors="replace").strip()
+
+
+def abort(device: int) -> None:
+    """Abort the FUSE connection of the mount with that device number: whoever waits for it gets an error.
+
+    Raises OSError. The kernel's fusectl is mounted for it when it is not there.
+    """
+    mounted = any(mount.mountpoint == _CONNECTIONS for mount in beneath.mounts())
+    if not mounted:
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", _CONNECTIONS], capture_output=True, check=False)
+    try:
+        with suppress(FileNotFoundError):  # it is gone already
+            Path(_CONNECTIONS, str(os.minor(device)), "abort").write_text("1")
+    finally:
+        if not mounted:
+            subprocess.run(["umount", _CONNECTIONS], capture_output=True, check=False)

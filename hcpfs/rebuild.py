@@ -1,0 +1,296 @@
+"""Taking down what sits on a dead mount, and putting it back once that is served again.
+
+Each step is said in a sentence. One that fails is said too, and the rest goes on. What was taken down is kept in the
+record, so that a recovery whose daemon does not start can be repeated later.
+"""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hcpfs import aside, beneath, loops, probe, record
+from hcpfs.above import Above, LoopAbove, MountAbove, binds_of, find, images_of_detached, images_on
+from hcpfs.record import Record
+
+_ANSWER_SECONDS = 5.0
+_UNMOUNT_SECONDS = 30.0
+_NODE_SECONDS = 5.0
+# What a file system shows among its options once it has failed.
+_FAILED = {"emergency_ro", "shutdown"}
+
+
+class Voice(NamedTuple):
+    """Where the sentences go: what was done, and what failed."""
+
+    say: Callable[[str], None]
+    complain: Callable[[str], None]
+
+
+class Rebuild:
+    """The steps of one recovery; the caller has the mount served between `clear` and `put_back`."""
+
+    def __init__(self, dead: beneath.Mount | None, wanted: Record, earlier: dict[str, Any], voice: Voice) -> None:
+        """`dead` is None when the mount was unmounted lazily; `wanted` is how it will be made again.
+
+        `earlier` is the record's `above`: what a recovery took down that did not come to its end.
+        """
+        self._dead = dead
+        self._wanted = wanted
+        self._earlier = earlier
+        self._mountpoint = wanted.mountpoint
+        self._say, self._complain = voice
+        self._above = Above()
+        self._aside: list[tuple[int, str, int]] = []  #: the id of the mount that it was mounted in, path, descriptor
+        self._lost = False
+
+    def _lose(self, sentence: str) -> None:
+        self._lost = True
+        self._complain(sentence)
+
+    # -- down ----------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Take down what sits on the dead mount, innermost first, and the mount itself."""
+        mounts = beneath.mounts()
+        self._above = self._find(mounts)
+        present = Above(list(self._above.loops), list(self._above.mounts), list(self._above.binds))
+        self._take_over_an_earlier_one()
+        for bind in present.binds:
+            self._unmount_lazily(bind.mountpoint)
+        victims = {mount.id for mount in present.mounts}
+        top = max((loop.level for loop in present.loops), default=-1)
+        for level in range(top, -1, -1):
+            on_level = [mount for mount in present.mounts if mount.level == level]
+            for mount in sorted(on_level, key=lambda mount: (mount.depth, mount.id), reverse=True):
+                self._put_aside(mount.id, victims)
+                self._unmount(mount)
+            for loop in present.loops:
+                if loop.level == level:
+                    self._detach(loop)
+        if self._dead is not None:
+            self._put_aside(self._dead.id, victims)
+            if self._unmount_lazily(self._mountpoint):
+                self._say(f"unmounted the dead hcpfs at {self._mountpoint}")
+
+    def _find(self, mounts: list[beneath.Mount]) -> Above:
+        if self._dead is None:
+            return find(mounts, self._detached_image)
+        found = find(mounts, images_on(mounts, self._dead))
+        found.binds = binds_of(mounts, self._dead)
+        return found
+
+    def _detached_image(self, shown: str) -> str | None:
+        """The image of a loop device whose mount was unmounted lazily, if it is sure to have been ours."""
+        image = images_of_detached(self._mountpoint, self._wanted.images)(shown)
+        if image is None:
+            return None
+        mine = [state for state in loops.states() if state.file == shown]
+        if any(probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD for state in mine):
+            return None
+        mounted = {mount.mountpoint for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE}
+        for other in record.others(self._mountpoint):
+            image_of = images_of_detached(other.mountpoint, other.images)
+            if not other.is_alive and other.mountpoint not in mounted and image_of(shown) is not None:
+                devices = " ".join(state.path for state in mine)
+                self._lose(
+                    f"{devices} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both of "
+                    f"which were unmounted lazily; unmount what is on it, and losetup -d it"
+                )
+                return None
+        return image
+
+    def _take_over_an_earlier_one(self) -> None:
+        try:
+            self._above.add(Above.from_json(self._earlier))
+        except (TypeError, KeyError):
+            self._complain(
+                f"what an earlier recovery of {self._mountpoint} took down cannot be read: put it back by hand"
+            )
+        self._wanted.above = self._above.to_json()
+        try:
+            record.write(self._wanted)
+        except OSError as error:
+            self._complain(f"what is taken down could not be noted for a second attempt: {error}")
+
+    def _put_aside(self, parent: int, victims: set[int]) -> None:
+        """Keep what is mounted in the mount and has nothing to do with us."""
+        for child in beneath.mounts():
+            if child.parent != parent or child.id in victims:
+                continue
+            try:
+                self._aside.append((parent, child.mountpoint, aside.put_aside(child.mountpoint)))
+                self._say(f"put {child.mountpoint} ({child.filesystem}) aside")
+            except OSError as error:
+                self._lose(f"{child.mountpoint} ({child.filesystem}) cannot be kept and goes too: {error.strerror}")
+
+    def _unmount(self, mount: MountAbove) -> None:
+        if all(one.id != mount.id for one in beneath.mounts()):
+            return  # it went with another one, to which it was propagated
+        code, words = probe.attempt(["umount", "--no-canonicalize", mount.mountpoint], _UNMOUNT_SECONDS)
+        if code == 0:
+            self._say(f"unmounted {mount.mountpoint} ({mount.filesystem} on /dev/{mount.source})")
+            return
+        users = _users_of(mount.mountpoint)
+        why = f"in use by {users}" if users else words or "in use"
+        if self._unmount_lazily(mount.mountpoint):
+            self._say(
+                f"unmounted {mount.mountpoint} ({mount.filesystem} on /dev/{mount.source}) lazily, as it is {why}: "
+                f"programs that have files open there must be restarted"
+            )
+
+    def _unmount_lazily(self, mountpoint: str) -> bool:
+        code, words = probe.attempt(["umount", "--lazy", "--no-canonicalize", mountpoint], _UNMOUNT_SECONDS)
+        if code != 0:
+            self._complain(f"{mountpoint} could not be unmounted: {words}")
+        return code == 0
+
+    def _detach(self, loop: LoopAbove) -> None:
+        state = loop.state
+        try:
+            if loops.detach(state):
+                self._say(f"detached {state.path} ({state.file})")
+                return
+            reason = "it is still in use, and goes when its last user does"
+        except OSError as error:
+            reason = str(error.strerror)
+        holders = [entry.name for entry in Path(f"/sys/block/{state.name}").glob("**/holders/*")]
+        if holders:
+            self._lose(
+                f"{state.path} was not detached: {' '.join(holders)} holds it; deactivate that (vgchange -an, dmsetup "
+                f"remove, mdadm --stop) and activate it again on the new device"
+            )
+        else:
+            self._complain(f"{state.path} was not detached: {reason}")
+
+    # -- up ------------------------------------------------------------------------------------------------------
+
+    def put_back(self, *, mount_again: bool) -> bool:
+        """Set up and mount again what sat on the mount. Whether all of it is back."""
+        with ExitStack() as stack:
+            names: dict[str, str] = {}
+            if self._dead is not None:
+                self._put_back_aside(self._dead.id)
+            for level in range(max((loop.level for loop in self._above.loops), default=-1) + 1):
+                for loop in self._above.loops:
+                    # One with autoclear is part of its mount, and one on a file there needs it.
+                    if loop.level == level and (mount_again or not (level or loop.state.autoclear)):
+                        self._attach(loop, names, stack)
+                on_level = [mount for mount in self._above.mounts if mount.level == level]
+                for mount in sorted(on_level, key=lambda mount: (mount.depth, mount.id)) if mount_again else ():
+                    self._mount(mount, names)
+                    self._put_back_aside(mount.id)
+            for bind in sorted(self._above.binds, key=lambda bind: (bind.depth, bind.id)):
+                self._bind(self._mountpoint + bind.root.rstrip("/"), bind)
+        for _, path, _ in self._aside:
+            self._lose(f"{path}, which was put aside, is not back, as what it was mounted in is not: mount it again")
+        self.release()
+        return not self._lost
+
+    def release(self) -> None:
+        """Let go of what was put aside."""
+        while self._aside:
+            os.close(self._aside.pop()[2])
+
+    def _put_back_aside(self, parent: int) -> None:
+        for one in [one for one in self._aside if one[0] == parent]:
+            try:
+                aside.put_back(one[2], one[1])
+            except OSError as error:
+                self._complain(f"{one[1]} could not be put back: {error.strerror}")
+                continue
+            self._aside.remove(one)
+            os.close(one[2])
+            self._say(f"put {one[1]} back")
+
+    def _attach(self, loop: LoopAbove, names: dict[str, str], stack: ExitStack) -> None:
+        state = loop.state
+        try:
+            name, fd = loops.attach(state)
+        except OSError as error:
+            self._lose(f"{state.path} is not back on {state.file}: {error.strerror}; look there, and use losetup")
+            return
+        stack.callback(os.close, fd)  # not earlier: one with autoclear would go
+        names[state.name] = name
+        other = "" if name == state.name else f" as /dev/{name}, as its old number is in use"
+        self._say(f"set up {state.path} again on {state.file}{other}")
+
+    def _mount(self, mount: MountAbove, names: dict[str, str]) -> None:
+        match = re.fullmatch(r"(loop[0-9]+)(p[0-9]+)?", mount.source)
+        source = f"/dev/{mount.source}"
+        if match is not None:
+            if match[1] not in names:
+                self._lose(f"{mount.mountpoint} is not mounted again, as /dev/{match[1]} is not back")
+                return
+            source = f"/dev/{names[match[1]]}{match[2] or ''}"
+        if any((one.mountpoint, one.source) == (mount.mountpoint, source) for one in beneath.mounts()):
+            return  # it came with another one, from which it was propagated
+        deadline = time.monotonic() + _NODE_SECONDS
+        while not os.path.exists(source) and time.monotonic() < deadline:
+            time.sleep(0.02)  # a partition's node
+        options = mount.super_options.split(",")
+        shown = next((option[7:] for option in options if option.startswith("subvol=")), "/")  # of btrfs
+        if mount.root == shown:
+            words = self._mount_device(mount, source, mount.mountpoint)
+            if words is None:
+                self._say(f"mounted {mount.mountpoint} again ({mount.filesystem} on {source})")
+            else:
+                self._lose(
+                    f"{mount.mountpoint} is not mounted again: {words}; look at the kernel's log, and mount {source}"
+                )
+            return
+        place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")
+        try:
+            words = self._mount_device(mount, source, place)
+            if words is not None:
+                self._lose(f"{mount.mountpoint} is not mounted again: {words}")
+                return
+            self._bind(os.path.join(place, os.path.relpath(mount.root, shown)), mount)
+            probe.attempt(["umount", place], _UNMOUNT_SECONDS)
+        finally:
+            os.rmdir(place)  # and never what is in it
+
+    def _mount_device(self, mount: MountAbove, source: str, place: str) -> str | None:
+        """Mount the device with the options that it had. None when done, else what mount(8) says."""
+        alike = [one for one in self._above.mounts if one.source == mount.source]
+        # The file system has one flag for all its mounts. One mount alone is made read-only afterwards.
+        read_only = all(one.read_only for one in alike)
+        options = [*mount.options.split(","), *mount.super_options.split(",")]
+        options = ["ro" if read_only else "rw", *(one for one in options if one not in {"ro", "rw", *_FAILED})]
+        words = _mounted("-t", mount.filesystem, "-o", ",".join(options), source, place)
+        if words is None and mount.read_only and not read_only and place == mount.mountpoint:
+            return _mounted("-o", f"remount,bind,{mount.options}", place)
+        return words
+
+    def _bind(self, source: str, mount: MountAbove) -> None:
+        words = _mounted("--bind", source, mount.mountpoint) or _mounted(
+            "-o", f"remount,bind,{mount.options}", mount.mountpoint
+        )
+        if words is None:
+            self._say(f"mounted {mount.mountpoint} again (a bind mount)")
+        else:
+            self._lose(f"{mount.mountpoint} is not mounted again: {words}")
+
+
+def _mounted(*words: str) -> str | None:
+    """Run mount(8). None when done, else what it says."""
+    code, said = probe.attempt(["mount", *words], None)
+    return None if code == 0 else said or f"mount failed with {code}"
+
+
+def _users_of(mountpoint: str) -> str:
+    """The processes that have files open there or are in it, told without asking the file system."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        links = [process / "cwd", process / "root", process / "exe"]
+        with suppress(OSError):
+            links += (process / "fd").iterdir()
+        for link in links:
+            with suppress(OSError):
+                if f"{os.readlink(link)}/".startswith(f"{mountpoint}/"):
+                    found[process.name] = (process / "comm").read_text().strip()
+    return ", ".join(f"process {pid} ({name})" for pid, name in found.items())
