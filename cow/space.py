@@ -129,8 +129,10 @@ class Space:
             file = self._directory.open(RESERVE_NAME)
         except FileNotFoundError:
             return
-        file.truncate(0)
-        file.close()
+        try:
+            file.truncate(0)
+        finally:
+            file.close()
 
     def hold_back(self) -> bool:
         """Fill the reserve up again; False when there is no room for it. Blocks."""

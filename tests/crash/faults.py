@@ -48,6 +48,7 @@ write live chunks; idle; sync live
 WORKLOADS: list[Workload] = [tuple(" ".join(text.split()).split("; ")) for text in (_FIRST, _SECOND)]
 STATES_AFTER = 8
 MOST_SECONDS = 60  #: longer is a hang
+_STOPPING = {"restart", "change the quota"}
 _OF_LIVE = {name for name in OPERATIONS if "live" in name}
 
 
@@ -153,7 +154,7 @@ async def _work(session: Session, workload: Workload, plan: Plan, done: list[str
             _has_a_sentence(error)
             if name in _OF_LIVE and name != "sync live" and not plan.call.is_source:
                 raise ViolationError(f"a writer of the origin got an error of the store: {error}") from error
-            if name == "restart":
+            if name in _STOPPING:
                 await session.kill()
                 session.tolerate_stop()
                 with suppress(CowError, OSError):
