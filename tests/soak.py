@@ -19,6 +19,7 @@ from tests.crash.faults import check_plan, count_calls, plans
 from tests.crash.harness import roam, run
 from tests.crash.mutations import CHECKS, all_mutations, unnoticed, unnoticed_check
 from tests.crash.workloads import long_workloads
+from tests.mount.test_device_cache import check_flushes
 from tests.mount.test_fsx import random_operations
 from tests.mount.test_kill import killed_at_random, killed_while_freezing
 from tests.mount.test_kill_points import killed_at
@@ -102,6 +103,11 @@ def _freezes(seed: int) -> Counter[str]:
     return Counter({"kills while freezing": 5})
 
 
+def _flushes(seed: int) -> Counter[str]:
+    with _sandbox() as sandbox:
+        return Counter({"flushes replayed": check_flushes(sandbox, seed, files=40, most=60)})
+
+
 def _random_operations(seed: int) -> Counter[str]:
     target = ("live", "snapshot")[seed % 2]
     through = ("file", "loop", "loop with direct-io")[seed // 2 % 3]
@@ -121,6 +127,7 @@ PROOFS: dict[str, tuple[Portion, str, int]] = {  # the portion, the figure that 
     "power-xfs": (partial(_power_cuts, "xfs"), "power cuts, xfs", 500),
     "full": (_full, "store full cycles", 1_000),
     "freeze": (_freezes, "kills while freezing", 200),
+    "flushes": (_flushes, "flushes replayed", 1_000),
     "fsx": (_random_operations, "file operations", 10_000_000),
 }
 

@@ -159,7 +159,9 @@ class Session:
         try:
             await self.stop()
         except (CowError, OSError):
-            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
+            # What was not synced before may or may not have been by this.
+            snapshots = {name: replace(versions, loose=True) for name, versions in self.oracle.snapshots.items()}
+            self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True), snapshots=snapshots))
             raise
         # A clean stop syncs all images.
         snapshots = {name: versions.flush() for name, versions in self.oracle.snapshots.items()}
