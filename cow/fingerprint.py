@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_64_digest
 
-from cow.geometry import CHUNK_BYTES, Run, chunks_of, runs_of
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, pieces, runs_of
 
 HEAD_CHUNKS = (1 << 20) // CHUNK_BYTES
 TAIL_CHUNKS = 16
 SPREAD_CHUNKS = 64
+_UNKNOWN = bytes(8)  # of a chunk that could not be read; it never counts
 _ZERO_SUM = xxh3_64_digest(bytes(CHUNK_BYTES))
 
 
@@ -30,10 +31,14 @@ def sampled(size_bytes: int) -> list[Run]:
 
 
 def digests(runs: Sequence[Run], read: Callable[[Run], bytes]) -> bytes:
-    """The fingerprint: 8 bytes a chunk. `read` gives the whole chunks of a run."""
+    """The fingerprint: 8 bytes a chunk. `read` gives the whole chunks of a run, or raises OSError."""
     found = []
     for run in runs:
-        data = read(run)
+        try:
+            data = read(run)
+        except OSError:
+            found.append(_UNKNOWN if run.chunks == 1 else digests(list(pieces(run, 1)), read))
+            continue
         found += [xxh3_64_digest(data[start : start + CHUNK_BYTES]) for start in range(0, run.length, CHUNK_BYTES)]
     return b"".join(found)
 
@@ -55,10 +60,10 @@ def compare(runs: Sequence[Run], before: bytes, now: bytes, counts: Callable[[in
     """Compare two fingerprints; `counts` tells whether a chunk matters. Zeroes are no sign of identity."""
     same, changed = 0, []
     for place, chunk in enumerate(chunk for run in runs for chunk in range(run.first, run.end)):
-        if not counts(chunk):
+        digest, present = before[8 * place : 8 * place + 8], now[8 * place : 8 * place + 8]
+        if _UNKNOWN in (digest, present) or not counts(chunk):
             continue
-        digest = before[8 * place : 8 * place + 8]
-        if digest != now[8 * place : 8 * place + 8]:
+        if digest != present:
             changed.append(chunk)
         elif digest != _ZERO_SUM:
             same += 1

@@ -10,7 +10,7 @@ that a crash in the middle is told apart from damage.
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 from pyroaring import BitMap64
@@ -27,8 +27,9 @@ MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a
 
 
 class Image:
-    """Trio thread only. `reserve(bytes)` raises when there is no room; `on_damage(sentence)` records a mismatch.
+    """Trio thread only.
 
+    `room(bytes)`, around a write, raises when there is none; `on_damage(sentence)` records a mismatch.
     With `suspect` what is on the device may be wrong, and reading it is refused.
     """
 
@@ -39,7 +40,7 @@ class Image:
         created_ns: int,
         delta: Layer,
         commits: Commits,
-        reserve: Callable[[int], Awaitable[None]],
+        room: Callable[[int], AbstractAsyncContextManager[None]],
         on_damage: Callable[[str], Awaitable[None]],
         *,
         suspect: bool,
@@ -50,7 +51,7 @@ class Image:
         self._snapshot = snapshot
         self._created_ns = created_ns
         self._commits = commits
-        self._reserve = reserve
+        self._room = room
         self._on_damage = on_damage
         self.suspect = suspect
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
@@ -210,13 +211,13 @@ class Image:
         async with self._changing:
             self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
             whole = await self._fill_up(offset, data, run)
-            await self._reserve(self.delta.new_bytes([run]))
-            await self._announce(run)
-            self.delta.pin()
-            try:
-                await trio.to_thread.run_sync(self._write_delta, run, whole)
-            finally:
-                self.delta.unpin()
+            async with self._room(self.delta.new_bytes([run])):
+                await self._announce(run)
+                self.delta.pin()
+                try:
+                    await trio.to_thread.run_sync(self._write_delta, run, whole)
+                finally:
+                    self.delta.unpin()
             for fresh in missing_from(self.delta.held, run):
                 self.delta.uncommitted.add_range(fresh.first, fresh.end)
             self.delta.held.add_range(run.first, run.end)

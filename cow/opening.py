@@ -85,7 +85,7 @@ async def open_store(
         for origin, row in zip(store.origins, rows, strict=True):
             recovered.findings += await _check_fingerprint(store, origin, row)
         catalog.set_setting("clean", 0)
-        await store.hold_back()
+        await store.housekeeping.hold_back()
         await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)

@@ -11,6 +11,7 @@ policy decides. All of it is durable before any writer goes on.
 
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -90,7 +91,7 @@ class _Job:
 class Preserver:
     """Trio thread only. `run` must be running.
 
-    `reserve(bytes)` raises QuotaError or StoreFullError when the store has no room. `make_room()` gives up the
+    `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
     least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
     told, with a sentence, whose chunks were lost.
     """
@@ -99,14 +100,14 @@ class Preserver:
         self,
         commits: Commits,
         on_full: OnFull,
-        reserve: Callable[[int], Awaitable[None]],
+        room: Callable[[int], AbstractAsyncContextManager[None]],
         make_room: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
         on_lost: Callable[[Sequence[int], str], None],
     ) -> None:
         self._commits = commits
         self._on_full = on_full
-        self._reserve = reserve
+        self._room = room
         self._make_room = make_room
         self._give_up = give_up
         self._on_lost = on_lost
@@ -150,8 +151,8 @@ class Preserver:
     async def _take(self, batch: _Batch) -> None:
         while jobs := self._jobs(batch):
             try:
-                await self._reserve(sum(job.layer.new_bytes(job.runs) for job in jobs))
-                await self._copy(jobs, _copy_durably)
+                async with self._room(sum(job.layer.new_bytes(job.runs) for job in jobs)):
+                    await self._copy(jobs, _copy_durably)
             except (QuotaError, StoreFullError) as error:
                 await self._when_full(batch, error)
             except (CowError, OSError) as error:

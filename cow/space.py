@@ -7,7 +7,8 @@ A file `reserve` holds space back for what must not fail when the disk is full: 
 a journal file, a clean stop. It is let go for those moments only.
 """
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -39,12 +40,14 @@ class Space:
         self.holding_back = False  #: whether the reserve is filled
         self.let_go()
         self._measured = directory.allocated_bytes()
-        self._promised = 0
+        self._promised = 0  #: written since the measurement began, at most
+        self._measuring = trio.Lock()  #: two at once would take the same promises back twice
+        self._open = 0  #: about to be written, at most
 
     @property
     def used_bytes(self) -> int:
         """What the store takes, at most."""
-        return self._measured + self._promised
+        return self._measured + self._promised + self._open
 
     @property
     def available_bytes(self) -> int:
@@ -63,10 +66,11 @@ class Space:
         return min(100, 100 * self.used_bytes // max(1, self.used_bytes + self.available_bytes))
 
     async def measure(self) -> None:
-        """Count anew what the store takes."""
-        promised = self._promised
-        self._measured = await trio.to_thread.run_sync(self._directory.allocated_bytes)
-        self._promised -= promised
+        """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
+        async with self._measuring:
+            promised = self._promised
+            self._measured = await trio.to_thread.run_sync(self._directory.allocated_bytes)
+            self._promised -= promised
         self._warn()
 
     def _warn(self) -> None:
@@ -90,15 +94,18 @@ class Space:
                 f"remove snapshots, or mount with a larger quota"
             )
 
-    async def reserve(self, count: int) -> None:
-        """Promise `count` bytes for old bytes of the origin.
+    @asynccontextmanager
+    async def room(self, count: int) -> AsyncIterator[None]:
+        """Around writing up to `count` bytes: old bytes of the origin.
 
         Raises QuotaError when the store would pass its quota. What the file system has left shows when it is written.
         """
-        await self._promise(count, 100)
+        async with self._promise(count, 100):
+            yield
 
-    async def reserve_for_write(self, count: int) -> None:
-        """Promise `count` bytes for a snapshot's own writes, which leave a margin for the origin's old bytes.
+    @asynccontextmanager
+    async def room_for_write(self, count: int) -> AsyncIterator[None]:
+        """Around writing up to `count` bytes: a snapshot's own writes, which leave a margin for the origin's old bytes.
 
         Raises QuotaError or StoreFullError when only the margin is left.
         """
@@ -107,9 +114,11 @@ class Space:
                 f"the disk of the store {self._directory.label} is nearly full, and what is left is for the origin: "
                 f"make room on it, or remove snapshots"
             )
-        await self._promise(count, MOST_PERCENT_FOR_WRITES)
+        async with self._promise(count, MOST_PERCENT_FOR_WRITES):
+            yield
 
-    async def _promise(self, count: int, percent: int) -> None:
+    @asynccontextmanager
+    async def _promise(self, count: int, percent: int) -> AsyncIterator[None]:
         if self.quota_bytes is not None:
             limit = (self.quota_bytes - FILE_BYTES) * percent // 100
             if self.used_bytes + count > limit:
@@ -120,7 +129,12 @@ class Space:
                     f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
                     f"with a larger quota"
                 )
-        self._promised += count
+        self._open += count
+        try:
+            yield
+        finally:
+            self._open -= count
+            self._promised += count
 
     def let_go(self) -> None:
         """Give the reserve back to the file system. Blocks."""

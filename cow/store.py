@@ -1,4 +1,4 @@
-"""The store: takes, renames and drops snapshots, gives them up when it must, keeps house, closes clean.
+"""The store: takes, renames and drops snapshots, gives them up when it must, closes clean.
 
 It is opened by cow/opening.py. What it gives out (`Store.origins`, `Store.snapshots`, their images) is used on the
 trio thread of the caller.
@@ -22,7 +22,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.catalog import Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
-from cow.commits import Checkpoint, Commits
+from cow.commits import Commits
 from cow.device import Directory, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import (
@@ -37,9 +37,10 @@ from cow.errors import (
 )
 from cow.gate import Gate
 from cow.geometry import Run
+from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal, Kind, Record
-from cow.layer import Layer, remove_layer_directory
+from cow.layer import Layer
 from cow.origin import Origin, drop_shadowed
 from cow.preserver import OnFull, Preserver
 from cow.recovery import heir_of
@@ -91,19 +92,20 @@ class Store:
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
-        self._commits = Commits(
-            journal, lambda: self._layers.values(), self._keep_checkpoint, space.let_go, catalog.record_saved
-        )
-        self._preserver = Preserver(
-            self._commits, on_full, space.reserve, self._make_room, self._give_up, self._lost_chunks
-        )
-        self._checkpoints: list[Checkpoint] = []
-        self._punches: list[tuple[Layer, BitMap64]] = []
         self._states: list[Snapshot] = []  #: whose state the catalog has to be told
-        self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
-        self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
-        self._chores = trio.Event()
-        self._closing = False
+        chores = [self._record_states, self._take_fingerprints]
+        self.housekeeping = Housekeeping(layers_directory, space, lambda: self._layers, chores, on_trouble)
+        self._commits = Commits(
+            journal,
+            lambda: self._layers.values(),
+            self.housekeeping.keep_checkpoint,
+            space.let_go,
+            catalog.record_saved,
+        )
+        self.housekeeping.serve(self._commits)
+        self._preserver = Preserver(
+            self._commits, on_full, space.room, self._make_room, self._give_up, self._lost_chunks
+        )
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
-        self._chores.set()
+        self.housekeeping.wake()
 
     def _check_name_is_free(self, name: bytes) -> None:
         if any(one.name == name for one in self._snapshots.values()):
@@ -197,7 +199,7 @@ class Store:
                 row.created_ns,
                 deltas[origin.id],
                 self._commits,
-                self.space.reserve_for_write,
+                self.space.room_for_write,
                 on_damage,
                 suspect=row.state is State.SUSPECT and not self._read_suspect,
             )
@@ -268,12 +270,10 @@ class Store:
         """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
         if snapshot.usable:
             for image in snapshot.images:
-                self._punches += image.origin.release(snapshot.id, heir)
+                self.housekeeping.punch_later(image.origin.release(snapshot.id, heir))
         for number in gone:
-            layer = self._layers.pop(number)
-            layer.close()
-            self._dropped[layer.name] = layer
-        self._chores.set()
+            self.housekeeping.drop(self._layers.pop(number))
+        self.housekeeping.wake()
 
     async def _damaged(self, number: int, sentence: str) -> None:
         snapshot = self._snapshots.get(number)
@@ -286,7 +286,7 @@ class Store:
         snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
         self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
         self._states.append(snapshot)
-        self._chores.set()
+        self.housekeeping.wake()
         return True
 
     def _lost_chunks(self, numbers: Sequence[int], sentence: str) -> None:
@@ -328,19 +328,14 @@ class Store:
             return False
         least_wanted = min(usable, key=lambda one: (not self._frees_something(one), one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
-        await self._sweep()
-        await self.hold_back()
+        await self.housekeeping.sweep()
+        await self.housekeeping.hold_back()
         await self.space.measure()
         return True
 
     def _frees_something(self, snapshot: Snapshot) -> bool:
         heir = self._heir_of(snapshot)
         return any(image.delta.held or image.origin.freed_by(snapshot.id, heir) for image in snapshot.images)
-
-    async def hold_back(self) -> None:
-        """Fill up the reserve, as far as there is room."""
-        if not await trio.to_thread.run_sync(self.space.hold_back):
-            self._on_trouble(f"the disk of the store {self.path} is full, its reserve too: make room on it")
 
     async def _give_up(self, numbers: Sequence[int], reason: str) -> None:
         """Make snapshots invalid, durably, so that the origin can go on. # I8"""
@@ -373,43 +368,9 @@ class Store:
 
     # -- housekeeping --------------------------------------------------------------------------------------------
 
-    def _keep_checkpoint(self, checkpoint: Checkpoint) -> None:
-        self._checkpoints.append(checkpoint)
-        self._chores.set()
-
     async def checkpoint(self) -> None:
         """Start a new journal file; what came before is saved into the layers by the housekeeping."""
         await self._commits.checkpoint()
-
-    async def _keep_house(self) -> None:
-        while True:
-            await self._chores.wait()
-            self._chores = trio.Event()
-            try:
-                await self._do_chores()
-            except (CowError, OSError) as error:
-                self._on_trouble(f"housekeeping of the store {self.path} failed, nothing is lost: {error}")
-
-    async def _do_chores(self) -> None:
-        while self._checkpoints:
-            async with self._files:
-                await self._commits.save(self._checkpoints[0])
-                self._checkpoints.pop(0)
-        await self._sweep()
-        while self._punches:
-            layer, chunks = self._punches[0]
-            if layer.id in self._layers:
-                layer.pin()
-                try:
-                    await trio.to_thread.run_sync(layer.punch, chunks)
-                finally:
-                    layer.unpin()
-            self._punches.pop(0)
-        await self._record_states()
-        await self._take_fingerprints()
-        if not self.space.holding_back and not self._closing:
-            await self.hold_back()
-        await self.space.measure()
 
     async def _take_fingerprints(self) -> None:
         """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
@@ -421,14 +382,6 @@ class Store:
                     return  # it went meanwhile; the chores come again
                 await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)
                 origin.fingerprint_of = newest
-
-    async def _sweep(self) -> None:
-        """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
-        async with self._files:
-            for name, layer in list(self._dropped.items()):
-                if not layer.pinned:
-                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
-                    del self._dropped[name]
 
     # -- opening and closing -------------------------------------------------------------------------------------
 
@@ -457,7 +410,7 @@ class Store:
             count = sum(run.chunks for image in snapshot.images for run in image.lost())
             if count:
                 self._mark_damaged(snapshot, f"{count} chunks were lost; they read EIO, and the rest stays readable")
-        self._chores.set()
+        self.housekeeping.wake()
 
     def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
         preserved = [
@@ -473,21 +426,20 @@ class Store:
         for layer in preserved[1:]:
             shadowed = drop_shadowed(group.layers, layer)
             if shadowed:
-                self._punches.append((layer, shadowed))
+                self.housekeeping.punch_later([(layer, shadowed)])
             group.layers.append(layer)
 
     async def run(self) -> None:
         """The store's background work; runs until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._preserver.run)
-            nursery.start_soon(self._keep_house)
+            nursery.start_soon(self.housekeeping.run)
 
     async def close(self) -> None:
         """Make everything durable and record a clean stop. `run` has ended, and no call is under way.
 
         Raises where something cannot be made durable; the stop is not clean then, and the next opening recovers.
         """
-        self._closing = True
         await trio.to_thread.run_sync(self.space.let_go)
         for snapshot in self._snapshots.values():
             if snapshot.usable:
@@ -497,7 +449,7 @@ class Store:
             for origin in self.origins:
                 await origin.sync()
         await self._commits.checkpoint()
-        await self._do_chores()
+        await self.housekeeping.do_all(closing=True)
         await trio.to_thread.run_sync(self._record_clean_stop)
 
     def _record_clean_stop(self) -> None:
@@ -517,8 +469,9 @@ class Store:
 
     def close_files(self) -> None:
         """Close the layers' files, whatever came before."""
-        for layer in [*self._layers.values(), *self._dropped.values()]:
+        for layer in self._layers.values():
             layer.close()
+        self.housekeeping.close_files()
 
 
 def _reads(image: Image, layer: Layer, chunks: BitMap64) -> bool:

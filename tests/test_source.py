@@ -20,6 +20,7 @@ LAYERS = [
     {"cow.catalog", "cow.elsewhere", "cow.fingerprint", "cow.gate", "cow.journal", "cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery"},
     {"cow.preserver", "cow.space"},
+    {"cow.housekeeping"},
     {"cow.origin"},
     {"cow.image"},
     {"cow.snapshot"},

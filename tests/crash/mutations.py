@@ -153,11 +153,11 @@ ORDER = [
     Edit(
         "an intent is recorded after the overwriting",
         "image:Image.write",
-        "            await self._announce(run)\n            self.delta.pin()\n            try:\n"
-        "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n            finally:\n"
-        "                self.delta.unpin()\n",
-        "            await trio.to_thread.run_sync(self._write_delta, run, whole)\n"
-        "            await self._announce(run)\n",
+        "                await self._announce(run)\n                self.delta.pin()\n                try:\n"
+        "                    await trio.to_thread.run_sync(self._write_delta, run, whole)\n                finally:\n"
+        "                    self.delta.unpin()\n",
+        "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n"
+        "                await self._announce(run)\n",
     ),
     Edit(
         "open intents are not carried over",

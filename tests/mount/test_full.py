@@ -39,8 +39,8 @@ def test_i8_the_origin_goes_on_and_the_oldest_snapshots_are_given_up(served: Ser
     for number in range(4):
         moments[f"s{number}"] = bytes(expected)
         (served.snaps / f"s{number}").mkdir()
-        at = number * 5 * MIB
-        length = 20 * MIB if number == 3 else 5 * MIB
+        at = number * 4 * MIB
+        length = 20 * MIB if number == 3 else 4 * MIB
         expected[at : at + length] = _overwrite(served, at, length, random_)
     assert served.live.read_bytes() == expected
     states = {name: served.info(name)["state"] for name in moments}

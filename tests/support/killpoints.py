@@ -45,7 +45,7 @@ _FUNCTIONS = {
     "fingerprint": Point("cow.catalog:Catalog.set_fingerprint", Phase.WORK),
     "overwrite": Point("cow.device:OriginDevice.pwrite", Phase.WORK, 3),
     "sync of the origin": Point("cow.device:OriginDevice.sync", Phase.WORK, 2),
-    "removal of a layer": Point("cow.store:remove_layer_directory", Phase.WORK),
+    "removal of a layer": Point("cow.housekeeping:remove_layer_directory", Phase.WORK),
     "last journal file": Point("cow.journal:Journal.start_file", Phase.STOP, 2),
     "save of a map": Point("cow.layer:Layer.save", Phase.STOP),
     "last retire": Point("cow.journal:Journal.retire", Phase.STOP, 2),

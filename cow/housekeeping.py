@@ -1,0 +1,118 @@
+"""Housekeeping: what a store does in the background, and once more when it stops.
+
+Save checkpoints and drop the journal files that they make needless, remove the directories of layers that are gone,
+punch out what nobody reads, fill up the reserve, count the space. All of it can be stopped anywhere and done again.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+
+import trio
+from pyroaring import BitMap64
+
+from cow.commits import Checkpoint, Commits
+from cow.device import Directory
+from cow.errors import CowError
+from cow.layer import Layer, remove_layer_directory
+from cow.space import Space
+
+
+class Housekeeping:
+    """Trio thread only. `layers` gives the store's layers by id; `more` are further chores, done with the others."""
+
+    def __init__(
+        self,
+        layers_directory: Directory,
+        space: Space,
+        layers: Callable[[], Mapping[int, Layer]],
+        more: Sequence[Callable[[], Awaitable[None]]],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._layers_directory = layers_directory
+        self._space = space
+        self._layers = layers
+        self._more = more
+        self._on_trouble = on_trouble
+        self._commits: Commits
+        self._checkpoints: list[Checkpoint] = []
+        self._punches: list[tuple[Layer, BitMap64]] = []
+        self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
+        self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
+        self._due = trio.Event()
+
+    def serve(self, commits: Commits) -> None:
+        """Take over the commits whose checkpoints are saved here. Called once."""
+        self._commits = commits
+
+    def keep_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Have a checkpoint saved."""
+        self._checkpoints.append(checkpoint)
+        self.wake()
+
+    def punch_later(self, punches: Iterable[tuple[Layer, BitMap64]]) -> None:
+        """Have chunks punched out that nobody reads any more."""
+        self._punches += punches
+        self.wake()
+
+    def drop(self, layer: Layer) -> None:
+        """Have a layer's files removed, which the catalog does not name any more."""
+        layer.close()
+        self._dropped[layer.name] = layer
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._due.set()
+
+    async def run(self) -> None:
+        """Do what is due until cancelled. Errors are told and not raised: nothing is lost by a chore not done."""
+        while True:
+            await self._due.wait()
+            self._due = trio.Event()
+            try:
+                await self.do_all()
+            except (CowError, OSError) as error:
+                self._on_trouble(
+                    f"housekeeping of the store {self._layers_directory.label} failed, nothing is lost: {error}"
+                )
+
+    async def do_all(self, *, closing: bool = False) -> None:
+        """Do all that is due. Raises OSError and CowError; what is left then is tried again the next time."""
+        while self._checkpoints:
+            async with self._files:
+                await self._commits.save(self._checkpoints[0])
+                self._checkpoints.pop(0)
+        await self.sweep()
+        while self._punches:
+            layer, chunks = self._punches[0]
+            if layer.id in self._layers():
+                layer.pin()
+                try:
+                    await trio.to_thread.run_sync(layer.punch, chunks)
+                finally:
+                    layer.unpin()
+            self._punches.pop(0)
+        for chore in self._more:
+            await chore()
+        if not self._space.holding_back and not closing:
+            await self.hold_back()
+        await self._space.measure()
+
+    async def sweep(self) -> None:
+        """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
+        async with self._files:
+            for name, layer in list(self._dropped.items()):
+                if not layer.pinned:
+                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                    del self._dropped[name]
+
+    async def hold_back(self) -> None:
+        """Fill up the reserve, as far as there is room."""
+        if not await trio.to_thread.run_sync(self._space.hold_back):
+            self._on_trouble(
+                f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it"
+            )
+
+    def close_files(self) -> None:
+        """Close the files of layers that are still to be removed."""
+        for layer in self._dropped.values():
+            layer.close()
