@@ -20,6 +20,7 @@ RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
 WARNING_PERCENTS = (80, 90, 95)
+REARM_PERCENT = 2  # below a warning's mark: from there on it is given again; the figure sways a little
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
@@ -76,12 +77,14 @@ class Space:
     def _warn(self) -> None:
         percent = self.used_percent
         reached = max((one for one in WARNING_PERCENTS if percent >= one), default=0)
+        if percent < self._warned_percent - REARM_PERCENT:
+            self._warned_percent = reached
         if reached > self._warned_percent:
+            self._warned_percent = reached
             self._on_warning(
                 f"the store {self._directory.label} is {percent} % full ({self.used_bytes} of {self.total_bytes} "
                 f"bytes): remove snapshots, or mount with a larger quota"
             )
-        self._warned_percent = reached
 
     async def check_for_snapshot(self) -> None:
         """Raise StoreFullError when the store is too full for one more snapshot."""

@@ -168,9 +168,9 @@ ORDER = [
     Edit(
         "journal files are dropped before the layers are saved",
         "commits:Commits.save",
-        "        try:\n            for layer, content",
+        "        try:\n            for layer, image",
         "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n"
-        "        try:\n            for layer, content",
+        "        try:\n            for layer, image",
     ),
     Edit(
         "recovery drops the journal before the layers are saved",

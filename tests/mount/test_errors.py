@@ -153,11 +153,11 @@ def _overwrite_10_mib(served: Served, quota: int) -> None:
 
 
 def test_i6_the_quota_holds_and_the_oldest_snapshot_goes_first(sandbox: Sandbox) -> None:
-    served = sandbox.mount(sandbox.disk(size=16 * MIB), options=["--quota", "48M"])
+    served = sandbox.mount(sandbox.disk(size=16 * MIB), options=["--quota", "64M"])
     for number in range(6):
         (served.snaps / f"s{number}").mkdir()
         moment = served.live.read_bytes()
-        _overwrite_10_mib(served, 48 * MIB)
+        _overwrite_10_mib(served, 64 * MIB)
     states = [served.info(f"s{number}")["state"] for number in range(6)]
     assert states[0] == "invalid"
     assert states[5] == "valid"
@@ -172,14 +172,14 @@ def test_i6_the_quota_holds_and_the_oldest_snapshot_goes_first(sandbox: Sandbox)
 
 
 def test_an_open_snapshot_is_dropped_last(sandbox: Sandbox) -> None:
-    served = sandbox.mount(sandbox.disk(size=16 * MIB), options=["--quota", "48M"])
+    served = sandbox.mount(sandbox.disk(size=16 * MIB), options=["--quota", "64M"])
     (served.snaps / "s0").mkdir()
     moment = served.live.read_bytes()
     with served.image("s0").open("rb") as image:
         for number in range(1, 6):
-            _overwrite_10_mib(served, 48 * MIB)
+            _overwrite_10_mib(served, 64 * MIB)
             (served.snaps / f"s{number}").mkdir()
-        _overwrite_10_mib(served, 48 * MIB)
+        _overwrite_10_mib(served, 64 * MIB)
         assert served.info("s0")["state"] == "valid"
         assert served.info("s1")["state"] == "invalid"
         assert image.read() == moment
