@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hcpfs import beneath, record
-from tests.support.sandbox import Sandbox, wait_until
+from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
+
+RUN_VARIABLE = "HCPFS_TEST_RUN"
 
 
 @pytest.fixture
@@ -20,29 +22,40 @@ def sandbox() -> Iterator[Sandbox]:
         sandbox.close()
 
 
-def _processes() -> set[int]:
+def _processes() -> set[str]:
+    """Processes of hcpfs that this run started: they have its mark in their environment."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and b"hcpfs" in (entry / "cmdline").read_bytes().split(b"\0"):
-                found.add(int(entry.name))
+                if f"{RUN_VARIABLE}={RUN}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(f"process {entry.name}")
         except OSError:
             continue  # gone meanwhile
     return found
 
 
-def _leftovers() -> set[str]:
-    mounts = {mount.mountpoint for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE}
-    loops = {path.parent.parent.name for path in Path("/sys/block").glob("loop*/loop/backing_file")}
-    files = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith("hcpfs-")}
+def _records() -> Iterator[str]:
     with suppress(FileNotFoundError):
-        files |= {f"{record.DIRECTORY}/{name}" for name in os.listdir(record.DIRECTORY)}
-    return mounts | loops | files | {f"process {pid}" for pid in _processes()}
+        for path in Path(record.DIRECTORY).iterdir():
+            with suppress(FileNotFoundError):  # of another run, gone meanwhile
+                yield f"{path}: {path.read_text()}"
+
+
+def _leftovers() -> set[str]:
+    """What there is of this run: others may be under way on the same machine."""
+    mounts = {mount.mountpoint for mount in beneath.mounts()}
+    loops = {f"{path}: {path.read_text()}" for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+    files = {str(path) for path in Path("/dev/shm").iterdir()}
+    ours = {what for what in mounts | loops | files | set(_records()) if MARK in what}
+    unmounted = {what for what in loops if ": /live/" in what or ": /snaps/" in what}  # they lost the mark
+    return ours | unmounted | _processes()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """No mount, loop device, process or file of ours outlives the run."""
+    os.environ[RUN_VARIABLE] = RUN
     before = _leftovers()
     yield
     wait_until(lambda: _leftovers() <= before, what=f"the end of {_leftovers() - before}")

@@ -11,13 +11,14 @@ from cow.image import Image
 from cow.origin import Origin
 from tests.support.engine import Engine
 from tests.support.model import Machine
+from tests.support.sandbox import MARK
 
 
 class EngineDriver:
     """The engine without a mount."""
 
     def __init__(self, content: bytes) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="hcpfs-model-", dir="/dev/shm"))
+        self.directory = Path(tempfile.mkdtemp(prefix=MARK, dir="/dev/shm"))
         self.device = self.directory / "disk.img"
         self.device.write_bytes(content)
 

@@ -14,11 +14,11 @@ from cow.journal import Journal, Kind, Record
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
 from tests.crash.harness import CONTENT, run, small_and_deterministic
-from tests.crash.mutations import CHECKS, SHARES, all_mutations, hunt, unnoticed, unnoticed_check
+from tests.crash.mutations import CHECKS, all_mutations, hunt, unnoticed, unnoticed_check
 
 
 def test_without_a_mutation_there_is_nothing_to_notice() -> None:
-    assert run(partial(hunt, shares=SHARES[:1])) is None
+    assert run(partial(hunt, glances=1)) is None
 
 
 def test_every_mutation_of_the_write_path_is_noticed() -> None:

@@ -15,6 +15,8 @@ from hcpfs import beneath, loops, record
 
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2
+RUN = f"{os.getpid()}-{time.monotonic_ns()}"
+MARK = f"hcpfs-test-{RUN}-"  #: in the path of everything that this process makes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -104,7 +106,7 @@ class Sandbox:
     """Everything that a test makes outside of Python. `close` removes it all, in the right order."""
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="hcpfs-test-", dir="/dev/shm"))
+        self.path = Path(tempfile.mkdtemp(prefix=MARK, dir="/dev/shm"))
         self._loops: list[str] = []
         self._daemons: list[int] = []
         self._mountpoints: set[str] = set()
