@@ -27,9 +27,10 @@ def _processes() -> set[str]:
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdecimal() and b"hcpfs" in (entry / "cmdline").read_bytes().split(b"\0"):
-                if f"{RUN_VARIABLE}={RUN}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found.add(f"process {entry.name}")
+            if not entry.name.isdecimal() or b"hcpfs" not in (entry / "cmdline").read_bytes().split(b"\0"):
+                continue
+            if f"{RUN_VARIABLE}={RUN}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.add(f"process {entry.name}")
         except OSError:
             continue  # gone meanwhile
     return found
