@@ -190,7 +190,8 @@ class Image:
         if not from_device:
             return False
         layers = self.layers()
-        return any(layer.held.range_cardinality(run.first, run.end) for run in from_device for layer in layers)
+        known = (chunks for layer in layers for chunks in (layer.held, layer.lost) if chunks)
+        return any(chunks.range_cardinality(run.first, run.end) for chunks in known for run in from_device)
 
     # -- writing -------------------------------------------------------------------------------------------------
 

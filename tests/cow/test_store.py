@@ -11,7 +11,8 @@ import pytest
 import trio.testing
 
 from cow import Source
-from cow.errors import StoreFullError
+from cow.errors import LostError, StoreFullError
+from cow.geometry import Run
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 
@@ -90,3 +91,38 @@ def test_i2_a_snapshot_waits_for_the_writes_under_way_and_has_them(engine: Engin
         assert write.result() == 9
         snapshot = taken.result()
     assert engine.call(snapshot.images[0].read, 100, 9) == b"under way"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["preserved", "lost"])
+def test_i2_i4_a_read_that_is_overtaken_by_a_write_does_not_give_the_new_bytes(engine: Engine, kept: bool) -> None:
+    """The reader was told that the device has the chunk; by the time it looks there it is overwritten."""
+    snapshot = engine.call(engine.store.create_snapshot, b"a")
+    origin = engine.store.origins[0]
+    before = engine.call(origin.read, 0, 4096)
+    started, go_on = threading.Event(), threading.Event()
+    real = origin.read_chunks
+
+    def read_chunks(run: Run, *, nowait: bool = False) -> bytes:
+        if nowait:
+            raise BlockingIOError
+        if started.is_set():  # the preserver
+            if not kept:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(run)
+        started.set()
+        go_on.wait()
+        return real(run)
+
+    origin.read_chunks = read_chunks
+    with ThreadPoolExecutor() as threads:
+        read = threads.submit(engine.call, snapshot.images[0].read, 0, 4096)
+        started.wait()
+        try:
+            engine.call(origin.write, 0, b"x" * 4096)
+        finally:
+            go_on.set()
+        if kept:
+            assert read.result() == before
+        else:
+            with pytest.raises(LostError):
+                read.result()
