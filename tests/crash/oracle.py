@@ -70,7 +70,7 @@ class Oracle:
     snapshots: Mapping[str, Versions] = field(default_factory=dict)
     maybe_made: Mapping[str, Versions] = field(default_factory=dict)
     maybe_dropped: frozenset[str] = frozenset()
-    maybe_renamed: Mapping[str, str] = field(default_factory=dict)  #: new names by old ones
+    maybe_renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  #: what each may be called now
     may_be_clean: bool = True
 
     __hash__ = object.__hash__
@@ -82,8 +82,8 @@ class Oracle:
         """The snapshots that must be there, given the names that are. Raises AssertionError when those are wrong."""
         wanted = dict(self.snapshots)
         wanted.update({name: versions for name, versions in self.maybe_made.items() if name in names})
-        for old, new in self.maybe_renamed.items():
-            if new in names and old in wanted:
+        for old, perhaps in self.maybe_renamed.items():
+            for new in names.intersection(perhaps) if old in wanted and old not in names else ():
                 wanted[new] = wanted.pop(old)
         for name in self.maybe_dropped - names:
             wanted.pop(name, None)
@@ -106,7 +106,8 @@ class Oracle:
         return replace(self, snapshots=_without(self.snapshots, name), maybe_dropped=self.maybe_dropped - {name})
 
     def renaming(self, old: str, new: str) -> "Oracle":
-        return replace(self, maybe_renamed={**self.maybe_renamed, old: new})
+        perhaps = (*self.maybe_renamed.get(old, ()), new)
+        return replace(self, maybe_renamed={**self.maybe_renamed, old: perhaps})
 
     def renamed(self, old: str, new: str) -> "Oracle":
         snapshots = {new if name == old else name: versions for name, versions in self.snapshots.items()}
