@@ -18,6 +18,7 @@ import trio
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, loops, record
+from hcpfs.drain import drained
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden
@@ -74,7 +75,8 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_terminate_on_signals)
                 nursery.start_soon(_get_ready, options, quiescer, on_ready)
-                await pyfuse3.main()
+                with drained():
+                    await pyfuse3.main()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
         finally:

@@ -29,7 +29,16 @@ LAYERS = [
     {"cow.scrub"},
     {"cow"},
     {"hcpfs"},
-    {"hcpfs.aside", "hcpfs.background", "hcpfs.beneath", "hcpfs.loops", "hcpfs.process", "hcpfs.record", "hcpfs.text"},
+    {
+        "hcpfs.aside",
+        "hcpfs.background",
+        "hcpfs.beneath",
+        "hcpfs.drain",
+        "hcpfs.loops",
+        "hcpfs.process",
+        "hcpfs.record",
+        "hcpfs.text",
+    },
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.tree"},
     {"hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.mount", "hcpfs.recover"},
@@ -77,7 +86,7 @@ def test_the_engine_knows_no_fuse_and_no_command_line() -> None:
         outside = {name.partition(".")[0] for name in _imports(path)}
         if module.partition(".")[0] == "cow":
             assert not outside & {"pyfuse3", "click", "rich", "hcpfs"}, module
-        elif module not in ("hcpfs.operations", "hcpfs.mount"):
+        elif module not in ("hcpfs.operations", "hcpfs.drain", "hcpfs.mount"):
             assert "pyfuse3" not in outside, module
 
 
