@@ -225,6 +225,7 @@ async def _read_chunk(session: Session, name: str, wanted: dict[str, Versions], 
             for at, data in versions.since
             if at < offset + 4096 and offset < at + len(data)
         ),
+        versions.loose,
     )
     mismatch = part.mismatch(found)
     assert mismatch is None, f"snapshot {name}, from offset {offset}: {mismatch}"
