@@ -123,7 +123,7 @@ async def check_plan(workload: Workload, plan: Plan, random_: random.Random) -> 
         with trio.fail_after(MOST_SECONDS):
             disk, armed_at = await _run(workload, plan, done)
             for number in range(STATES_AFTER):
-                first = armed_at if number else len(disk.log) - 1
+                first = min(armed_at, len(disk.log) - 1) if number else len(disk.log) - 1
                 found = random_state_of(disk, random_, first, len(disk.log))
                 await examine_after_faults(found.state, found.mark)
     except Exception as error:
