@@ -25,7 +25,7 @@ SUM_BYTES = 8
 MAP_MAGIC = b"HCPFSMAP"
 MAP_FORMAT = 2
 _MAP_HEADER = struct.Struct("<8sIQQQQQ")  # magic, format, layer, generation, written_ns, bytes of held, bytes of lost
-_MOST_MAP_BYTES = 1 << 30
+_MOST_EMPTY_MAP_BYTES = 1 << 16  # a map takes well below a byte for each chunk of the device, and this
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
 
@@ -351,16 +351,27 @@ class Layer:
                 self.damage = f"the map of layer {self.name} is missing: what it holds is unknown"
             return
         try:
-            content = file.pread(min(file.size_bytes, _MOST_MAP_BYTES), 0)
+            content = self._read_map(file)
         finally:
             file.close()
-        self._decode_map(content)
+        if content is not None:
+            self._decode_map(content)
         if self.damage is None and self.generation < generation:
             self.damage = f"the map of layer {self.name} is an old one: what it holds is unknown"
 
+    def _read_map(self, file: File) -> bytes | None:
+        """The file's content, of which no more is read than there can be; None, with `damage`, when it is another."""
+        header = file.pread(_MAP_HEADER.size, 0).ljust(_MAP_HEADER.size, b"\0")
+        *_, held_bytes, lost_bytes = _MAP_HEADER.unpack(header)
+        size = file.size_bytes
+        if size != _MAP_HEADER.size + held_bytes + lost_bytes + 8 or size > self.chunks + _MOST_EMPTY_MAP_BYTES:
+            self.damage = f"the map of layer {self.name} has {size} bytes, which is not what its header says"
+            return None
+        return file.pread(size, 0)
+
     def _decode_map(self, content: bytes) -> None:
         body, digest = content[:-8], content[-8:]
-        if len(body) < _MAP_HEADER.size or xxh3_64_digest(body) != digest:
+        if xxh3_64_digest(body) != digest:
             self.damage = f"the map of layer {self.name} does not match its checksum: what it holds is unknown"
             return
         magic, format_number, layer_id, generation, written_ns, held_bytes, lost_bytes = _MAP_HEADER.unpack_from(body)
@@ -368,12 +379,9 @@ class Layer:
             self.damage = f"the map of layer {self.name} is that of another layer: the store's files were moved"
             return
         held_at = _MAP_HEADER.size
-        if held_at + held_bytes + lost_bytes != len(body):
-            self.damage = f"the map of layer {self.name} has {len(body)} bytes, which is not what its header says"
-            return
         try:
             held = BitMap64.deserialize(body[held_at : held_at + held_bytes])
-            lost = BitMap64.deserialize(body[held_at + held_bytes :])
+            lost = BitMap64.deserialize(body[held_at + held_bytes : held_at + held_bytes + lost_bytes])
         except (ValueError, IndexError) as error:
             self.damage = f"the map of layer {self.name} cannot be understood ({error}): what it holds is unknown"
             return
