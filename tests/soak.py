@@ -5,12 +5,14 @@ each gets its share of the time; a proof that has reached its amount is left out
 """
 
 import random
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -21,12 +23,18 @@ from tests.crash.mutations import CHECKS, all_mutations, unnoticed, unnoticed_ch
 from tests.crash.workloads import long_workloads
 from tests.mount.test_device_cache import check_flushes
 from tests.mount.test_fsx import random_operations
-from tests.mount.test_kill import killed_at_random, killed_while_freezing
+from tests.mount.test_kill import hung_while_freezing, killed_at_random, killed_while_freezing
 from tests.mount.test_kill_points import killed_at
 from tests.mount.test_policies import fill_again_and_again
 from tests.mount.test_power_cut import cut_power_at_random
+from tests.support.fio import fio_verify
 from tests.support.killpoints import POINTS
+from tests.support.model import CHUNK
 from tests.support.sandbox import Sandbox
+from tests.support.workload import CHUNKS, History, do_something
+
+FIO_MIB, FIO_PASSES = 128, 4
+MEMORY_OPERATIONS = 8000
 
 Portion = Callable[[int], Counter[str]]
 
@@ -100,7 +108,9 @@ def _full(seed: int) -> Counter[str]:
 def _freezes(seed: int) -> Counter[str]:
     with _sandbox() as sandbox:
         killed_while_freezing(sandbox, 5)
-    return Counter({"kills while freezing": 5})
+    with _sandbox() as sandbox:
+        hung_while_freezing(sandbox, 5)
+    return Counter({"kills and hangs while freezing": 10})
 
 
 def _flushes(seed: int) -> Counter[str]:
@@ -116,6 +126,43 @@ def _random_operations(seed: int) -> Counter[str]:
     return Counter({"file operations": done})
 
 
+def _fio(seed: int) -> Counter[str]:
+    """A pass of fio over an image, written in blocks of many sizes and read back against their checksums."""
+    target = ("live", "snapshot")[seed % 2]
+    through = (None, "off", "on")[seed // 2 % 3]
+    with _sandbox() as sandbox:
+        served = sandbox.mount(sandbox.disk(size=FIO_MIB << 20))
+        (served.snaps / "s").mkdir()
+        path = served.live if target == "live" else served.image("s")
+        device = path if through is None else sandbox.loop(path, f"--direct-io={through}")
+        for number in range(FIO_PASSES):
+            fio_verify(sandbox, device, FIO_MIB, seed=seed * FIO_PASSES + number)
+    return Counter({"MiB written and verified by fio": FIO_MIB * FIO_PASSES})
+
+
+def _memory(seed: int) -> Counter[str]:
+    """One daemon at work on everything; what it takes after a while is what it takes later."""
+    random_ = random.Random(seed)
+    content = random_.randbytes(CHUNKS * CHUNK)
+    history = History(content)
+    with _sandbox() as sandbox:
+        served = sandbox.mount(sandbox.disk(content=content))
+
+        def resident() -> int:
+            status = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{served.pid}/status").read_text())
+            assert status is not None
+            return int(status[1])
+
+        taken = []
+        for count in (MEMORY_OPERATIONS // 4, MEMORY_OPERATIONS):
+            for _ in range(count):
+                do_something(served, history, random_)
+                history.live.flush()
+            taken.append(resident())
+    assert taken[1] < 1.05 * taken[0], f"the daemon grew from {taken[0]} to {taken[1]} KiB"
+    return Counter({"operations without growth": MEMORY_OPERATIONS})
+
+
 PROOFS: dict[str, tuple[Portion, str, int]] = {  # the portion, the figure that counts, and how much is wanted
     "mutations": (_mutations, "mutations caught", 1),
     "crash": (_crash_states, "crash states", 1_000_000),
@@ -126,8 +173,10 @@ PROOFS: dict[str, tuple[Portion, str, int]] = {  # the portion, the figure that 
     "power-ext4": (partial(_power_cuts, "ext4"), "power cuts, ext4", 500),
     "power-xfs": (partial(_power_cuts, "xfs"), "power cuts, xfs", 500),
     "full": (_full, "store full cycles", 1_000),
-    "freeze": (_freezes, "kills while freezing", 200),
+    "freeze": (_freezes, "kills and hangs while freezing", 200),
     "flushes": (_flushes, "flushes replayed", 1_000),
+    "fio": (_fio, "MiB written and verified by fio", 102_400),
+    "memory": (_memory, "operations without growth", 100_000),
     "fsx": (_random_operations, "file operations", 10_000_000),
 }
 

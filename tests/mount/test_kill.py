@@ -5,16 +5,19 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.mount.test_kill_points import doomed
 from tests.support.model import CHUNK
 from tests.support.sandbox import Sandbox, status_of, wait_until
 from tests.support.workload import CHUNKS, DEAD, History, check, work_until
 
 ROUNDS = 15
+FREEZE_SECONDS = 0.3
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -67,6 +70,44 @@ def killed_while_freezing(sandbox: Sandbox, rounds: int) -> None:
         served = served.again()
         device = sandbox.loop(served.live)
         files = sandbox.mount_device(device)
+    sandbox.unmount(files)
+
+
+def test_a_daemon_that_hangs_leaves_no_file_system_frozen(sandbox: Sandbox) -> None:
+    hung_while_freezing(sandbox, 5)
+
+
+def hung_while_freezing(sandbox: Sandbox, rounds: int) -> None:
+    """Stop the daemon so many times while it has a file system frozen, for longer than the freeze may last.
+
+    The file system is on the disk that hangs, and thawing ext4 writes to it, so a write ends when the daemon goes on,
+    or is killed, and not before. The snapshot must not claim to be quiesced then.
+    """
+    served = sandbox.mount(sandbox.disk(size=32 << 20))
+    served.umount()
+    process, marker = doomed(sandbox, served, "before add snapshot", 0, "-o", f"freeze={FREEZE_SECONDS}")
+    device = sandbox.loop(served.live)
+    sandbox.format(device, "ext4")
+    files = sandbox.mount_device(device)
+    for attempt in range(rounds):
+        marker.unlink(missing_ok=True)
+        name = served.snaps / f"s{attempt}"
+        taker = threading.Thread(target=_mkdir_or_die, args=(name,))
+        taker.start()
+        wait_until(marker.exists, what="the stop of the daemon")
+        probe = sandbox.spawn("sh", "-c", f"echo x 2>&1 > {files}/probe | :", stderr=subprocess.DEVNULL)
+        time.sleep(2 * FREEZE_SECONDS)
+        last = attempt == rounds - 1
+        process.send_signal(signal.SIGKILL if last else signal.SIGCONT)
+        taker.join()
+        if last:
+            process.wait()
+            served.kill()
+        wait_until(lambda probe=probe: probe.poll() is not None, what="the end of a write, so the thaw,")
+        if not last:
+            info = served.info(name.name)
+            assert info["quiesced"] == "no", info
+            assert "thawed" in info["quiesce_note"], info
     sandbox.unmount(files)
 
 

@@ -19,11 +19,11 @@ MOST_OPERATIONS = 2000
 MOST_SECONDS = 20
 
 
-def _doomed(sandbox: Sandbox, served: Served, point: str, count: int) -> tuple[subprocess.Popen, Path]:
+def doomed(sandbox: Sandbox, served: Served, point: str, count: int, *words: str) -> tuple[subprocess.Popen, Path]:
     """A daemon that will die at the point, and the file that it makes then."""
     marker = sandbox.path / "died"
     marker.unlink(missing_ok=True)
-    arguments = ["mount", *served.sources, served.path, "--store", served.store, "--foreground"]
+    arguments = ["mount", *served.sources, served.path, "--store", served.store, "--foreground", *words]
     command = [sys.executable, "-m", "tests.support.killpoints", point, count, marker, *arguments]
     process = sandbox.spawn(*command, cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_until(lambda: process.poll() is not None or os.path.ismount(served.path), what="the mount, or the death")
@@ -71,7 +71,7 @@ def killed_at(sandbox: Sandbox, point: str, seed: int) -> None:
         served.umount()
     history.live.settle_after_kill(disk.read_bytes())
 
-    process, marker = _doomed(sandbox, served, point, call + (seed - 1) * (phase is Phase.WORK))
+    process, marker = doomed(sandbox, served, point, call + (seed - 1) * (phase is Phase.WORK))
     if phase is Phase.STOP:
         for _ in range(20):
             do_something(served, history, random_)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fio import fio_verify
 from tests.support.sandbox import Sandbox, Served, run, wait_until
 
 DISK_BYTES = 24 << 20
@@ -128,14 +129,6 @@ def test_writes_through_mmap_are_in_the_next_snapshot(served: Served) -> None:
     assert served.image("s").read_bytes()[5000:5008] == b"mmapped!"
 
 
-def _fio(sandbox: Sandbox, target: object, *options: str) -> None:
-    run(
-        "fio", "--name=verify", f"--filename={target}", "--rw=randwrite", "--bsrange=512-64k", "--bs_unaligned=0",
-        "--size=8M", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=7",
-        "--ioengine=psync", *options, cwd=sandbox.path,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("way", ["file", "file, O_DIRECT", "loop, direct-io off", "loop, direct-io on"])
 @pytest.mark.parametrize("which", ["live", "snapshot"])
 def test_i2_i3_i9_fio_verifies_what_it_wrote(sandbox: Sandbox, served: Served, which: str, way: str) -> None:
@@ -146,12 +139,12 @@ def test_i2_i3_i9_fio_verifies_what_it_wrote(sandbox: Sandbox, served: Served, w
     if which == "snapshot":
         written, other = other, written
     device = sandbox.loop(written, f"--direct-io={way.split()[-1]}") if "loop" in way else None
-    _fio(sandbox, device or written, "--do_verify=1", "--fsync=16", f"--direct={int('O_DIRECT' in way)}")
+    fio_verify(sandbox, device or written, 8, "--do_verify=1", "--fsync=16", f"--direct={int('O_DIRECT' in way)}")
     if device is not None:
         sandbox.unloop(device)
         wait_until(lambda: not Path(f"/sys/block/{Path(device).name}/loop").exists(), what="the end of the loop device")
     served.remount()
-    _fio(sandbox, written, "--verify_only")
+    fio_verify(sandbox, written, 8, "--verify_only")
     assert written.read_bytes()[8 << 20 :] == content[8 << 20 :]
     assert other.read_bytes() == content
 

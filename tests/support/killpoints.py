@@ -1,7 +1,8 @@
 """A daemon that kills itself at a named point: `python -m tests.support.killpoints POINT COUNT FILE ARGUMENTS...`.
 
 The COUNT-th call of the point's function, before or after it, ends the process; FILE is made then. ARGUMENTS are those
-of hcpfs. The engine has no hooks for this: functions are wrapped from outside.
+of hcpfs. With COUNT 0 the process is not ended but stopped, as by SIGSTOP, at every call. The engine has no hooks for
+this: functions are wrapped from outside.
 """
 
 import functools
@@ -60,19 +61,20 @@ def _deadly(function: Callable[..., Any], when: str, count: int, marker: Path) -
     @functools.wraps(function)
     def wrapper(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
-        if left[0] == 0 and when == "before":
-            _die(marker)
+        here = left[0] == 0 or count == 0
+        if here and when == "before":
+            _end(marker, count)
         result = function(*arguments, **options)
-        if left[0] == 0:
-            _die(marker)
+        if here and when == "after":
+            _end(marker, count)
         return result
 
     return wrapper
 
 
-def _die(marker: Path) -> None:
+def _end(marker: Path, count: int) -> None:
     marker.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL if count else signal.SIGSTOP)
 
 
 def main() -> None:
