@@ -75,7 +75,7 @@ def killed_at(sandbox: Sandbox, point: str, seed: int) -> None:
     if phase is Phase.STOP:
         for _ in range(20):
             do_something(served, history, random_)
-        run("umount", served.path)
+        sandbox.unmount(served.path)
     elif phase is Phase.WORK:
         _work(served, history, random_, process)
     assert process.wait(MOST_SECONDS) == -signal.SIGKILL
