@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.killpoints import POINTS, Phase
 from tests.support.model import CHUNK
-from tests.support.sandbox import Sandbox, Served, run, wait_until
+from tests.support.sandbox import Sandbox, Served, wait_until
 from tests.support.workload import CHUNKS, DEAD, History, check, do_something
 
 ROOT = Path(__file__).parents[2]
