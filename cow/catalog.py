@@ -142,12 +142,17 @@ class Catalog:
         self._path = os.path.join(directory.label, FILE_NAME)
         self._lock = threading.Lock()  #: guards `_connection`
         present = set(directory.names())
+        # SQLite opens its files by path, and follows symbolic links. So each of them is opened here before, through the
+        # directory's descriptor, which refuses what is not a plain file; that they are ours alone was seen when the
+        # directory was claimed. Afterwards the path must still lead to that directory, in which only we can write.
         for name in (FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in _COMPANIONS)):
             if name == FILE_NAME or name in present:
-                directory.open(name, create=True).close()  # SQLite would follow a symbolic link; this refuses one
+                directory.open(name, create=True).close()
         self._connection = directory.io.connect(self._path)
         try:
             self._open(repair, any(name.startswith("journal.") for name in present))
+            if not directory.is_at_its_path:
+                raise RefusedError(f"the store {directory.label} was moved while it was opened: try again")
         except (sqlite3.Error, CatalogError, ValueError) as error:  # ValueError: text that is not UTF-8
             self._connection.close()
             raise RefusedError(

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple, Self
 
@@ -69,6 +69,13 @@ class Io:
         """Open the database at `path`, in autocommit mode, for any thread."""
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
+    def is_at(self, fd: int, path: str) -> bool:
+        """Whether `path` is what the descriptor has open, and no symbolic link to it."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(path))
+        except FileNotFoundError:
+            return False
+
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """Reserve space or punch a hole: the modes of <linux/falloc.h>."""
         if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
@@ -100,16 +107,17 @@ class Io:
         logical_block_bytes = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
         return Geometry(size_bytes, logical_block_bytes, is_block=True)
 
+    def entries_below(self, fd: int) -> Iterator[tuple[str, os.stat_result]]:
+        """All that is below a directory: its path from there, and what it is."""
+        for above, directories, files, place in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+            for name in [*directories, *files]:
+                with suppress(FileNotFoundError):  # removed while we looked
+                    status = os.stat(name, dir_fd=place, follow_symlinks=False)
+                    yield os.path.normpath(os.path.join(above, name)), status
+
     def allocated_bytes(self, fd: int) -> int:
         """What all that is below a directory takes on the file system."""
-        total = 0
-        for _, directories, files, place in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
-            for name in [*directories, *files]:
-                try:
-                    total += os.stat(name, dir_fd=place, follow_symlinks=False).st_blocks * 512
-                except FileNotFoundError:
-                    continue  # removed while we looked
-        return total
+        return sum(status.st_blocks * 512 for _, status in self.entries_below(fd))
 
 
 SYSTEM = Io()
@@ -253,11 +261,11 @@ class Directory:
 
         With `create` it is made, 0700, with those above it, when missing.
         """
-        if create:
-            io.makedirs(path, 0o700, True)
         try:
+            if create:
+                io.makedirs(path, 0o700, True)
             return cls(io, io.open(path, _DIRECTORY_FLAGS), path)
-        except NotADirectoryError as error:
+        except (NotADirectoryError, FileExistsError) as error:
             raise RefusedError(f"{path} is not a directory, or a symbolic link: name the directory itself") from error
 
     @property
@@ -265,13 +273,33 @@ class Directory:
         """The system calls that this directory is used through."""
         return self._io
 
-    def take_over(self) -> None:
-        """Make the directory 0700. Raises RefusedError when somebody else owns it or could change it."""
-        owner = self._io.fstat(self.fd)
-        if owner.st_uid != os.geteuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise RefusedError(
-                f"the store {self.label} can be written by others: chown it to yourself and chmod 0700 it"
-            )
+    def check_ours(self) -> None:
+        """Raise RefusedError when somebody else owns the directory or could change it."""
+        _check_ours(self._io.fstat(self.fd), self.label)
+
+    def check_ours_below(self) -> None:
+        """Raise RefusedError when others own or could change what is below, or files there are also files elsewhere.
+
+        This is for the opening, where a refusal costs nothing. What is opened later is checked for its type alone: who
+        makes hard links of a store in use, or opens it to others, shall not lose snapshots by it. # I8
+        """
+        for path, status in self._io.entries_below(self.fd):
+            label = f"{self.label}/{path}"
+            if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+                _check_ours(status, label)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                raise RefusedError(
+                    f"{label} has another name (a hard link), and what is behind that would change with it: remove "
+                    f"that name, and copy a store with cp -a, while it is not mounted"
+                )
+
+    @property
+    def is_at_its_path(self) -> bool:
+        """Whether the directory is still where it was opened."""
+        return self._io.is_at(self.fd, self.label)
+
+    def close_to_others(self) -> None:
+        """Make the directory 0700."""
         self._io.fchmod(self.fd, 0o700)
 
     def open(self, name: str, *, create: bool = False) -> File:
@@ -366,6 +394,11 @@ class Directory:
     def close(self) -> None:
         """Close the descriptor."""
         self._io.close(self.fd)
+
+
+def _check_ours(status: os.stat_result, label: str) -> None:
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RefusedError(f"{label} can be written by others: see who did, then chown it to yourself and chmod go= it")
 
 
 class OriginDevice(File):

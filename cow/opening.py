@@ -107,25 +107,43 @@ def open_directory(
 
     What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
     """
-    directory = Directory.open_path(path, io, create=create)
+    directory = claim_directory(path, io, create=create)
     stack.callback(directory.close)
-    directory.take_over()
+    directory.close_to_others()
     try:
         lock = directory.lock("lock")
     except BlockingIOError as error:
         raise RefusedError(f"the store {path} is in use by another hcpfs: unmount that first") from error
     stack.callback(lock.close)
-    foreign = [name for name in directory.names() if not _is_ours(name)]
-    if foreign:
-        raise RefusedError(
-            f"the directory {path} holds other things than a store ({foreign[0]}): name an empty or a new directory"
-        )
-    if not create and FILE_NAME not in directory.names():
-        raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()
     return directory, catalog
+
+
+def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
+    """Open the directory of a store, or, with `create`, of one to be; made when missing.
+
+    Raises RefusedError when it cannot be one, or is not ours alone: others can write it, or it holds other things. Then
+    it is as it was: it may be somebody's home, or /etc.
+    """
+    directory = Directory.open_path(path, io, create=create)
+    try:
+        directory.check_ours()
+        names = directory.names()
+        foreign = [name for name in names if not _is_ours(name)]
+        if foreign:
+            raise RefusedError(
+                f"the directory {path} holds other things than a store ({printable(os.fsencode(foreign[0]))}): name an "
+                f"empty or a new directory"
+            )
+        if not create and FILE_NAME not in names:
+            raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
+        directory.check_ours_below()
+    except (OSError, RefusedError):
+        directory.close()
+        raise
+    return directory
 
 
 def _is_ours(name: str) -> bool:
@@ -193,6 +211,7 @@ def _open_elsewhere(path: str | None, catalog: Catalog, io: Io, stack: ExitStack
         return None
     directory = Directory.open_path(path, io, create=True)
     stack.callback(directory.close)
+    directory.check_ours()  # who could write there could give up snapshots, or hide that some were
     return Elsewhere(directory, str(catalog.setting("uuid")))
 
 

@@ -4,23 +4,22 @@ The daemon is a new process in a session of its own, with nothing of the caller'
 pipe: `ready`, or the sentence that says why it gave up.
 """
 
-import errno
+import fcntl
 import logging
 import logging.handlers
 import os
 import queue
-import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 
-from cow.errors import RefusedError
+from cow.device import Directory
 
 READY = "ready"
 LOG_NAME = "hcpfs.log"
 _LOG_BYTES = 1 << 20
-_NO_LOG = "{} is not a regular file; the store was tampered with: remove it"
 
 
 def run_in_background(arguments: Sequence[str]) -> str | None:
@@ -53,31 +52,34 @@ def answer(ready_fd: int | None, sentence: str) -> None:
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A bounded log in a regular file, whatever was put in its place."""
+    """A bounded log in the store's directory, whatever was put in its place, and whatever becomes of the path."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        path = f"/proc/self/fd/{directory.fd}/{LOG_NAME}"  # for the renames of the base class
+        super().__init__(path, maxBytes=_LOG_BYTES, backupCount=1, errors="backslashreplace")
 
     def _open(self) -> TextIOWrapper:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            fd = os.open(self.baseFilename, flags, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise
-            raise RefusedError(_NO_LOG.format(self.baseFilename)) from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise RefusedError(_NO_LOG.format(self.baseFilename))
-        return open(fd, "a", encoding="utf-8", errors=self.errors)
+        file = self._directory.open(LOG_NAME, create=True)
+        fcntl.fcntl(file.fd, fcntl.F_SETFL, os.O_APPEND)
+        return open(file.fd, "a", encoding="utf-8", errors=self.errors)
+
+    def doRollover(self) -> None:  # noqa: N802 - the name of the base class
+        """Put a full log aside; where that cannot be done its contents go."""
+        with suppress(OSError):
+            super().doRollover()
+            return
+        self.stream = self._open()
+        self.stream.truncate(0)
 
 
-def log_to(store: str | None) -> logging.handlers.QueueListener:
+def log_to(store: Directory | None) -> logging.handlers.QueueListener:
     """Set up logging: to standard error, or to a bounded file in the store (2 MiB at most).
 
-    The records are written by a thread, so that the loop never waits for the log's disk. The store must exist.
-    Raises RefusedError when something else than a regular file stands in the log's place.
+    The records are written by a thread, so that the loop never waits for the log's disk. The directory must stay open.
+    Raises RefusedError when something else than a regular file of ours stands in the log's place.
     """
-    target: logging.Handler = logging.StreamHandler()
-    if store is not None:
-        target = _LogFile(os.path.join(store, LOG_NAME), maxBytes=_LOG_BYTES, backupCount=1, errors="backslashreplace")
+    target: logging.Handler = logging.StreamHandler() if store is None else _LogFile(store)
     target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     root = logging.getLogger()

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from cow.catalog import FILE_NAME
 from cow.errors import CowError
+from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
 from hcpfs import __version__, background, beneath, recover
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
@@ -135,8 +136,9 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
     with ExitStack() as stack:
         try:
             check(wanted)
-            os.makedirs(wanted.store_path, mode=0o700, exist_ok=True)
-            stack.callback(background.log_to(None if wanted.foreground else wanted.store_path).stop)
+            store = claim_directory(wanted.store_path, create=True)  # no log is left where no store can be
+            stack.callback(store.close)
+            stack.callback(background.log_to(None if wanted.foreground else store).stop)
             serve(wanted, on_ready)
         except (CowError, OSError) as error:
             logging.getLogger("hcpfs").error("%s", error)

@@ -23,18 +23,19 @@ from tests.crash.mutations import CHECKS, all_mutations, unnoticed, unnoticed_ch
 from tests.crash.workloads import long_workloads
 from tests.mount.test_device_cache import check_flushes
 from tests.mount.test_fsx import random_operations
-from tests.mount.test_kill import hung_while_freezing, killed_at_random, killed_while_freezing
+from tests.mount.test_kill import hung_while_freezing, killed_at_random, killed_while_freezing, thawed_while_hung
 from tests.mount.test_kill_points import killed_at
 from tests.mount.test_policies import fill_again_and_again
 from tests.mount.test_power_cut import cut_power_at_random
 from tests.support.fio import fio_verify
 from tests.support.killpoints import POINTS
 from tests.support.model import CHUNK
-from tests.support.sandbox import Sandbox
+from tests.support.sandbox import HCPFS, Sandbox
+from tests.support.sandbox import run as command
 from tests.support.workload import CHUNKS, History, do_something
 
 FIO_MIB, FIO_PASSES = 128, 4
-MEMORY_OPERATIONS = 8000
+MEMORY_OPERATIONS, MEMORY_CHECK_EVERY = 8000, 500
 
 Portion = Callable[[int], Counter[str]]
 
@@ -110,7 +111,9 @@ def _freezes(seed: int) -> Counter[str]:
         killed_while_freezing(sandbox, 5)
     with _sandbox() as sandbox:
         hung_while_freezing(sandbox, 5)
-    return Counter({"kills and hangs while freezing": 10})
+    with _sandbox() as sandbox:
+        thawed_while_hung(sandbox, 5)
+    return Counter({"kills and hangs while freezing": 15})
 
 
 def _flushes(seed: int) -> Counter[str]:
@@ -155,9 +158,13 @@ def _memory(seed: int) -> Counter[str]:
 
         taken = []
         for count in (MEMORY_OPERATIONS // 4, MEMORY_OPERATIONS):
-            for _ in range(count):
+            for number in range(count):
                 do_something(served, history, random_)
                 history.live.flush()
+                if number % MEMORY_CHECK_EVERY == 0:
+                    for name, model in history.snapshots.items():
+                        assert served.image(name).read_bytes() == model.content
+                    command(*HCPFS, "verify", served.path)
             taken.append(resident())
     assert taken[1] < 1.05 * taken[0], f"the daemon grew from {taken[0]} to {taken[1]} KiB"
     return Counter({"operations without growth": MEMORY_OPERATIONS})

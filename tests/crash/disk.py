@@ -12,7 +12,7 @@ import sqlite3
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +255,12 @@ class Disk(Io):
         return SimpleNamespace(
             st_mode=kind | 0o700, st_uid=os.geteuid(), st_size=len(inode.content), st_blocks=blocks, st_mtime_ns=0
         )
+
+    def entries_below(self, fd: int) -> Iterator[Any]:
+        return iter(())  # for owners, modes and hard links, which this disk does not have
+
+    def is_at(self, fd: int, path: str) -> bool:
+        return True
 
     def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
         pass

@@ -36,6 +36,14 @@ def test_every_byte_that_a_name_may_have(sandbox: Sandbox, served: Served) -> No
     allowed = [bytes([byte]) for byte in range(0x20, 0x100) if byte not in b"/\x7f"]
     names = [b"x" + byte for byte in allowed] + [
         "Sicherung vör dem Üpgrade ☃".encode(),
+        "\u00e9".encode(),  # and the same to the eye, in two characters: names are bytes
+        "e\u0301".encode(),
+        b"\xff\xfe not UTF-8 \xc3",
+        b"info",
+        b"lost",
+        b"status",
+        b"snaps",
+        b"disk.img",
         b"a  b",
         b"-rf",
         b"*",

@@ -55,6 +55,16 @@ def test_einval(served: Served, name: str) -> None:
     _fails(served, errno.EINVAL, lambda: os.rename(served.snaps / "a", served.snaps / name), "cannot name a snapshot")
 
 
+def test_dots_are_the_kernels(served: Served) -> None:
+    """They never reach us; whoever tries gets what any file system says, and nothing is made."""
+    for name in (".", "..", "a/..", "../escaped"):
+        with pytest.raises(OSError):  # noqa: PT011 - which one is the kernel's choice
+            os.mkdir(f"{served.snaps}/{name}")
+        with pytest.raises(OSError):  # noqa: PT011
+            os.rename(served.snaps / "a", f"{served.snaps}/{name}")
+    assert os.listdir(served.snaps) == ["a"]
+
+
 def test_enametoolong(served: Served) -> None:
     _fails(served, errno.ENAMETOOLONG, lambda: os.mkdir(served.snaps / ("x" * 256)))
     os.mkdir(served.snaps / ("x" * 255))

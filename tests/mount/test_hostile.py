@@ -62,7 +62,110 @@ def test_what_is_not_a_file_of_the_store_is_refused_with_a_sentence(
         assert checked.returncode == 1
         assert f"{served.store}/{file} is not a regular file" in checked.stderr
         assert "Traceback" not in checked.stderr
+        assert "Traceback" not in (served.store / "hcpfs.log").read_text()
     assert canary.read_bytes() == b"not to be touched"
+
+
+def _hard_link(path: Path, canary: Path) -> None:
+    path.hardlink_to(canary)
+
+
+def _writable_by_others(path: Path, canary: Path) -> None:
+    path.write_bytes(b"")
+    path.chmod(0o666)
+
+
+def _of_somebody_else(path: Path, canary: Path) -> None:
+    path.write_bytes(b"")
+    os.chown(path, SOMEBODY, SOMEBODY)
+
+
+@pytest.mark.parametrize("replace", [_hard_link, _writable_by_others, _of_somebody_else])
+def test_a_log_that_is_not_only_ours_is_refused(
+    sandbox: Sandbox, served: Served, replace: Callable[[Path, Path], None]
+) -> None:
+    served.umount()
+    canary = sandbox.path / "canary"
+    canary.write_bytes(b"not to be touched")
+    (served.store / "hcpfs.log").unlink()
+    replace(served.store / "hcpfs.log", canary)
+    told = sandbox.refusal(served.sources[0], served.path, "--store", served.store)
+    assert f"{served.store}/hcpfs.log" in told
+    assert "another name" in told or "written by others" in told
+    assert canary.read_bytes() == b"not to be touched"
+
+
+def test_a_huge_log_is_put_aside(sandbox: Sandbox, served: Served) -> None:
+    served.umount()
+    os.truncate(served.store / "hcpfs.log", 1 << 40)
+    served = served.again()
+    assert (served.store / "hcpfs.log").stat().st_size < MIB
+    assert (served.store / "hcpfs.log.1").stat().st_blocks * 512 < MIB
+
+
+def test_a_log_that_cannot_be_put_aside_is_begun_anew(sandbox: Sandbox, served: Served) -> None:
+    served.umount()
+    (served.store / "hcpfs.log.1").mkdir()
+    os.truncate(served.store / "hcpfs.log", 1 << 40)
+    served = served.again()
+    assert (served.store / "hcpfs.log").stat().st_size < MIB
+    (served.store / "hcpfs.log.1").rmdir()
+
+
+def _is_a_symlink(store: Path, outside: Path) -> None:
+    store.symlink_to(outside)
+
+
+def _is_a_symlink_to_nothing(store: Path, outside: Path) -> None:
+    store.symlink_to(outside / "nothing")
+
+
+def _is_a_fifo(store: Path, outside: Path) -> None:
+    os.mkfifo(store)
+
+
+def _is_a_file(store: Path, outside: Path) -> None:
+    store.write_bytes(b"x")
+
+
+def _is_of_somebody_else(store: Path, outside: Path) -> None:
+    store.mkdir()
+    os.chown(store, SOMEBODY, SOMEBODY)
+
+
+def _has_other_things(store: Path, outside: Path) -> None:
+    store.mkdir()
+    store.chmod(0o755)
+    (store / "letter").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [_is_a_symlink, _is_a_symlink_to_nothing, _is_a_fifo, _is_a_file, _is_of_somebody_else, _has_other_things],
+)
+def test_nothing_is_left_where_no_store_can_be(sandbox: Sandbox, place: Callable[[Path, Path], None]) -> None:
+    """Neither a log, nor a lock, nor another mode: it may be somebody's directory, or the system's."""
+    disk = sandbox.disk()
+    outside, store, mountpoint = sandbox.path / "outside", sandbox.path / "no-store", sandbox.path / "mnt"
+    outside.mkdir()
+    mountpoint.mkdir()
+    place(store, outside)
+
+    def look() -> object:
+        kind = store.lstat()
+        inside = sorted(os.listdir(store)) if stat.S_ISDIR(kind.st_mode) else None
+        return os.listdir(outside), inside, kind.st_mode, kind.st_uid, kind.st_mtime_ns
+
+    before = look()
+    told = sandbox.refusal(disk, mountpoint, "--store", store)
+    assert str(store) in told
+    assert "Errno" not in told
+    assert look() == before
+    checked = run(*HCPFS, "verify", store, check=False, timeout=20)
+    assert checked.returncode == 1
+    assert str(store) in checked.stderr
+    assert "Traceback" not in checked.stderr
+    assert look() == before
 
 
 _LOOK = """

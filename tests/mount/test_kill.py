@@ -18,6 +18,7 @@ from tests.support.workload import CHUNKS, DEAD, History, check, work_until
 
 ROUNDS = 15
 FREEZE_SECONDS = 0.3
+LONG_FREEZE_SECONDS = 1
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -109,6 +110,46 @@ def hung_while_freezing(sandbox: Sandbox, rounds: int) -> None:
             assert info["quiesced"] == "no", info
             assert "thawed" in info["quiesce_note"], info
     sandbox.unmount(files)
+
+
+def test_a_file_system_is_thawed_while_the_daemon_still_hangs(sandbox: Sandbox) -> None:
+    """XFS, unlike ext4, writes nothing to be thawed: so its writers go on although the disk below does not."""
+    thawed_while_hung(sandbox, 3)
+
+
+def thawed_while_hung(sandbox: Sandbox, rounds: int) -> None:
+    """Stop the daemon so many times while it has an XFS frozen; a write must end then, when the time is over."""
+    served = sandbox.mount(sandbox.disk(size=320 << 20))
+    served.umount()
+    process, marker = doomed(sandbox, served, "before add snapshot", 0, "-o", f"freeze={LONG_FREEZE_SECONDS}")
+    device = sandbox.loop(served.live)
+    sandbox.format(device, "xfs")
+    files = sandbox.mount_device(device)
+    (files / "probe").write_bytes(b"before")  # so that what the write needs is in memory
+    for attempt in range(rounds):
+        marker.unlink(missing_ok=True)
+        name = served.snaps / f"s{attempt}"
+        taker = threading.Thread(target=_mkdir_or_die, args=(name,))
+        began = time.monotonic()
+        taker.start()
+        try:
+            wait_until(marker.exists, what="the stop of the daemon")
+            probe = sandbox.spawn("sh", "-c", f"echo {attempt} > {files}/probe")
+            wait_until(lambda probe=probe: probe.poll() is not None, what="the end of a write, so the thaw,")
+            assert time.monotonic() - began > LONG_FREEZE_SECONDS, "it was not frozen"
+            assert _is_stopped(process.pid)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            taker.join()
+        info = served.info(name.name)
+        assert info["quiesced"] == "no", info
+        assert "thawed" in info["quiesce_note"], info
+    assert (files / "probe").read_text() == f"{rounds - 1}\n"
+    sandbox.unmount(files)
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _mkdir_or_die(path: Path) -> None:
