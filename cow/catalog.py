@@ -20,10 +20,11 @@ from enum import StrEnum
 from xxhash import xxh3_128
 
 from cow.device import Directory
-from cow.errors import CowError, RefusedError, StoreFullError
+from cow.errors import CowError, RefusedError, StoreFullError, without_surrogates
 
 FORMAT = 2
 FILE_NAME = "catalog.sqlite"
+DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
 
 _SCHEMA = """
@@ -326,13 +327,7 @@ class Catalog:
             assert snapshot is not None
             layers = []
             for (origin,) in do.execute("SELECT id FROM origins ORDER BY id").fetchall():
-                for role in Role:
-                    layer = do.execute(
-                        "INSERT INTO layers (origin, snapshot, role) VALUES (?, ?, ?)",
-                        (origin, snapshot, role),
-                    ).lastrowid
-                    assert layer is not None
-                    layers.append(LayerRow(layer, origin, snapshot, role))
+                layers += [_add_layer(do, origin, snapshot, role) for role in Role]
         return SnapshotRow(snapshot, name, created_ns, State.PENDING, ""), layers
 
     def finish_snapshot(self, snapshot: int, evidence: Mapping[str, str]) -> None:
@@ -341,7 +336,7 @@ class Catalog:
             do.execute("UPDATE snapshots SET state = ? WHERE id = ?", (State.VALID, snapshot))
             do.executemany(
                 "INSERT OR REPLACE INTO evidence VALUES (?, ?, ?)",
-                [(snapshot, key, value) for key, value in evidence.items()],
+                [(snapshot, key, without_surrogates(value)) for key, value in evidence.items()],
             )
 
     def rename_snapshot(self, snapshot: int, name: bytes) -> None:
@@ -352,7 +347,23 @@ class Catalog:
     def set_state(self, snapshot: int, state: State, reason: str) -> None:
         """Record what a snapshot is worth; its layers stay as they are."""
         with self._transaction() as do:
-            do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, reason, snapshot))
+            _set_state(do, snapshot, state, reason)
+
+    def suspect_snapshots(self, snapshots: Sequence[int], reason: str) -> list[LayerRow]:
+        """Make snapshots suspect, and give the newest of them one more preserved layer for each origin.
+
+        Old bytes that are preserved from now on go into those or into later ones, so `DOUBTED_FROM` in the evidence
+        tells which layers a suspect snapshot must not believe; where it is there already it stays.
+        """
+        with self._transaction() as do:
+            origins = [row[0] for row in do.execute("SELECT id FROM origins ORDER BY id").fetchall()]
+            layers = [_add_layer(do, origin, max(snapshots), Role.PRESERVED) for origin in origins]
+            for snapshot in snapshots:
+                _set_state(do, snapshot, State.SUSPECT, reason)
+                do.execute(
+                    "INSERT OR IGNORE INTO evidence VALUES (?, ?, ?)", (snapshot, DOUBTED_FROM, str(layers[0].id))
+                )
+        return layers
 
     def give_up_snapshot(self, snapshot: int, heir: int | None, reason: str) -> list[int]:
         """Make a snapshot invalid: its delta goes, its preserved layers go to `heir`, or go when there is none.
@@ -360,7 +371,7 @@ class Catalog:
         Returns the layers that are gone.
         """
         with self._transaction() as do:
-            do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (State.INVALID, reason, snapshot))
+            _set_state(do, snapshot, State.INVALID, reason)
             return _release_layers(do, snapshot, heir)
 
     def delete_snapshot(self, snapshot: int, heir: int | None) -> list[int]:
@@ -381,6 +392,18 @@ def _digest(do: sqlite3.Connection) -> bytes:
         for row in do.execute(f"SELECT * FROM {table} NOT INDEXED {which} ORDER BY rowid"):
             digest.update(repr((table, *row)).encode("utf-8", "backslashreplace"))
     return digest.digest()
+
+
+def _set_state(do: sqlite3.Connection, snapshot: int, state: State, reason: str) -> None:
+    do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, without_surrogates(reason), snapshot))
+
+
+def _add_layer(do: sqlite3.Connection, origin: int, snapshot: int, role: Role) -> LayerRow:
+    layer = do.execute(
+        "INSERT INTO layers (origin, snapshot, role) VALUES (?, ?, ?)", (origin, snapshot, role)
+    ).lastrowid
+    assert layer is not None
+    return LayerRow(layer, origin, snapshot, role)
 
 
 def _release_layers(do: sqlite3.Connection, snapshot: int, heir: int | None) -> list[int]:

@@ -28,11 +28,6 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
             raise DamagedError(layer.damage)
         left: list[Run] = []
         for wanted in missing:
-            if layer.lost and (lost := held_in(layer.lost, wanted)):
-                raise LostError(
-                    f"chunk {lost[0].first} (offset {lost[0].offset}) was lost: it could not be kept when the origin "
-                    f"overwrote it; the file `lost` has all of them, and the rest stays readable"
-                )
             at = wanted.first
             for held in held_in(layer.held, wanted):
                 pieces.append(Piece(layer, held))
@@ -41,6 +36,12 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
                 at = held.end
             if at < wanted.end:
                 left.append(Run(at, wanted.end - at))
+        for wanted in left if layer.lost else ():
+            if lost := held_in(layer.lost, wanted):
+                raise LostError(
+                    f"chunk {lost[0].first} (offset {lost[0].offset}) was lost: it could not be kept when the origin "
+                    f"overwrote it; the file `lost` has all of them, and the rest stays readable"
+                )
         missing = left
         if not missing:
             break

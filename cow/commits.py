@@ -6,15 +6,17 @@ store's housekeeping, has saved the layers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import trio
 
 from cow.device import FULL
-from cow.errors import SyncError
 from cow.geometry import runs_of
-from cow.journal import Journal, Kind, Record
-from cow.layer import Layer, MapImage
+from cow.journal import FILE_BYTES, Journal, Kind, Record
+from cow.layer import Layer, MapImage, pinned
+
+MOST_INTENDED_CHUNKS = FILE_BYTES // 64  # of all layers: at 16 bytes a run at most a quarter of a journal file
 
 
 @dataclass
@@ -23,6 +25,12 @@ class Checkpoint:
 
     maps: list[tuple[Layer, MapImage]]
     journals: list[int]
+    unsaved: Layer | None = None  #: at which saving it failed
+
+    def merged(self, later: "Checkpoint") -> "Checkpoint":
+        """One that does for both. A layer's later map has all that the earlier one had."""
+        maps = {layer.id: (layer, image) for layer, image in [*self.maps, *later.maps]}
+        return Checkpoint(list(maps.values()), sorted({*self.journals, *later.journals}))
 
 
 class Commits:
@@ -30,7 +38,7 @@ class Commits:
 
     `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; `let_go`
     gives back the reserve when there is no room for one. `record_saved` puts the generations of maps, by layer, into
-    the catalog.
+    the catalog. Within `settled(layer)` nobody writes to that layer.
     """
 
     def __init__(
@@ -40,13 +48,20 @@ class Commits:
         on_checkpoint: Callable[[Checkpoint], None],
         let_go: Callable[[], None],
         record_saved: Callable[[Sequence[tuple[int, int]]], None],
+        settled: Callable[[Layer], AbstractAsyncContextManager[None]],
     ) -> None:
         self._journal = journal
         self._layers = layers
         self._on_checkpoint = on_checkpoint
         self._let_go = let_go
         self._record_saved = record_saved
+        self._settled = settled
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
+
+    @property
+    def intents_are_many(self) -> bool:
+        """Whether images should commit what they overwrote in place, as a new journal file has to take all INTENTs."""
+        return sum(len(layer.intended) for layer in self._layers()) > MOST_INTENDED_CHUNKS
 
     async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
         """Make the records durable, then call `apply`, which updates the layers' sets.
@@ -98,19 +113,18 @@ class Commits:
     async def save(self, checkpoint: Checkpoint) -> None:
         """Save the layers of a checkpoint and drop the journal files that it covers.
 
-        After an error the files stay, and the next checkpoint covers them again.
+        After an error the files stay; the checkpoint, or a later one merged with it, can be saved again. Layers that
+        are gone meanwhile are passed over.
         """
+        saved = []
         try:
             for layer, image in checkpoint.maps:
-                layer.pin()
-                try:
-                    if layer.sums_in_doubt:
-                        async with self._lock:
-                            await trio.to_thread.run_sync(self._renew_sums, layer)
-                    await trio.to_thread.run_sync(layer.save, image)
-                finally:
-                    layer.unpin()
-            saved = [(layer.id, image.generation) for layer, image in checkpoint.maps]
+                if layer in self._layers():
+                    checkpoint.unsaved = layer
+                    with pinned([layer]):
+                        await self._save_layer(layer, image)
+                    saved.append((layer.id, image.generation))
+            checkpoint.unsaved = None
             if saved:
                 await trio.to_thread.run_sync(self._record_saved, saved)
         except BaseException:
@@ -123,12 +137,14 @@ class Commits:
                 self._journal.retire, [number for number in checkpoint.journals if number in present]
             )
 
+    async def _save_layer(self, layer: Layer, image: MapImage) -> None:
+        if layer.sums_in_doubt:
+            async with self._settled(layer), self._lock:
+                in_use = layer.pins > 1
+                await trio.to_thread.run_sync(self._renew_sums, layer)
+                layer.sums_in_doubt = in_use  # what the preserver wrote and has not committed yet: the next time
+        await trio.to_thread.run_sync(layer.save, image)
+
     def _renew_sums(self, layer: Layer) -> None:
-        """Only what the journal has can be written anew, and of a delta it lacks what was not synced yet."""
-        records = [record for record in self._journal.records() if record.layer == layer.id]
-        if layer.uncommitted or layer.intended or any(record.kind is Kind.DELTA for record in records):
-            raise SyncError(
-                f"checksums of layer {layer.name} may be lost, as a sync of them failed: check the store's disk, then "
-                f"unmount and mount again, which writes them anew from the journal"
-            )
+        records = (record for record in self._journal.records() if record.layer == layer.id and record.sums)
         layer.renew_sums((record.runs, record.sums) for record in records)

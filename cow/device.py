@@ -13,6 +13,7 @@ import os
 import sqlite3
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple, Self
@@ -134,6 +135,7 @@ class File:
         self.label = label
         self._io = io
         self._sync_failure: OSError | None = None
+        self._syncing = threading.Lock()  #: the kernel tells a lost write to one sync only: no two at once
         # A file in memory never waits for a disk, and such file systems refuse RWF_NOWAIT.
         self._in_memory = io.is_in_memory(fd)
         self._read_now: Callable[[int, int], bytes] = self.pread if self._in_memory else self._pread_cached
@@ -205,16 +207,17 @@ class File:
         Raises OSError when the kernel says so, and SyncError ever after: the kernel reports a lost write once and
         then marks the pages clean (fsyncgate), so success on a retry would be a lie. # I3
         """
-        if self._sync_failure is not None:
-            raise SyncError(
-                f"an earlier sync of {self.label} failed ({self._sync_failure.strerror}), and what it covered may be "
-                f"lost: check the device, then unmount and mount again"
-            )
-        try:
-            self._io.fdatasync(self.fd)
-        except OSError as error:
-            self._sync_failure = error
-            raise
+        with self._syncing:
+            if self._sync_failure is not None:
+                raise SyncError(
+                    f"an earlier sync of {self.label} failed ({self._sync_failure.strerror}), and what it covered may "
+                    f"be lost: check the device, then unmount and mount again"
+                )
+            try:
+                self._io.fdatasync(self.fd)
+            except OSError as error:
+                self._sync_failure = error
+                raise
 
     def forget_sync_failure(self) -> None:
         """Let syncs of later writes count again. What the failed one covered must have been given up, durably."""
@@ -415,6 +418,16 @@ class OriginDevice(File):
     def size_bytes(self) -> int:
         """The device's size when it was opened."""
         return self._size_bytes
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read `length` bytes; fewer only at the end that the device had when it was opened.
+
+        Raises OSError when it ends before: a device may shrink, or lose its medium, and that is not zeroes. # I4
+        """
+        data = super().pread(length, offset)
+        if len(data) < min(length, self._size_bytes - offset):
+            raise OSError(errno.EIO, f"{self.label} has no byte at offset {offset + len(data)} any more: it shrank")
+        return data
 
     @property
     def modified_ns(self) -> int:

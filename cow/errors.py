@@ -12,6 +12,11 @@ def printable(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
+def without_surrogates(text: str) -> str:
+    """A sentence in which a path that is not UTF-8 may stand (os.fsdecode), as text that can be encoded."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class CowError(Exception):
     """Base of all errors of the engine. `str()` of it is the sentence."""
 

@@ -4,6 +4,8 @@ Save checkpoints and drop the journal files that they make needless, remove the 
 punch out what nobody reads, fill up the reserve, count the space. All of it can be stopped anywhere and done again.
 """
 
+import errno
+import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import trio
@@ -12,12 +14,18 @@ from pyroaring import BitMap64
 from cow.commits import Checkpoint, Commits
 from cow.device import Directory
 from cow.errors import CowError
-from cow.layer import Layer, remove_layer_directory
+from cow.layer import Layer, pinned, remove_layer_directory
 from cow.space import Space
+
+MOST_WAITING_JOURNALS = 8  # 32 MiB that could not be dropped
 
 
 class Housekeeping:
-    """Trio thread only. `layers` gives the store's layers by id; `more` are further chores, done with the others."""
+    """Trio thread only.
+
+    `layers` gives the store's layers by id; `more` are further chores, done with the others. `on_unsavable` gives up
+    what needs a layer that could not be saved for long.
+    """
 
     def __init__(
         self,
@@ -25,12 +33,14 @@ class Housekeeping:
         space: Space,
         layers: Callable[[], Mapping[int, Layer]],
         more: Sequence[Callable[[], Awaitable[None]]],
+        on_unsavable: Callable[[Layer, Exception], Awaitable[None]],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._layers_directory = layers_directory
         self._space = space
         self._layers = layers
         self._more = more
+        self._on_unsavable = on_unsavable
         self._on_trouble = on_trouble
         self._commits: Commits
         self._checkpoints: list[Checkpoint] = []
@@ -38,6 +48,7 @@ class Housekeeping:
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
         self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
         self._due = trio.Event()
+        self._told_of_punching = False
 
     def serve(self, commits: Commits) -> None:
         """Take over the commits whose checkpoints are saved here. Called once."""
@@ -76,32 +87,69 @@ class Housekeeping:
                 )
 
     async def do_all(self, *, closing: bool = False) -> None:
-        """Do all that is due. Raises OSError and CowError; what is left then is tried again the next time."""
+        """Do all that is due. What fails keeps nothing else from being done, and is tried again the next time.
+
+        Raises the first OSError or CowError at the end.
+        """
+        failures: list[Exception] = []
+        fill_up: Callable[[], Awaitable[None]] = functools.partial(self._fill_up, closing)
+        chores = [self._save, self.sweep, self._punch, *self._more, fill_up, self._space.measure]
+        for chore in chores:
+            try:
+                await chore()
+            except (CowError, OSError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _fill_up(self, closing: bool) -> None:
+        if not self._space.holding_back and not closing:
+            await self.hold_back()
+
+    async def _save(self) -> None:
+        """Save the checkpoints that wait, as one. Where that fails for long the layer in question is given up. # I6"""
         while self._checkpoints:
-            async with self._files:
-                await self._commits.save(self._checkpoints[0])
-                self._checkpoints.pop(0)
-        await self.sweep()
+            checkpoint = functools.reduce(Checkpoint.merged, self._checkpoints)
+            self._checkpoints = []
+            try:
+                async with self._files:
+                    await self._commits.save(checkpoint)
+            except BaseException as error:
+                self._checkpoints.insert(0, checkpoint)
+                if (
+                    isinstance(error, (CowError, OSError))
+                    and checkpoint.unsaved is not None
+                    and len(checkpoint.journals) > MOST_WAITING_JOURNALS
+                ):
+                    await self._on_unsavable(checkpoint.unsaved, error)
+                raise
+
+    async def _punch(self) -> None:
         while self._punches:
             layer, chunks = self._punches[0]
             if layer.id in self._layers():
-                layer.pin()
-                try:
-                    await trio.to_thread.run_sync(layer.punch, chunks)
-                finally:
-                    layer.unpin()
+                with pinned([layer]):
+                    try:
+                        await trio.to_thread.run_sync(layer.punch, chunks)
+                    except OSError as error:
+                        if error.errno != errno.EOPNOTSUPP:
+                            raise
+                        self._cannot_punch()
             self._punches.pop(0)
-        for chore in self._more:
-            await chore()
-        if not self._space.holding_back and not closing:
-            await self.hold_back()
-        await self._space.measure()
+
+    def _cannot_punch(self) -> None:
+        if not self._told_of_punching:
+            self._told_of_punching = True
+            self._on_trouble(
+                f"the file system of {self._layers_directory.label} cannot punch holes, so some of what deleted "
+                f"snapshots took comes back with the last of them only: have the store on ext4 or XFS"
+            )
 
     async def sweep(self) -> None:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
         async with self._files:
             for name, layer in list(self._dropped.items()):
-                if not layer.pinned:
+                if not layer.pins:
                     await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
                     del self._dropped[name]
 

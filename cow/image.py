@@ -20,7 +20,7 @@ from cow.commits import Commits
 from cow.errors import DamagedError, InvalidSnapshotError, PastEndError, SuspectError
 from cow.geometry import CHUNK_BYTES, Run, covering, missing_from, runs_of, split
 from cow.journal import Kind, Record
-from cow.layer import Layer
+from cow.layer import Layer, pinned
 from cow.origin import Origin
 
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
@@ -30,7 +30,8 @@ class Image:
     """Trio thread only.
 
     `room(bytes)`, around a write, raises when there is none; `on_damage(sentence)` records a mismatch.
-    With `suspect` what is on the device may be wrong, and reading it is refused.
+    With `doubted_from` what is on the device may be wrong, and so what the layers from that id on have from it: reading
+    it is refused.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Image:
         room: Callable[[int], AbstractAsyncContextManager[None]],
         on_damage: Callable[[str], Awaitable[None]],
         *,
-        suspect: bool,
+        doubted_from: int | None,
     ) -> None:
         self.origin = origin
         self.delta = delta  #: written by this image alone # I9
@@ -53,7 +54,7 @@ class Image:
         self._commits = commits
         self._room = room
         self._on_damage = on_damage
-        self.suspect = suspect
+        self.doubted_from = doubted_from
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
 
     @property
@@ -94,7 +95,7 @@ class Image:
             return []
         for layer in reversed(layers):
             lost = (lost - layer.held) | layer.lost
-        lost = (lost - self.delta.held) | self.delta.lost
+        lost = (lost | self.delta.lost) - self.delta.held
         return list(runs_of(iter(lost)))
 
     async def allocated_bytes(self) -> int:
@@ -106,7 +107,8 @@ class Image:
         written = [layer for layer in layers if layer.held]
         if not written:
             return 0
-        return await trio.to_thread.run_sync(lambda: sum(layer.allocated_bytes() for layer in written))
+        with pinned(written):
+            return await trio.to_thread.run_sync(lambda: sum(layer.allocated_bytes() for layer in written))
 
     def layers(self) -> list[Layer]:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
@@ -158,21 +160,15 @@ class Image:
                 return self._gather(found, nowait=True)
             except BlockingIOError:
                 pass
-            pinned = [piece.layer for piece in found if piece.layer is not None]
-            for layer in pinned:
-                layer.pin()
-            try:
+            with pinned([piece.layer for piece in found if piece.layer is not None]):
                 data = await trio.to_thread.run_sync(self._gather, found)
-            finally:
-                for layer in pinned:
-                    layer.unpin()
             # A chunk that was read from the device may have been preserved and overwritten meanwhile. The set is
             # changed before the device is, so if it is still missing from all layers, the bytes are the old ones. # I2
             if not self._overtaken(found):
                 return data
 
     def _gather(self, found: list[Piece], nowait: bool = False) -> bytes:
-        if self.suspect and any(piece.layer is None for piece in found):
+        if self.doubted_from is not None and any(self._is_doubted(piece.layer) for piece in found):
             raise SuspectError(
                 "the device was changed while hcpfs was not running, so what this snapshot reads from it may be wrong: "
                 "mount with -o read_suspect to read it all the same"
@@ -184,6 +180,9 @@ class Image:
             for piece in found
         ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _is_doubted(self, layer: Layer | None) -> bool:
+        return layer is None or (layer is not self.delta and layer.id >= (self.doubted_from or 0))
 
     def _overtaken(self, found: list[Piece]) -> bool:
         from_device = [piece.run for piece in found if piece.layer is None]
@@ -211,21 +210,24 @@ class Image:
         run = covering(offset, len(data))
         async with self._changing:
             self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
+            if self._has_much_to_commit:
+                await self._commit()  # in vain the last time, when the store failed
             whole = await self._fill_up(offset, data, run)
             async with self._room(self.delta.new_bytes([run])):
-                await self._announce(run)
-                self.delta.pin()
-                try:
+                crowded = await self._announce(run)
+                with pinned([self.delta]):
                     await trio.to_thread.run_sync(self._write_delta, run, whole)
-                finally:
-                    self.delta.unpin()
             for fresh in missing_from(self.delta.held, run):
                 self.delta.uncommitted.add_range(fresh.first, fresh.end)
             self.delta.held.add_range(run.first, run.end)
             self.delta.written_ns = time.time_ns()
-            if len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS:
+            if crowded or self._has_much_to_commit:
                 await self._commit()
         return len(data)
+
+    @property
+    def _has_much_to_commit(self) -> bool:
+        return len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS
 
     def _write_delta(self, run: Run, whole: bytes) -> None:
         try:
@@ -250,18 +252,22 @@ class Image:
             after = last[tail:]
         return before + data + after if before or after else data
 
-    async def _announce(self, run: Run) -> None:
-        """Put an INTENT into the journal for the committed chunks that will be overwritten in place."""
+    async def _announce(self, run: Run) -> bool:
+        """Put an INTENT into the journal for the committed chunks that will be overwritten in place.
+
+        Returns whether there are so many of all images that they should be committed soon.
+        """
         overwritten = BitMap64()
         overwritten.add_range(run.first, run.end)
         overwritten &= self.delta.held
         overwritten -= self.delta.uncommitted
         overwritten -= self.delta.intended
         if not overwritten:
-            return
+            return False
         self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
         record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(iter(overwritten))))
         await self._commits.commit([record], lambda: None)
+        return self._commits.intents_are_many
 
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3
@@ -276,15 +282,14 @@ class Image:
         written = self.delta.uncommitted | self.delta.intended
         if not written:
             return
-        self.delta.pin()
-        try:
+        with pinned([self.delta]):
             runs = list(runs_of(iter(written)))
             sums = await trio.to_thread.run_sync(self._sync_data, runs)
             record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
             await self._commits.commit([record], lambda: self.delta.commit(runs))
-        finally:
-            self.delta.unpin()
 
     def _sync_data(self, runs: list[Run]) -> bytes:
         self.delta.sync_data()
+        if self.delta.sums_in_doubt:
+            self.delta.rehash(self.delta.uncommitted | self.delta.intended)
         return b"".join(self.delta.read_sums(run) for run in runs)

@@ -128,6 +128,8 @@ class Journal:
             for start in range(0, len(encoded), SECTOR_PAYLOAD_BYTES):
                 payload = encoded[start : start + SECTOR_PAYLOAD_BYTES].ljust(SECTOR_PAYLOAD_BYTES, b"\0")
                 sealed += _seal(payload, self._numbers[-1], self._next_sector + len(sealed) // SECTOR_BYTES)
+        if self._next_sector * SECTOR_BYTES + len(sealed) > FILE_BYTES:
+            raise CowError(f"{len(records)} records do not fit into {self._file.label}")  # and nothing beyond is read
         try:
             self._file.pwrite(bytes(sealed), self._next_sector * SECTOR_BYTES)
             self._file.sync()

@@ -9,15 +9,15 @@ not decide when anything is durable: its owner calls `sync_data`, commits to the
 
 import struct
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
 
 from cow.device import Directory, File
-from cow.errors import DamagedError, SyncError
+from cow.errors import CowError, DamagedError, SyncError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
@@ -26,6 +26,7 @@ MAP_MAGIC = b"HCPFSMAP"
 MAP_FORMAT = 2
 _MAP_HEADER = struct.Struct("<8sIQQQQQ")  # magic, format, layer, generation, written_ns, bytes of held, bytes of lost
 _MOST_EMPTY_MAP_BYTES = 1 << 16  # a map takes well below a byte for each chunk of the device, and this
+_REHASH_CHUNKS = 256  # read at a time: 1 MiB
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
 
@@ -44,7 +45,7 @@ class Layer:
         self.id = layer_id
         self.chunks = chunks
         self.held = BitMap64()  #: what readers find here
-        self.lost = BitMap64()  #: what should be here and could not be kept: readers get EIO. Never also in `held`
+        self.lost = BitMap64()  #: what should be here and could not be kept: readers get EIO, unless it is held again
         self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
         self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
         self.written_ns = 0  #: time of the last write to a delta, 0 when there was none
@@ -58,7 +59,7 @@ class Layer:
         self._unsynced: set[str] = set()
         self._entries_unsynced = False  #: whether files were made since the directory was synced
         self._opening = threading.Lock()  #: guards `_directory`, `_files` and what is unsynced
-        self._pins = 0
+        self.pins = 0  #: how many threads may be working on the files
         self._closing = False
         # Mixed into each checksum, so that a chunk at a wrong place or in a wrong layer is found out.
         self._seed = (layer_id * 0x9E3779B97F4A7C15) & _MASK_64
@@ -81,6 +82,7 @@ class Layer:
             return file
         with self._opening:
             if name not in self._files:
+                self._check_open()
                 if self._directory is None:
                     self._directory = self._parent.subdirectory(self.name, create=create)
                 try:
@@ -92,25 +94,24 @@ class Layer:
                     self._entries_unsynced = True
             return self._files[name]
 
+    def _check_open(self) -> None:
+        if self._closing and not self.pins:
+            raise CowError(f"layer {self.name} is closed")
+
     def pin(self) -> None:
         """Keep the files open while another thread works on them; undone by `unpin`. Trio thread only."""
-        self._pins += 1
-
-    @property
-    def pinned(self) -> bool:
-        """Whether a thread may be working on the files."""
-        return self._pins > 0
+        self.pins += 1
 
     def unpin(self) -> None:
         """Undo one `pin`; the last one of a closed layer closes the files."""
-        self._pins -= 1
-        if self._closing and self._pins == 0:
+        self.pins -= 1
+        if self._closing and self.pins == 0:
             self.close()
 
     def close(self) -> None:
         """Close all files, now or when the last pin goes. Nothing is synced."""
         self._closing = True
-        if self._pins:
+        if self.pins:
             return
         with self._opening:
             for file in self._files.values():
@@ -128,6 +129,7 @@ class Layer:
         """What the layer takes in the store. 0 before its first write."""
         with self._opening:
             if self._directory is None:
+                self._check_open()
                 try:
                     self._directory = self._parent.subdirectory(self.name)
                 except FileNotFoundError:
@@ -226,8 +228,8 @@ class Layer:
         """Take over runs that the journal has: readers and the next checkpoint find them. Trio thread only."""
         for run in runs:
             self.held.add_range(run.first, run.end)
-            self.uncommitted.remove_range(run.first, run.end)
-            self.intended.remove_range(run.first, run.end)
+            for chunks in (self.uncommitted, self.intended, self.lost):
+                chunks.remove_range(run.first, run.end)
         self.dirty = True
 
     def lose(self, runs: Sequence[Run]) -> None:
@@ -238,19 +240,31 @@ class Layer:
                 chunks.remove_range(run.first, run.end)
         self.dirty = True
 
-    def rehash(self, chunks: BitMap64) -> None:
+    def rehash(self, chunks: BitMap64) -> BitMap64:
         """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
 
-        For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk.
+        For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk. Returns
+        those that cannot be read, whose checksums stay as they are.
         """
+        unreadable = BitMap64()
         for found in runs_of(iter(chunks)):
-            for part in (piece for _, segment in _by_segment(found) for piece in pieces(segment, 256)):
-                name = _segment_name(part.first // SEGMENT_CHUNKS)
-                data = self._file(name).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
-                self.write_sums(part.first, self.checksums(part.first, data.ljust(part.length, b"\0")))
-                with self._opening:
-                    self._unsynced.add(name)
+            for part in (piece for _, segment in _by_segment(found) for piece in pieces(segment, _REHASH_CHUNKS)):
+                unreadable |= self._rehash_part(part)
         self.sync_data()
+        return unreadable
+
+    def _rehash_part(self, part: Run) -> BitMap64:
+        name = _segment_name(part.first // SEGMENT_CHUNKS)
+        try:
+            data = self._file(name).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+        except OSError:
+            if part.chunks == 1:
+                return BitMap64([part.first])
+            return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
+        self.write_sums(part.first, self.checksums(part.first, data.ljust(part.length, b"\0")))
+        with self._opening:
+            self._unsynced.add(name)
+        return BitMap64()
 
     def new_bytes(self, runs: Sequence[Run]) -> int:
         """An upper bound of what holding `runs` will add to the store, in bytes."""
@@ -328,7 +342,11 @@ class Layer:
         directory.sync()
 
     def renew_sums(self, records: Iterable[tuple[Sequence[Run], bytes]]) -> None:
-        """Write checksums anew, from the journal, after a sync of them failed; what it covered may be lost. # I3"""
+        """Write checksums anew after a sync of them failed; what it covered may be lost. # I3
+
+        `records` has those that are in the journal; of chunks that are not committed the bytes count. No write to the
+        layer may be under way.
+        """
         sums = self._file("sums")
         for runs, digests in records:
             at = 0
@@ -336,7 +354,7 @@ class Layer:
                 self.write_sums(run.first, digests[at : at + SUM_BYTES * run.chunks])
                 at += SUM_BYTES * run.chunks
         sums.forget_sync_failure()
-        self.sums_in_doubt = False
+        self.rehash(self.uncommitted | self.intended)
 
     def load(self, generation: int) -> None:
         """Read `map` into `held` and `lost`; a bad one sets `damage`, and so does one older than `generation`.
@@ -389,6 +407,18 @@ class Layer:
             self.damage = f"the map of layer {self.name} names chunks beyond the device's end"
             return
         self.held, self.lost, self.written_ns, self.generation = held, lost, written_ns, generation
+
+
+@contextmanager
+def pinned(layers: Sequence[Layer]) -> Iterator[None]:
+    """Keep the layers' files open while another thread works on them. Trio thread only."""
+    for layer in layers:
+        layer.pin()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unpin()
 
 
 def remove_layer_directory(layers: Directory, name: str) -> None:

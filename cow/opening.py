@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import trio
 
-from cow.catalog import FILE_NAME, Catalog, OriginRow
+from cow.catalog import FILE_NAME, Catalog, OriginRow, State
 from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import RefusedError, printable
@@ -225,13 +225,13 @@ async def _check_fingerprint(store: Store, origin: Origin, row: OriginRow) -> li
         return []
     now = await trio.to_thread.run_sync(origin.fingerprint)
     found = compare(sampled(origin.size_bytes), row.fingerprint, now, lambda chunk: not origin.knows(chunk))
-    if not found.changed:
-        return []
     if found.is_another_device:
         raise RefusedError(
             f"{origin.device.label} is not the device that the store {store.path} was made for: none of what was "
             f"sampled is on it. Name the right device, or another store"
         )
+    if not found.changed or known.row.state is State.SUSPECT:  # of which it has been said
+        return []
     places = ", ".join(f"{run.offset}+{run.length}" for run in found.changed[:8])
     sentence = (
         f"{origin.device.label} was changed while hcpfs was not running (seen at {places}): what snapshots read from "

@@ -24,7 +24,7 @@ from cow.device import FULL
 from cow.errors import CowError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.journal import Kind, Record
-from cow.layer import Layer
+from cow.layer import Layer, pinned
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 
@@ -173,15 +173,10 @@ class Preserver:
 
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
         """Have the jobs copied, in a thread, and commit what became of them."""
-        for job in jobs:
-            job.layer.pin()
-        try:
+        with pinned([job.layer for job in jobs]):
             await trio.to_thread.run_sync(copy, jobs)
             records = [record for job in jobs for record in job.records()]
             await self._commits.commit(records, lambda: self._apply(jobs))
-        finally:
-            for job in jobs:
-                job.layer.unpin()
 
     def _apply(self, jobs: list[_Job]) -> None:
         for job in jobs:

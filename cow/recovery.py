@@ -13,7 +13,7 @@ from cow.catalog import Catalog, Role, State
 from cow.device import Directory
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError
-from cow.geometry import chunks_of
+from cow.geometry import chunks_of, runs_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, remove_layer_directory
 
@@ -45,7 +45,12 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
         findings.append(_invalidate_all(catalog, str(error)))
     for layer in layers.values():
         if layer.intended:
-            layer.rehash(layer.intended & layer.held)
+            unreadable = layer.rehash(layer.intended & layer.held)
+            if unreadable:
+                layer.lose(list(runs_of(iter(unreadable))))
+                findings.append(
+                    f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more: they are lost"
+                )
             layer.intended = BitMap64()
             layer.dirty = True
     findings += _invalidate_unknown(catalog, layers)

@@ -7,7 +7,7 @@ What is found is told as `Finding`s, with `Progress` in between. Without `repair
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import trio
@@ -19,7 +19,7 @@ from cow.errors import DamagedError, printable
 from cow.geometry import CHUNK_BYTES, Run, chunks_of, pieces, runs_of
 from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
-from cow.layer import SUM_BYTES, Layer
+from cow.layer import SUM_BYTES, Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin
 from cow.recovery import load_layer, open_journal, recover
@@ -115,8 +115,18 @@ class OpenScrub:
             return None
         origin, layer, image, run = step
         found: list[Progress | Finding] = []
-        bad = await _check_in_use(layer, image, run)
-        if bad:
+        async with image.settled() if image is not None else nullcontext():  # until what is bad is recorded as lost
+            if self._store.is_in_use(layer):
+                found += await self._check(origin, layer, run)
+        self._done_bytes += run.length
+        return [*found, Progress(self._done_bytes, max(self._total_bytes, self._done_bytes))]
+
+    async def _check(self, origin: Origin, layer: Layer, run: Run) -> list[Finding]:
+        found: list[Finding] = []
+        with pinned([layer]):
+            bad = await trio.to_thread.run_sync(bad_chunks, layer, run, {})
+        bad &= layer.held  # what was dropped meanwhile may be punched out already
+        if bad and self._store.is_in_use(layer):
             chains: list[Chain] = [
                 (snapshot.name, one.layers())
                 for snapshot in self._store.snapshots
@@ -126,21 +136,7 @@ class OpenScrub:
             found += [Finding(sentence, self._repair) for sentence in describe(origin.name, layer, bad, chains)]
             if self._repair:
                 await self._store.lose(layer, list(runs_of(iter(bad))))
-        self._done_bytes += run.length
-        return [*found, Progress(self._done_bytes, max(self._total_bytes, self._done_bytes))]
-
-
-async def _check_in_use(layer: Layer, image: Image | None, run: Run) -> BitMap64:
-    """Check a run of a layer that others use; of a delta while no write to it is under way."""
-    async with AsyncExitStack() as stack:
-        if image is not None:
-            await stack.enter_async_context(image.settled())
-        layer.pin()
-        try:
-            bad = await trio.to_thread.run_sync(bad_chunks, layer, run, {})
-        finally:
-            layer.unpin()
-        return bad & layer.held  # what was dropped meanwhile may be punched out already
+        return found
 
 
 def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progress | Finding]:

@@ -16,12 +16,12 @@ States of a snapshot, and who makes each step:
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 import trio
 from pyroaring import BitMap64
 
-from cow.catalog import Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
+from cow.catalog import DOUBTED_FROM, Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
 from cow.commits import Commits
 from cow.device import Directory, OriginDevice
 from cow.elsewhere import Elsewhere
@@ -94,13 +94,16 @@ class Store:
         self._gate = Gate()
         self._states: list[Snapshot] = []  #: whose state the catalog has to be told
         chores = [self._record_states, self._take_fingerprints]
-        self.housekeeping = Housekeeping(layers_directory, space, lambda: self._layers, chores, on_trouble)
+        self.housekeeping = Housekeeping(
+            layers_directory, space, lambda: self._layers, chores, self._give_up_readers, on_trouble
+        )
         self._commits = Commits(
             journal,
             lambda: self._layers.values(),
             self.housekeeping.keep_checkpoint,
             space.let_go,
             catalog.record_saved,
+            self._settled,
         )
         self.housekeeping.serve(self._commits)
         self._preserver = Preserver(
@@ -138,20 +141,22 @@ class Store:
         await self._remove_abandoned()
         self._check_name_is_free(name)
         await self.space.check_for_snapshot()
-        async with quiesce() as evidence:
-            began = time.perf_counter_ns()
-            async with self._gate.hold(DRAIN_SECONDS), self._layout:
-                self._check_name_is_free(name)
-                snapshot = await self._open_epoch(name)
-            evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
+        snapshot: Snapshot | None = None
         try:
+            async with quiesce() as evidence:
+                began = time.perf_counter_ns()
+                async with self._gate.hold(DRAIN_SECONDS), self._layout:
+                    self._check_name_is_free(name)
+                    snapshot = await self._open_epoch(name)
+                evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
             # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
             for origin in self.origins:
                 await origin.sync()
             async with self._layout:
                 await self._finish(snapshot, evidence)
         except BaseException:
-            snapshot.abandoned = True
+            if snapshot is not None:
+                snapshot.abandoned = True
             with trio.CancelScope(shield=True):
                 await self._remove_abandoned()
             raise
@@ -201,12 +206,18 @@ class Store:
                 self._commits,
                 self.space.room_for_write,
                 on_damage,
-                suspect=row.state is State.SUSPECT and not self._read_suspect,
+                doubted_from=self._doubted_from(row),
             )
             for origin in self.origins
         ]
         self._snapshots[row.id] = Snapshot(row, images)
         return self._snapshots[row.id]
+
+    def _doubted_from(self, row: SnapshotRow) -> int | None:
+        """The first layer that such a snapshot must not believe, nor the device; None when it may."""
+        if row.state is not State.SUSPECT or self._read_suspect:
+            return None
+        return int(row.evidence[DOUBTED_FROM])
 
     async def rename_snapshot(self, old: bytes, new: bytes) -> None:
         """Rename a snapshot, durably. Raises NotFoundError, NameTakenError and the errors of names. # I5"""
@@ -296,6 +307,18 @@ class Store:
             if snapshot is not None:
                 self._mark_damaged(snapshot, sentence)
 
+    def is_in_use(self, layer: Layer) -> bool:
+        """Whether the layer still belongs to some snapshot."""
+        return self._layers.get(layer.id) is layer
+
+    @asynccontextmanager
+    async def _settled(self, layer: Layer) -> AsyncIterator[None]:
+        """While no image writes to the layer."""
+        images = (image for one in self._snapshots.values() for image in one.images)
+        image = next((one for one in images if one.delta is layer), None)
+        async with image.settled() if image is not None else nullcontext():
+            yield
+
     async def lose(self, layer: Layer, runs: Sequence[Run]) -> None:
         """Record that chunks of a layer cannot be used: reading them is EIO from then on, durably."""
         lost = BitMap64()
@@ -310,10 +333,10 @@ class Store:
     async def _record_states(self) -> None:
         async with self._layout:
             while self._states:
-                row = self._states[-1].row
+                row = self._states[0].row
                 if row.id in self._snapshots:
                     await trio.to_thread.run_sync(self._catalog.set_state, row.id, row.state, row.reason)
-                self._states.pop()
+                self._states.pop(0)  # others are put behind it meanwhile
 
     # -- when there is no room, or the store fails ---------------------------------------------------------------
 
@@ -328,10 +351,22 @@ class Store:
             return False
         least_wanted = min(usable, key=lambda one: (not self._frees_something(one), one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
-        await self.housekeeping.sweep()
-        await self.housekeeping.hold_back()
-        await self.space.measure()
+        try:
+            await self.housekeeping.sweep()
+            await self.housekeeping.hold_back()
+            await self.space.measure()
+        except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
+            self._on_trouble(f"what the snapshot took could not be given back at once: {error}")
         return True
+
+    async def _give_up_readers(self, layer: Layer, error: Exception) -> None:
+        """Give up the snapshots that read a layer which cannot be saved: the journal must not grow for ever. # I6"""
+        readers = [
+            one.id
+            for one in self._snapshots.values()
+            if one.usable and any(layer in image.layers() for image in one.images)
+        ]
+        await self._give_up(readers, f"what is known of its chunks could not be saved for long: {error}")
 
     def _frees_something(self, snapshot: Snapshot) -> bool:
         heir = self._heir_of(snapshot)
@@ -458,14 +493,23 @@ class Store:
         )
 
     async def suspect(self, reason: str) -> None:
-        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them."""
-        for snapshot in self._snapshots.values():
-            if snapshot.usable:
-                snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
-                for image in snapshot.images:
-                    image.suspect = not self._read_suspect
-                self._states.append(snapshot)
-        await self._record_states()
+        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.
+
+        What is preserved from now on may be wrong for them too, and right for newer ones: it goes into new layers.
+        """
+        trusted = [one for one in self._snapshots.values() if one.row.state in _TRUSTED]
+        if not trusted:
+            return
+        rows = await trio.to_thread.run_sync(self._catalog.suspect_snapshots, [one.id for one in trusted], reason)
+        for row in rows:
+            origin = next(one for one in self.origins if one.id == row.origin)
+            self._layers[row.id] = Layer(self._layers_directory, row.id, origin.chunks)
+            origin.group_of(row.snapshot).layers.append(self._layers[row.id])
+        for snapshot in trusted:
+            snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
+            snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))
+            for image in snapshot.images:
+                image.doubted_from = self._doubted_from(snapshot.row)
 
     def close_files(self) -> None:
         """Close the layers' files, whatever came before."""

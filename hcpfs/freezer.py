@@ -14,6 +14,7 @@ One request a line on standard input, one answer a line on standard output, both
         has cached writes to the images (paths below the mount point) written back, and finds the file systems that are
         mounted from loop devices on them
     {"freeze": [PATH, ...], "seconds": N}  ->  {"frozen": [PATH, ...], "refused": {PATH: REASON, ...}}
+    {"rescue": [PATH, ...]}                ->  {"thawed": N, "late": false}    after the death of a freezer before
     {"thaw": true}                         ->  {"thawed": N, "late": BOOL}     late: the time was over before
 """
 
@@ -73,6 +74,22 @@ class _Frozen:
         return thawed
 
 
+def _rescue(paths: list[str]) -> int:
+    """Thaw what a freezer froze that died of a SIGKILL: the freeze outlives it."""
+    thawed = 0
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(fd, _FITHAW, 0)
+                thawed += 1
+            finally:
+                os.close(fd)
+        except OSError:
+            continue  # it was not frozen, or is not mounted any more
+    return thawed
+
+
 def _find(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
     own = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
     if not own or own[-1].filesystem != beneath.FILESYSTEM_TYPE:
@@ -125,6 +142,8 @@ def main() -> None:
             request = json.loads(line)
             if "find" in request:
                 _answer(_find(request["mountpoint"], request["find"]))
+            elif "rescue" in request:
+                _answer({"thawed": _rescue(request["rescue"]), "late": False})
             elif "freeze" in request:
                 late = False
                 deadline = time.monotonic() + request["seconds"]

@@ -20,6 +20,7 @@ from cow.store import Evidence
 
 FREEZE_SECONDS = 10.0
 WRITE_BACK_SECONDS = 30.0
+_DIED = "the freezer process died"
 
 
 class Freezer:
@@ -39,16 +40,19 @@ class Freezer:
             )
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        await self.start()
+        """The answer of the process that was started. Raises BrokenResourceError when it died."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        await process.stdin.send_all(json.dumps(request).encode() + b"\n")
+        try:
+            await process.stdin.send_all(json.dumps(request).encode() + b"\n")
+        except trio.BrokenResourceError as error:
+            raise trio.BrokenResourceError(_DIED) from error
         while b"\n" not in self._received:
             received = await process.stdout.receive_some()
             if not received:
-                raise trio.BrokenResourceError("the freezer process died")
+                raise trio.BrokenResourceError(_DIED)
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
         reply: dict[str, Any] = json.loads(line)
@@ -59,6 +63,7 @@ class Freezer:
         async with self._turn:
             try:
                 with trio.fail_after(WRITE_BACK_SECONDS):
+                    await self.start()
                     answer = await self._ask({"find": inodes, "mountpoint": mountpoint})
             except (trio.TooSlowError, trio.BrokenResourceError) as error:
                 await self.stop()
@@ -70,20 +75,24 @@ class Freezer:
     async def frozen(self, paths: Iterable[str], seconds: float) -> AsyncIterator[dict[str, Any]]:
         """Freeze the file systems around the block, for at most `seconds`.
 
-        Yields the freezer's answer. When it does not come in time nothing counts as frozen, and whatever it froze is
-        thawed as soon as the kernel lets go of it.
+        Yields the freezer's answer; after the block its `late` says, in a sentence, when it may have ended before.
+        When the answer does not come in time nothing counts as frozen, and whatever it froze is thawed as soon as the
+        kernel lets go of it. When the freezer dies what it froze is thawed by another one, which cannot tell whether
+        somebody else had frozen it before: that ends too.
         """
+        paths = list(paths)
         async with self._turn:
             answer: dict[str, Any] = {"frozen": [], "refused": {}}
             try:
                 with trio.fail_after(seconds):
-                    answer = await self._ask({"freeze": list(paths), "seconds": seconds})
+                    await self.start()
+                    answer = await self._ask({"freeze": paths, "seconds": seconds})
             except trio.TooSlowError:
                 answer["refused"] = dict.fromkeys(paths, f"it did not freeze within {seconds:g} s")
                 await self.stop()
             except trio.BrokenResourceError as error:
                 answer["refused"] = dict.fromkeys(paths, str(error))
-                await self.stop()
+                await self._rescue(paths, seconds)
             try:
                 yield answer
             finally:
@@ -93,13 +102,28 @@ class Freezer:
     async def _thaw(self, answer: dict[str, Any], seconds: float) -> None:
         if not answer["frozen"]:
             return
+        late = f"the file system was thawed after {seconds:g} s, before the end"
         try:
             with trio.fail_after(seconds):
                 reply = await self._ask({"thaw": True})
-        except (trio.TooSlowError, trio.BrokenResourceError):
+                answer["late"] = late if reply["late"] else ""
+        except trio.TooSlowError:
             await self.stop()  # the broken pipe makes it thaw
-            reply = {"late": True}
-        answer["late"] = reply["late"]
+            answer["late"] = late
+        except trio.BrokenResourceError as error:
+            answer["late"] = f"{error} before the end"
+            await self._rescue(answer["frozen"], seconds)
+
+    async def _rescue(self, paths: list[str], seconds: float) -> None:
+        """Have another freezer thaw what the one that died had frozen."""
+        await self.stop()
+        try:
+            with trio.move_on_after(seconds, shield=True) as waiting:
+                await self.start()
+                await self._ask({"rescue": paths})
+        finally:
+            if waiting.cancelled_caught:
+                await self.stop()
 
     async def stop(self) -> None:
         """Break the pipe: the process thaws what is frozen, and ends."""
@@ -146,7 +170,7 @@ class Quiescer:
             yield evidence
         if answer.get("late"):
             evidence["quiesced"] = "no"
-            evidence["quiesce_note"] = f"the file system was thawed after {self._freeze_seconds:g} s, before the end"
+            evidence["quiesce_note"] = answer["late"]
 
 
 def _evidence(quiesced: str, notes: list[str]) -> Evidence:

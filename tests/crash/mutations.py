@@ -153,11 +153,10 @@ ORDER = [
     Edit(
         "an intent is recorded after the overwriting",
         "image:Image.write",
-        "                await self._announce(run)\n                self.delta.pin()\n                try:\n"
-        "                    await trio.to_thread.run_sync(self._write_delta, run, whole)\n                finally:\n"
-        "                    self.delta.unpin()\n",
+        "                crowded = await self._announce(run)\n                with pinned([self.delta]):\n"
+        "                    await trio.to_thread.run_sync(self._write_delta, run, whole)\n",
         "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n"
-        "                await self._announce(run)\n",
+        "                crowded = await self._announce(run)\n",
     ),
     Edit(
         "open intents are not carried over",
@@ -168,9 +167,9 @@ ORDER = [
     Edit(
         "journal files are dropped before the layers are saved",
         "commits:Commits.save",
-        "        try:\n            for layer, image",
-        "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n"
-        "        try:\n            for layer, image",
+        "        saved = []\n",
+        "        saved = []\n"
+        "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n",
     ),
     Edit(
         "recovery drops the journal before the layers are saved",

@@ -43,10 +43,7 @@ def test_i4_snapshots_of_a_changed_device_are_suspect(sandbox: Sandbox, served: 
     assert "may be wrong" in served.info("a")["reason"]
     with served.image("a").open("rb", buffering=0) as image:
         assert image.read(MIB) == preserved  # from the store, checked, and right
-    fd = os.open(served.image("a"), os.O_RDONLY | os.O_DIRECT)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        os.preadv(fd, [memoryview(_aligned(4096))], 4 * MIB)
-    os.close(fd)
+    _is_refused(served, 4 * MIB)
     assert "read_suspect" in served.status["last_error"]
     (served.snaps / "b").mkdir()  # one taken now is right
     assert served.image("b").read_bytes() == Path(served.sources[0]).read_bytes()
@@ -55,6 +52,41 @@ def test_i4_snapshots_of_a_changed_device_are_suspect(sandbox: Sandbox, served: 
     assert served.info("a")["state"] == "suspect"
     assert served.info("b")["state"] == "valid"
     assert len(served.image("a").read_bytes()) == 8 * MIB
+
+
+def test_i4_what_the_origin_overwrites_later_is_no_less_suspect(sandbox: Sandbox, served: Served) -> None:
+    """The bytes that nobody believes on the device are not believed in the store either, where they are preserved."""
+    served = served.remount()
+    before = Path(served.sources[0]).read_bytes()
+    served.umount()
+    _behind_our_back(Path(served.sources[0]), 2 * MIB + 50)  # seen
+    _behind_our_back(Path(served.sources[0]), 3 * MIB + 8192 * 3)  # not seen
+    served = served.again()
+    assert served.status["snapshots.suspect"] == "1"
+    (served.snaps / "b").mkdir()
+    trusted = served.image("b").read_bytes()
+    with served.live.open("r+b") as live:
+        live.seek(2 * MIB)
+        live.write(os.urandom(2 * MIB))
+    for _ in range(2):
+        _is_refused(served, 3 * MIB + 8192 * 3)
+        assert served.image("b").read_bytes() == trusted
+        served = served.remount()
+    (served.snaps / "b").rmdir()  # its layers go on to serve `a`
+    served = served.remount()
+    _is_refused(served, 3 * MIB + 8192 * 3)
+    with served.image("a").open("rb", buffering=0) as image:
+        assert len(image.read(MIB)) == MIB  # preserved before
+    served.umount()
+    served = sandbox.mount(*served.sources, options=["-o", "read_suspect"])
+    assert served.image("a").read_bytes()[2 * MIB + 65 : 3 * MIB] == before[2 * MIB + 65 : 3 * MIB]
+
+
+def _is_refused(served: Served, offset: int) -> None:
+    fd = os.open(served.image("a"), os.O_RDONLY | os.O_DIRECT)  # without the read-ahead of the kernel
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        os.preadv(fd, [_aligned(4096)], offset)
+    os.close(fd)
 
 
 def _aligned(length: int) -> memoryview:

@@ -62,6 +62,10 @@ class Engine:
     def call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         return trio.from_thread.run(function, *arguments, trio_token=self._token)
 
+    @property
+    def is_open(self) -> bool:
+        return self._thread.is_alive()
+
     def close(self) -> None:
         trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
         self._thread.join()
