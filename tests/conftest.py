@@ -6,11 +6,26 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from hcpfs import beneath, record
 from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
 
 RUN_VARIABLE = "HCPFS_TEST_RUN"
+
+
+class _OneForTheMachine(LoadScopeScheduling):
+    """One process has the tests that need the machine, with its mounts and the numbers of its loop devices.
+
+    The other one has those of the engine alone.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith(("tests/cow/", "tests/crash/")) else "machine"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return _OneForTheMachine(config, log)
 
 
 @pytest.fixture

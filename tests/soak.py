@@ -35,6 +35,7 @@ from tests.support.sandbox import run as command
 from tests.support.workload import CHUNKS, History, do_something
 
 FIO_MIB, FIO_PASSES = 128, 4
+FSX_OPERATIONS, FSX_SNAPSHOT_RATE = 40_000, 0.001
 MEMORY_OPERATIONS, MEMORY_CHECK_EVERY = 8000, 500
 
 Portion = Callable[[int], Counter[str]]
@@ -125,7 +126,7 @@ def _random_operations(seed: int) -> Counter[str]:
     target = ("live", "snapshot")[seed % 2]
     through = ("file", "loop", "loop with direct-io")[seed // 2 % 3]
     with _sandbox() as sandbox:
-        done = random_operations(sandbox, target, through, 6000, seed)
+        done = random_operations(sandbox, target, through, FSX_OPERATIONS, seed, snapshot_rate=FSX_SNAPSHOT_RATE)
     return Counter({"file operations": done})
 
 

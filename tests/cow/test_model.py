@@ -75,7 +75,7 @@ class EngineAgainstModel(Machine):
 
 
 EngineAgainstModel.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=80,
     deadline=None,
     derandomize=True,

@@ -229,8 +229,9 @@ def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
 ) -> None:
     """All of it has to be carried over into each new file. Here everything is 64 times smaller."""
     scale = 64
+    file_bytes = journal.FILE_BYTES // scale
     for module in (journal, space):
-        monkeypatch.setattr(module, "FILE_BYTES", journal.FILE_BYTES // scale)
+        monkeypatch.setattr(module, "FILE_BYTES", file_bytes)
     monkeypatch.setattr(image, "MOST_UNCOMMITTED_CHUNKS", image.MOST_UNCOMMITTED_CHUNKS // scale)
     monkeypatch.setattr(commits, "MOST_INTENDED_CHUNKS", commits.MOST_INTENDED_CHUNKS // scale)
     chunks = 1100

@@ -99,6 +99,7 @@ def test_i2_i4_a_read_that_is_overtaken_by_a_write_does_not_give_the_new_bytes(e
     snapshot = engine.call(engine.store.create_snapshot, b"a")
     origin = engine.store.origins[0]
     before = engine.call(origin.read, 0, 4096)
+    wait_until(lambda: origin.fingerprint_of == snapshot.id, what="the fingerprint, which reads too")
     started, go_on = threading.Event(), threading.Event()
     real = origin.read_chunks
 

@@ -5,7 +5,7 @@ from functools import partial
 from tests.crash.corruption import check_many
 from tests.crash.harness import run
 
-STORES = 3000
+STORES = 2400
 
 
 def test_i4_damaged_stores_give_right_bytes_or_an_error() -> None:

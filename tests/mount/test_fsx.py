@@ -9,6 +9,7 @@ from tests.support.sandbox import Sandbox
 
 SIZE = (8 << 20) + 4096
 OPERATIONS = 1500
+SNAPSHOT_RATE = 0.01  #: snapshots for each operation
 
 
 @pytest.mark.parametrize("through", ["file", "loop", "loop with direct-io"])
@@ -17,7 +18,9 @@ def test_i2_i9_random_operations(sandbox: Sandbox, target: str, through: str) ->
     assert random_operations(sandbox, target, through, OPERATIONS, seed=1) == OPERATIONS
 
 
-def random_operations(sandbox: Sandbox, target: str, through: str, count: int, seed: int) -> int:
+def random_operations(
+    sandbox: Sandbox, target: str, through: str, count: int, seed: int, snapshot_rate: float = SNAPSHOT_RATE
+) -> int:
     """Do `count` operations on the target, with a snapshot taken or dropped now and then; every one stays right."""
     random_ = random.Random(f"{target} {through} {seed}")
     content = random_.randbytes(SIZE)
@@ -31,7 +34,7 @@ def random_operations(sandbox: Sandbox, target: str, through: str, count: int, s
     fsx = Fsx(path, model, random_)
     for number in range(count):
         fsx.step()
-        if random_.random() < 0.01:
+        if random_.random() < snapshot_rate:
             name = f"s{number}"
             if through != "file":
                 fsx.settle()  # the loop device's cache is not part of a snapshot

@@ -72,7 +72,7 @@ class MountAgainstModel(Machine):
 
 
 MountAgainstModel.TestCase.settings = settings(
-    max_examples=12,
+    max_examples=8,
     stateful_step_count=100,
     deadline=None,
     derandomize=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PAGE = 4096
 MOST_BYTES = 64 * 1024
+NOISE_BYTES = 4 << 20
 
 
 class Fsx:
@@ -37,6 +38,7 @@ class Fsx:
             (3, self._drop_cache),
         ]
         self._weights = [weight for weight, _ in self._actions]
+        self._noise = random_.randbytes(NOISE_BYTES)
 
     def step(self) -> None:
         """One more operation."""
@@ -65,6 +67,11 @@ class Fsx:
         offset = self._random.randrange(len(self._model) // align) * align
         return offset, min(length, (len(self._model) - offset) // align * align)
 
+    def _fresh(self, length: int) -> bytes:
+        """Bytes that are hardly ever the same twice, cut out of noise, which is faster than making them."""
+        start = self._random.randrange(NOISE_BYTES - length)
+        return self._noise[start : start + length]
+
     def _compare(self, found: bytes, offset: int) -> None:
         expected = self._model[offset : offset + len(found)]
         if found == expected:
@@ -83,7 +90,7 @@ class Fsx:
 
     def _write(self) -> None:
         offset, length = self._extent()
-        data = self._random.randbytes(length)
+        data = self._fresh(length)
         assert os.pwrite(self._fd, data, offset) == length
         self._take(offset, data)
 
@@ -93,7 +100,7 @@ class Fsx:
 
     def _write_direct(self) -> None:
         offset, length = self._extent(PAGE)
-        data = self._random.randbytes(length)
+        data = self._fresh(length)
         self._buffer[:length] = data
         assert os.pwritev(self._direct, [memoryview(self._buffer)[:length]], offset) == length
         self._take(offset, data)
@@ -110,7 +117,7 @@ class Fsx:
     def _write_mapped(self) -> None:
         offset, length = self._extent()
         length = max(0, min(length, len(self._model) // PAGE * PAGE - offset))
-        data = self._random.randbytes(length)
+        data = self._fresh(length)
         with self._map() as mapped:
             mapped[offset : offset + length] = data
             mapped.flush()
