@@ -12,16 +12,24 @@ from hcpfs import beneath, record
 from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
 
 RUN_VARIABLE = "HCPFS_TEST_RUN"
+ANYWHERE = {  # they mount, and nothing else
+    *("tests/mount/test_attributes.py", "tests/mount/test_basics.py", "tests/mount/test_hostile.py"),
+    *("tests/mount/test_model.py", "tests/mount/test_policies.py", "tests/mount/test_suspect.py"),
+    "tests/mount/test_verify.py",
+}
 
 
 class _OneForTheMachine(LoadScopeScheduling):
-    """One process has the tests that need the machine, with its mounts and the numbers of its loop devices.
+    """One process has the tests that need the machine for themselves: the numbers of its loop devices, lazy unmounts.
 
-    The other one has those of the engine alone.
+    The others may run beside them, file by file, and those of the engine one by one.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if nodeid.startswith(("tests/cow/", "tests/crash/")) else "machine"
+        file = nodeid.partition("::")[0]
+        if file.startswith(("tests/cow/", "tests/crash/")):
+            return nodeid
+        return file if file in ANYWHERE else "machine"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
