@@ -119,6 +119,11 @@ class SnapshotRow:
     reason: str
     evidence: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def doubted_from(self) -> int | None:
+        """The first layer that a suspect snapshot must not believe, nor the device; None for any other."""
+        return int(self.evidence.get(DOUBTED_FROM, 0)) if self.state is State.SUSPECT else None
+
 
 @dataclass(frozen=True)
 class LayerRow:

@@ -114,6 +114,17 @@ class Image:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
         return [self.delta, *self.origin.layers_for(self._snapshot)]
 
+    def reads(self, layer: Layer, chunks: BitMap64) -> bool:
+        """Whether it reads any of the chunks, all held by `layer`, from there."""
+        if not self.is_usable:
+            return False
+        left = chunks
+        for one in self.layers():
+            if one is layer:
+                return bool(left)
+            left = left - one.known
+        return False
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> bytes:

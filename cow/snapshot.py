@@ -1,8 +1,11 @@
 """A snapshot: its name, its state, and an image for each origin."""
 
+from pyroaring import BitMap64
+
 from cow.catalog import SnapshotRow, State
 from cow.errors import BadNameError, NameTooLongError, printable
 from cow.image import Image
+from cow.layer import Layer
 
 MOST_NAME_BYTES = 255
 
@@ -40,6 +43,18 @@ class Snapshot:
     def is_open(self) -> bool:
         """Whether one of its images is open."""
         return any(image.opened for image in self.images)
+
+    def asks(self, layer: Layer) -> bool:
+        """Whether the layer is among those that its images ask. It must be usable."""
+        return any(layer in image.layers() for image in self.images)
+
+    def reads(self, layer: Layer, chunks: BitMap64) -> bool:
+        """Whether an image reads any of the chunks, all held by `layer`, from there."""
+        return any(image.reads(layer, chunks) for image in self.images)
+
+    def frees_something(self, heir: int | None) -> bool:
+        """Whether its end would give space back, if `heir` inherits."""
+        return any(image.delta.held or image.origin.freed_by(self.id, heir) for image in self.images)
 
     def image(self, name: bytes) -> Image | None:
         """The image of that name."""

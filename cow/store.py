@@ -123,8 +123,7 @@ class Store:
 
     def by_id(self, number: int) -> Snapshot | None:
         """The snapshot of that id."""
-        found = self._snapshots.get(number)
-        return found if found is not None and found.exists else None
+        return next((one for one in self.snapshots if one.id == number), None)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -184,14 +183,17 @@ class Store:
     async def _open_epoch(self, name: bytes) -> Snapshot:
         row, layer_rows = await trio.to_thread.run_sync(self._catalog.add_snapshot, name, time.time_ns())
         # atomic: no checkpoint. Between the commit and here no write is let in.
-        chunks = {origin.id: origin.chunks for origin in self.origins}
-        for layer_row in layer_rows:
-            self._layers[layer_row.id] = Layer(self._layers_directory, layer_row.id, chunks[layer_row.origin])
+        self._make_layers(layer_rows)
         preserved = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.PRESERVED}
         deltas = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.DELTA}
         for origin in self.origins:
             origin.open_epoch(row.id, preserved[origin.id])
         return self._add(row, deltas)
+
+    def _make_layers(self, rows: Sequence[LayerRow]) -> None:
+        chunks = {origin.id: origin.chunks for origin in self.origins}
+        for row in rows:
+            self._layers[row.id] = Layer(self._layers_directory, row.id, chunks[row.origin])
 
     def _add(self, row: SnapshotRow, deltas: dict[int, Layer]) -> Snapshot:
         async def on_damage(sentence: str) -> None:
@@ -206,18 +208,12 @@ class Store:
                 self._commits,
                 self.space.room_for_write,
                 on_damage,
-                doubted_from=self._doubted_from(row),
+                doubted_from=None if self._read_suspect else row.doubted_from,
             )
             for origin in self.origins
         ]
         self._snapshots[row.id] = Snapshot(row, images)
         return self._snapshots[row.id]
-
-    def _doubted_from(self, row: SnapshotRow) -> int | None:
-        """The first layer that such a snapshot must not believe, nor the device; None when it may."""
-        if row.state is not State.SUSPECT or self._read_suspect:
-            return None
-        return int(row.evidence[DOUBTED_FROM])
 
     async def rename_snapshot(self, old: bytes, new: bytes) -> None:
         """Rename a snapshot, durably. Raises NotFoundError, NameTakenError and the errors of names. # I5"""
@@ -324,7 +320,7 @@ class Store:
         lost = BitMap64()
         for run in runs:
             lost.add_range(run.first, run.end)
-        affected = [one for one in self.snapshots if any(_reads(image, layer, lost) for image in one.images)]
+        affected = [one for one in self.snapshots if one.reads(layer, lost)]
         record = Record(Kind.LOST, layer.id, time.time_ns(), runs)
         await self._commits.commit([record], lambda: layer.lose(runs))
         sentence = f"{len(lost)} chunks were found damaged and given up; they read EIO, and the rest stays readable"
@@ -349,7 +345,7 @@ class Store:
         usable = [one for one in self._snapshots.values() if one.usable and not one.leaving]
         if not usable:
             return False
-        least_wanted = min(usable, key=lambda one: (not self._frees_something(one), one.is_open, one.id))
+        least_wanted = min(usable, key=lambda one: (not one.frees_something(self._heir_of(one)), one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
         try:
             await self.housekeeping.sweep()
@@ -361,16 +357,8 @@ class Store:
 
     async def _give_up_readers(self, layer: Layer, error: Exception) -> None:
         """Give up the snapshots that read a layer which cannot be saved: the journal must not grow for ever. # I6"""
-        readers = [
-            one.id
-            for one in self._snapshots.values()
-            if one.usable and any(layer in image.layers() for image in one.images)
-        ]
+        readers = [one.id for one in self._snapshots.values() if one.usable and one.asks(layer)]
         await self._give_up(readers, f"what is known of its chunks could not be saved for long: {error}")
-
-    def _frees_something(self, snapshot: Snapshot) -> bool:
-        heir = self._heir_of(snapshot)
-        return any(image.delta.held or image.origin.freed_by(snapshot.id, heir) for image in snapshot.images)
 
     async def _give_up(self, numbers: Sequence[int], reason: str) -> None:
         """Make snapshots invalid, durably, so that the origin can go on. # I8"""
@@ -485,12 +473,8 @@ class Store:
                 await origin.sync()
         await self._commits.checkpoint()
         await self.housekeeping.do_all(closing=True)
-        await trio.to_thread.run_sync(self._record_clean_stop)
-
-    def _record_clean_stop(self) -> None:
-        self._catalog.record_clean_stop(
-            (origin.id, os.fsencode(origin.device.label), origin.modified_ns) for origin in self.origins
-        )
+        stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]
+        await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped)
 
     async def suspect(self, reason: str) -> None:
         """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.
@@ -501,30 +485,18 @@ class Store:
         if not trusted:
             return
         rows = await trio.to_thread.run_sync(self._catalog.suspect_snapshots, [one.id for one in trusted], reason)
-        for row in rows:
-            origin = next(one for one in self.origins if one.id == row.origin)
-            self._layers[row.id] = Layer(self._layers_directory, row.id, origin.chunks)
-            origin.group_of(row.snapshot).layers.append(self._layers[row.id])
+        self._make_layers(rows)
+        added = {row.origin: self._layers[row.id] for row in rows}
+        for origin in self.origins:
+            origin.groups[-1].layers.append(added[origin.id])
         for snapshot in trusted:
             snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
             snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))
             for image in snapshot.images:
-                image.doubted_from = self._doubted_from(snapshot.row)
+                image.doubted_from = None if self._read_suspect else snapshot.row.doubted_from
 
     def close_files(self) -> None:
         """Close the layers' files, whatever came before."""
         for layer in self._layers.values():
             layer.close()
         self.housekeeping.close_files()
-
-
-def _reads(image: Image, layer: Layer, chunks: BitMap64) -> bool:
-    """Whether the image reads any of the chunks, all held by `layer`, from there."""
-    if not image.is_usable:
-        return False
-    left = chunks
-    for one in image.layers():
-        if one is layer:
-            return bool(left)
-        left = left - one.known
-    return False
