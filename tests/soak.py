@@ -206,6 +206,7 @@ def main(minutes: float, seed: int, proofs: tuple[str, ...]) -> None:
         try:
             totals += portion(seeds[name])
         except BaseException:
+            _print_table(totals, seconds)
             click.echo(f"soak: {name} failed with seed {seeds[name]}", err=True)
             raise
         seconds[name] += time.monotonic() - began

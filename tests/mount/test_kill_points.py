@@ -62,8 +62,10 @@ def killed_at(sandbox: Sandbox, point: str, seed: int) -> None:
     disk = sandbox.disk(content=content)
     history = History(content)
     served = sandbox.mount(disk)
-    for _ in range(40):
+    operations = 0
+    while operations < 40 or not history.snapshots:  # without one some points are never met
         do_something(served, history, random_)
+        operations += 1
     phase, call = POINTS[point].phase, POINTS[point].call
     if phase is Phase.START:
         served.kill()
