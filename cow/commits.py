@@ -92,7 +92,7 @@ class Commits:
     async def _start_file(self) -> None:
         # What may be half overwritten must still be known once the older files are gone.
         intents = [
-            Record(Kind.INTENT, layer.id, layer.written_ns, list(runs_of(iter(layer.intended))))
+            Record(Kind.INTENT, layer.id, layer.written_ns, list(runs_of(layer.intended)))
             for layer in self._layers()
             if layer.intended
         ]

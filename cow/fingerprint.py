@@ -11,9 +11,10 @@ The sample: all of the first MiB (superblocks, partition tables), the last 64 Ki
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
 
-from cow.geometry import CHUNK_BYTES, Run, chunks_of, pieces, runs_of
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 
 HEAD_CHUNKS = (1 << 20) // CHUNK_BYTES
 TAIL_CHUNKS = 16
@@ -25,9 +26,9 @@ _ZERO_SUM = xxh3_64_digest(bytes(CHUNK_BYTES))
 def sampled(size_bytes: int) -> list[Run]:
     """The runs that a fingerprint of a device of that size covers, ascending."""
     chunks = chunks_of(size_bytes)
-    sample = {*range(min(HEAD_CHUNKS, chunks)), *range(max(0, chunks - TAIL_CHUNKS), chunks)}
+    sample = chunks_in([Run(0, min(HEAD_CHUNKS, chunks)), Run(max(0, chunks - TAIL_CHUNKS), min(TAIL_CHUNKS, chunks))])
     sample.update(chunks * place // SPREAD_CHUNKS for place in range(SPREAD_CHUNKS))
-    return list(runs_of(iter(sorted(sample))))
+    return list(runs_of(sample))
 
 
 def digests(runs: Sequence[Run], read: Callable[[Run], bytes]) -> bytes:
@@ -58,13 +59,13 @@ class Comparison:
 
 def compare(runs: Sequence[Run], before: bytes, now: bytes, counts: Callable[[int], bool]) -> Comparison:
     """Compare two fingerprints; `counts` tells whether a chunk matters. Zeroes are no sign of identity."""
-    same, changed = 0, []
+    same, changed = 0, BitMap64()
     for place, chunk in enumerate(chunk for run in runs for chunk in range(run.first, run.end)):
         digest, present = before[8 * place : 8 * place + 8], now[8 * place : 8 * place + 8]
         if _UNKNOWN in (digest, present) or not counts(chunk):
             continue
         if digest != present:
-            changed.append(chunk)
+            changed.add(chunk)
         elif digest != _ZERO_SUM:
             same += 1
-    return Comparison(same, list(runs_of(iter(changed))))
+    return Comparison(same, list(runs_of(changed)))

@@ -13,7 +13,7 @@ from cow.errors import HoldTimeoutError
 
 
 class Gate:
-    """Writers use `passing()`, the taker of a snapshot uses `hold()`."""
+    """Writers use `enter()` and `leave()`, the taker of a snapshot uses `hold()`."""
 
     def __init__(self) -> None:
         self._holders = trio.Lock()
@@ -26,18 +26,17 @@ class Gate:
         """Whether writes have to wait."""
         return self._opened is not None
 
-    @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
-        """Around one write. Waits while the gate is held."""
+    async def enter(self) -> None:
+        """Before one write. Waits while the gate is held. Followed by `leave`, whatever comes between."""
         while self._opened is not None:
             await self._opened.wait()
         self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if self._inside == 0 and self._emptied is not None:
-                self._emptied.set()
+
+    def leave(self) -> None:
+        """After one write."""
+        self._inside -= 1
+        if self._inside == 0 and self._emptied is not None:
+            self._emptied.set()
 
     @asynccontextmanager
     async def hold(self, drain_seconds: float) -> AsyncIterator[None]:

@@ -4,7 +4,7 @@ A *chunk* is the 4 KiB unit in which exceptions are kept. A *run* is a range of 
 engine works on runs; nothing but this module divides by the chunk size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ def held_in(chunks: BitMap64, run: Run) -> list[Run]:
         return []
     if present == run.chunks:
         return [run]
-    return list(runs_of(islice(chunks.iter_equal_or_larger(run.first), present)))
+    return list(runs_of(BitMap64(islice(chunks.iter_equal_or_larger(run.first), present))))
 
 
 def missing_from(chunks: BitMap64, run: Run) -> list[Run]:
@@ -87,17 +87,18 @@ def missing_from(chunks: BitMap64, run: Run) -> list[Run]:
     return missing
 
 
-def runs_of(chunks: Iterator[int]) -> Iterator[Run]:
-    """Group ascending chunk numbers into maximal runs."""
-    first = end = -1
-    for chunk in chunks:
-        if chunk != end:
-            if end >= 0:
-                yield Run(first, end - first)
-            first = chunk
-        end = chunk + 1
-    if end >= 0:
-        yield Run(first, end - first)
+def runs_of(chunks: BitMap64) -> Iterator[Run]:
+    """The maximal runs of a set of chunks, ascending. Does not look at every chunk."""
+    firsts, lasts = chunks - chunks.shift(1), chunks - chunks.shift(-1)
+    return (Run(first, last - first + 1) for first, last in zip(firsts, lasts, strict=True))
+
+
+def chunks_in(runs: Iterable[Run]) -> BitMap64:
+    """The set of chunks of runs."""
+    chunks = BitMap64()
+    for run in runs:
+        chunks.add_range(run.first, run.end)
+    return chunks
 
 
 def pieces(run: Run, most: int) -> Iterator[Run]:

@@ -2,34 +2,47 @@
 
 What is written goes to the delta layer, which is asked first; what the origin overwrote is in the preserved layers;
 the rest is still on the device. Writes are kept whole chunks at a time: a partial chunk is filled up from what the
-image shows. A chunk that the delta holds durably is overwritten in place only after an INTENT is in the journal, so
-that a crash in the middle is told apart from damage.
+image shows. With write-behind they wait in memory for a moment, to be taken there together. A chunk that the delta
+holds durably is overwritten in place only after an INTENT is in the journal, so that a crash in the middle is told
+apart from damage.
 
 `sync` makes the writes durable (I3). Until then a crash may keep, drop or tear them, as on any disk.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 
 import trio
 from pyroaring import BitMap64
 
+from cow.behind import LINGER_SECONDS, Behind, Contents, Untaken, contents_of, overlaid, rows
 from cow.chain import Piece, resolve
 from cow.commits import Commits
-from cow.errors import DamagedError, InvalidSnapshotError, PastEndError, SuspectError
-from cow.geometry import CHUNK_BYTES, Run, covering, missing_from, runs_of, split
+from cow.errors import (
+    CowError,
+    DamagedError,
+    InvalidSnapshotError,
+    PastEndError,
+    QuotaError,
+    StoreFullError,
+    SuspectError,
+    printable,
+)
+from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
 from cow.origin import Origin
+from cow.space import MOST_BYTES_PER_CHUNK, Space
 
+MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
 
 
 class Image:
     """Trio thread only.
 
-    `room(bytes)`, around a write, raises when there is none; `on_damage(sentence)` records a mismatch.
+    `on_damage(sentence)` records a mismatch; `on_trouble` is told when what was acknowledged cannot be written.
     With `doubted_from` what is on the device may be wrong, and so what the layers from that id on have from it: reading
     it is refused.
     """
@@ -41,10 +54,12 @@ class Image:
         created_ns: int,
         delta: Layer,
         commits: Commits,
-        room: Callable[[int], AbstractAsyncContextManager[None]],
+        space: Space,
         on_damage: Callable[[str], Awaitable[None]],
+        on_trouble: Callable[[str], None],
         *,
         doubted_from: int | None,
+        write_behind: bool,
     ) -> None:
         self.origin = origin
         self.delta = delta  #: written by this image alone # I9
@@ -52,10 +67,14 @@ class Image:
         self._snapshot = snapshot
         self._created_ns = created_ns
         self._commits = commits
-        self._room = room
+        self._space = space
         self._on_damage = on_damage
         self.doubted_from = doubted_from
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
+        self._write_behind = write_behind
+        label = f"image {printable(origin.name)} of snapshot {snapshot}"
+        self._behind = Behind(label, self._take, on_trouble, self._wait_in_memory)
+        self._running = trio.CancelScope()
 
     @property
     def size_bytes(self) -> int:
@@ -96,7 +115,7 @@ class Image:
         for layer in reversed(layers):
             lost = (lost - layer.held) | layer.lost
         lost = (lost | self.delta.lost) - self.delta.held
-        return list(runs_of(iter(lost)))
+        return list(runs_of(lost))
 
     async def allocated_bytes(self) -> int:
         """What the snapshot takes in the store for this image, checksums included."""
@@ -137,9 +156,17 @@ class Image:
         if length <= 0:
             return b""
         run = covering(offset, length)
-        data = await self._read_chunks(run)
+        newer = self._behind.pieces(offset, length)
+        try:
+            data = await self._read_chunks(run)
+        except CowError:
+            if not newer:
+                raise
+            await self._behind.drain()  # perhaps what cannot be read is overwritten
+            newer, data = [], await self._read_chunks(run)
         start = offset - run.offset
-        return data if start == 0 and length == len(data) else data[start : start + length]
+        data = data if start == 0 and length == len(data) else data[start : start + length]
+        return overlaid(data, offset, newer) if newer else data
 
     async def _read_chunks(self, run: Run) -> bytes:
         try:
@@ -218,73 +245,110 @@ class Image:
             data = data[: self.size_bytes - offset]
         if not data:
             return 0
-        run = covering(offset, len(data))
+        self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
+        if not self._write_behind:
+            await self._take(contents_of(offset, data))
+        else:
+            while self._space.waiting_chunks >= MOST_WAITING_CHUNKS:  # of all images together # I6
+                await self._behind.drain()
+                await trio.sleep(LINGER_SECONDS)
+            await self._check_room(covering(offset, len(data)).chunks * MOST_BYTES_PER_CHUNK)
+            await self._behind.put(offset, data)
+        self.delta.written_ns = time.time_ns()
+        return len(data)
+
+    async def _check_room(self, count: int) -> None:
+        try:
+            await self._space.check_for_write(count)
+        except (QuotaError, StoreFullError):
+            if not self._behind.chunks:
+                raise
+            await self._behind.drain()  # it takes less than it might have
+            await self._space.check_for_write(count)
+
+    def _wait_in_memory(self, chunks: int) -> None:
+        self._space.waiting_chunks += chunks
+
+    async def _take(self, contents: Contents) -> Untaken:
+        """Write into the delta."""
+        chunks = BitMap64(contents)
         async with self._changing:
-            self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
+            try:
+                self.origin.group_of(self._snapshot)
+            except InvalidSnapshotError as error:
+                return Untaken({}, error)  # nobody will ever read it
             if self._has_much_to_commit:
                 await self._commit()  # in vain the last time, when the store failed
-            whole = await self._fill_up(offset, data, run)
-            async with self._room(self.delta.new_bytes([run])):
-                crowded = await self._announce(run)
+            whole = await self._filled_up(contents)
+            count = self.delta.new_bytes(chunks)
+            async with self._space.keeping(count) if self._write_behind else self._space.room_for_write(count):
+                crowded = await self._announce(chunks)
                 with pinned([self.delta]):
-                    await trio.to_thread.run_sync(self._write_delta, run, whole)
-            for fresh in missing_from(self.delta.held, run):
-                self.delta.uncommitted.add_range(fresh.first, fresh.end)
-            self.delta.held.add_range(run.first, run.end)
-            self.delta.written_ns = time.time_ns()
+                    await trio.to_thread.run_sync(self._write_delta, chunks, whole)
+            self.delta.uncommitted |= chunks - self.delta.held
+            self.delta.held |= chunks
             if crowded or self._has_much_to_commit:
                 await self._commit()
-        return len(data)
+        return Untaken({}, None)
 
     @property
     def _has_much_to_commit(self) -> bool:
         return len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS
 
-    def _write_delta(self, run: Run, whole: bytes) -> None:
+    def _write_delta(self, chunks: BitMap64, whole: Mapping[int, bytes]) -> None:
         try:
-            self.delta.write(run.first, whole)
+            sums = [self.delta.write_data(row[0], b"".join(whole[chunk] for chunk in row)) for row in rows(whole)]
+            self.delta.write_sums_of(list(runs_of(chunks)), b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
-            affected = BitMap64()
-            affected.add_range(run.first, run.end)
-            self.delta.rehash(affected & self.delta.held)
+            self.delta.rehash(chunks & self.delta.held)
             raise
 
-    async def _fill_up(self, offset: int, data: bytes, run: Run) -> bytes:
-        """The whole chunks of `run` as they shall be."""
-        head, _, tail = split(offset, len(data))
-        before = after = b""
-        if head or (tail and run.chunks == 1):
-            first = await self._read_settled(Run(run.first, 1))
-            before = first[: offset - run.offset]
-            after = first[offset - run.offset + len(data) :]
-        if run.chunks > 1 and tail:
-            last = await self._read_settled(Run(run.end - 1, 1))
-            after = last[tail:]
-        return before + data + after if before or after else data
+    async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
+        """The whole chunks as they shall be."""
+        whole = {}
+        for chunk, content in contents.items():
+            if isinstance(content, bytes):
+                whole[chunk] = content
+            else:
+                whole[chunk] = overlaid(await self._read_settled(Run(chunk, 1)), 0, content.pieces())
+        return whole
 
-    async def _announce(self, run: Run) -> bool:
+    async def _announce(self, chunks: BitMap64) -> bool:
         """Put an INTENT into the journal for the committed chunks that will be overwritten in place.
 
         Returns whether there are so many of all images that they should be committed soon.
         """
-        overwritten = BitMap64()
-        overwritten.add_range(run.first, run.end)
-        overwritten &= self.delta.held
+        overwritten = chunks & self.delta.held
         overwritten -= self.delta.uncommitted
         overwritten -= self.delta.intended
         if not overwritten:
             return False
         self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
-        record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(iter(overwritten))))
+        record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(overwritten)))
         await self._commits.commit([record], lambda: None)
         return self._commits.intents_are_many
+
+    async def run(self) -> None:
+        """The image's background work; runs until `stop`."""
+        with self._running:
+            await self._behind.run()
+
+    def stop(self) -> None:
+        """Nobody uses the image any more; what was not synced is forgotten."""
+        self._running.cancel()
+        self._behind.forget()
+
+    async def drain(self) -> None:
+        """Have all writes that were acknowledged in the delta, not yet durable."""
+        await self._behind.drain()
 
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3
 
         Raises InvalidSnapshotError when the snapshot was given up, OSError or SyncError when the store fails.
         """
+        await self._behind.drain()
         async with self._changing:
             self.origin.group_of(self._snapshot)
             await self._commit()
@@ -294,10 +358,10 @@ class Image:
         if not written:
             return
         with pinned([self.delta]):
-            runs = list(runs_of(iter(written)))
+            runs = list(runs_of(written))
             sums = await trio.to_thread.run_sync(self._sync_data, runs)
             record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
-            await self._commits.commit([record], lambda: self.delta.commit(runs))
+            await self._commits.commit([record], lambda: self.delta.commit(written))
 
     def _sync_data(self, runs: list[Run]) -> bytes:
         self.delta.sync_data()

@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from typing import NamedTuple
 
 from pyroaring import BitMap64
@@ -58,6 +59,7 @@ class Layer:
         self._files: dict[str, File] = {}
         self._unsynced: set[str] = set()
         self._entries_unsynced = False  #: whether files were made since the directory was synced
+        self._summing = threading.Lock()  #: guards the checksums' slots against two writers of one page
         self._opening = threading.Lock()  #: guards `_directory`, `_files` and what is unsynced
         self.pins = 0  #: how many threads may be working on the files
         self._closing = False
@@ -140,8 +142,10 @@ class Layer:
 
     def checksums(self, first: int, data: bytes | memoryview) -> bytes:
         """The checksums, 8 bytes each, of the whole chunks in `data`, which start at chunk `first`."""
-        view = memoryview(data)
         seed = self._seed + first
+        if len(data) == CHUNK_BYTES:
+            return xxh3_64_digest(data, seed=seed & _MASK_64)
+        view = memoryview(data)
         return b"".join(
             xxh3_64_digest(view[start : start + CHUNK_BYTES], seed=(seed + index) & _MASK_64)
             for index, start in enumerate(range(0, len(view), CHUNK_BYTES))
@@ -152,21 +156,46 @@ class Layer:
 
         The caller puts the chunks into `held` once the write has returned.
         """
-        sums = self.checksums(first, data)
-        view = memoryview(data)
-        for name, part in _by_segment(Run(first, len(view) // CHUNK_BYTES)):
-            start = (part.first - first) * CHUNK_BYTES
-            self._file(name, create=True).pwrite(
-                view[start : start + part.length], part.first % SEGMENT_CHUNKS * CHUNK_BYTES
-            )
-            with self._opening:
-                self._unsynced.add(name)
+        sums = self.write_data(first, data)
         self.write_sums(first, sums)
         return sums
 
+    def write_data(self, first: int, data: bytes | memoryview) -> bytes:
+        """As `write`, and the caller writes the checksums."""
+        for name, part in _by_segment(Run(first, len(data) // CHUNK_BYTES)):
+            start = (part.first - first) * CHUNK_BYTES
+            whole = part.length == len(data)
+            self._file(name, create=True).pwrite(
+                data if whole else memoryview(data)[start : start + part.length],
+                part.first % SEGMENT_CHUNKS * CHUNK_BYTES,
+            )
+            if name not in self._unsynced:  # when it is, the write above came before the sync
+                with self._opening:
+                    self._unsynced.add(name)
+        return self.checksums(first, data)
+
     def write_sums(self, first: int, sums: bytes) -> None:
         """Put checksums into their slots. Durable after a checkpoint; until then the journal has them."""
-        self._file("sums", create=True).pwrite(sums, first * SUM_BYTES)
+        with self._summing:
+            self._file("sums", create=True).pwrite(sums, first * SUM_BYTES)
+
+    def write_sums_of(self, runs: Sequence[Run], sums: bytes) -> None:
+        """Put the checksums of several runs, ascending, into their slots: those of one page with one write."""
+        file, at = self._file("sums", create=True), 0
+        for _, group in groupby(runs, lambda run: run.first // _SUM_PAGE_CHUNKS):
+            near = list(group)
+            first, end = near[0].first, near[-1].end
+            with self._summing:
+                slots = bytearray()
+                if len(near) > 1:
+                    slots += file.pread((end - first) * SUM_BYTES, first * SUM_BYTES)
+                slots.extend(bytes((end - first) * SUM_BYTES - len(slots)))
+                for run in near:
+                    count = run.chunks * SUM_BYTES
+                    start = (run.first - first) * SUM_BYTES
+                    slots[start : start + count] = sums[at : at + count]
+                    at += count
+                file.pwrite(bytes(slots), first * SUM_BYTES)
 
     def read_sums(self, run: Run) -> bytes:
         """The checksums of a run, from their slots."""
@@ -224,20 +253,20 @@ class Layer:
             f"under the store, or something else, changed it; the rest stays readable"
         )
 
-    def commit(self, runs: Sequence[Run]) -> None:
-        """Take over runs that the journal has: readers and the next checkpoint find them. Trio thread only."""
-        for run in runs:
-            self.held.add_range(run.first, run.end)
-            for chunks in (self.uncommitted, self.intended, self.lost):
-                chunks.remove_range(run.first, run.end)
+    def commit(self, chunks: BitMap64) -> None:
+        """Take over chunks that the journal has: readers and the next checkpoint find them. Trio thread only."""
+        self.held |= chunks
+        self.uncommitted -= chunks
+        self.intended -= chunks
+        self.lost -= chunks
         self.dirty = True
 
-    def lose(self, runs: Sequence[Run]) -> None:
-        """Take over runs that the journal says are lost. Trio thread only."""
-        for run in runs:
-            self.lost.add_range(run.first, run.end)
-            for chunks in (self.held, self.uncommitted, self.intended):
-                chunks.remove_range(run.first, run.end)
+    def lose(self, chunks: BitMap64) -> None:
+        """Take over chunks that the journal says are lost. Trio thread only."""
+        self.lost |= chunks
+        self.held -= chunks
+        self.uncommitted -= chunks
+        self.intended -= chunks
         self.dirty = True
 
     def rehash(self, chunks: BitMap64) -> BitMap64:
@@ -247,7 +276,7 @@ class Layer:
         those that cannot be read, whose checksums stay as they are.
         """
         unreadable = BitMap64()
-        for found in runs_of(iter(chunks)):
+        for found in runs_of(chunks):
             for part in (piece for _, segment in _by_segment(found) for piece in pieces(segment, _REHASH_CHUNKS)):
                 unreadable |= self._rehash_part(part)
         self.sync_data()
@@ -266,14 +295,11 @@ class Layer:
             self._unsynced.add(name)
         return BitMap64()
 
-    def new_bytes(self, runs: Sequence[Run]) -> int:
-        """An upper bound of what holding `runs` will add to the store, in bytes."""
-        total = 0
-        for run in runs:
-            fresh = run.chunks - self.held.range_cardinality(run.first, run.end)
-            pages = run.end // _SUM_PAGE_CHUNKS - run.first // _SUM_PAGE_CHUNKS + 1
-            total += fresh * CHUNK_BYTES + pages * 4096
-        return total
+    def new_bytes(self, chunks: BitMap64) -> int:
+        """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""
+        fresh = len(chunks) - chunks.intersection_cardinality(self.held)
+        pages = min(len(chunks), chunks.max() // _SUM_PAGE_CHUNKS - chunks.min() // _SUM_PAGE_CHUNKS + 1)
+        return fresh * CHUNK_BYTES + pages * 4096
 
     def sync_data(self) -> None:
         """Make all data written so far durable. The checksums become durable with the journal's record."""
@@ -300,7 +326,7 @@ class Layer:
 
     def punch(self, chunks: BitMap64) -> None:
         """Give back the space of chunks that nobody reads here any more."""
-        for run in runs_of(iter(chunks)):
+        for run in runs_of(chunks):
             for name, part in _by_segment(run):
                 self._file(name).punch(part.first % SEGMENT_CHUNKS * CHUNK_BYTES, part.length)
 

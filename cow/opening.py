@@ -16,7 +16,7 @@ import trio
 from cow.catalog import FILE_NAME, Catalog, OriginRow, State
 from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
-from cow.errors import RefusedError, printable
+from cow.errors import CowError, RefusedError, printable
 from cow.fingerprint import compare, sampled
 from cow.journal import is_journal
 from cow.layer import Layer
@@ -50,6 +50,7 @@ async def open_store(
     *,
     quota_bytes: int | None = None,
     on_full: OnFull = OnFull.DROP_OLDEST,
+    write_behind: bool = True,
     read_only: bool = False,
     read_suspect: bool = False,
     elsewhere: str | None = None,
@@ -61,6 +62,8 @@ async def open_store(
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
     only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
     `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (cow/elsewhere.py).
+    With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with
+    the process until a sync; not so under the policy block-writes, whose errors are for the writer.
     With `read_suspect` snapshots can be read although their device was changed meanwhile.
     Raises RefusedError, or OSError when something cannot be opened.
     """
@@ -77,7 +80,8 @@ async def open_store(
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place)
         store = Store(
             catalog, journal, directory, layers_directory, space, second_place,
-            on_full=on_full, read_only=read_only, read_suspect=read_suspect, on_trouble=on_trouble,
+            on_full=on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect,
+            on_trouble=on_trouble,
         )  # fmt: skip
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
@@ -90,8 +94,20 @@ async def open_store(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
             yield Opened(store, was_clean, recovered.findings)
+            left_behind = await _drain(store)
             nursery.cancel_scope.cancel()
+        if left_behind is not None:
+            raise left_behind
         await store.close()
+
+
+async def _drain(store: Store) -> Exception | None:
+    """Empty the buffers, while there is still who does it. What a device says of it, when it does not take all."""
+    try:
+        await store.drain()
+    except (CowError, OSError) as error:
+        return error
+    return None
 
 
 def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:

@@ -8,18 +8,19 @@ Reads and writes are async and take any offset and length; what blocks is done i
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import trio
 from pyroaring import BitMap64
 
+from cow.behind import Behind, Contents, Untaken, overlaid, write_out
 from cow.catalog import OriginRow
 from cow.device import OriginDevice
 from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
 from cow.fingerprint import digests, sampled
 from cow.gate import Gate
-from cow.geometry import Run, chunks_of, covering, missing_from
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
 from cow.preserver import Preserver
 
@@ -41,8 +42,10 @@ class Origin:
         device: OriginDevice,
         gate: Gate,
         preserver: Preserver,
+        on_trouble: Callable[[str], None],
         *,
         read_only: bool,
+        write_behind: bool,
     ) -> None:
         self.id = row.id
         self.name = row.name
@@ -55,6 +58,8 @@ class Origin:
         self._gate = gate
         self._preserver = preserver
         self._read_only = read_only
+        self._write_behind = write_behind
+        self._behind = Behind(device.label, self._take, on_trouble)
 
     # -- the live image ------------------------------------------------------------------------------------------
 
@@ -63,16 +68,19 @@ class Origin:
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
+        newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
         try:
-            return self.device.pread_nowait(length, offset)
+            data = self.device.pread_nowait(length, offset)
         except BlockingIOError:
-            return await trio.to_thread.run_sync(self.device.pread, length, offset)
+            data = await trio.to_thread.run_sync(self.device.pread, length, offset)
+        return overlaid(data, offset, newer) if newer else data
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
 
-        Returns the bytes written, fewer only at the device's end. Durable after `sync`. Raises PastEndError beyond
-        the end, ReadOnlyError, OSError where the device itself fails, and the errors of `Preserver.preserve`.
+        With write-behind it returns before that where old bytes have to be preserved. Returns the bytes written, fewer
+        only at the device's end. Durable after `sync`. Raises PastEndError beyond the end, ReadOnlyError, OSError where
+        the device itself fails, and the errors of `Preserver.preserve`; with write-behind, `sync` may raise them.
         """
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
@@ -83,16 +91,41 @@ class Origin:
         if not data:
             return 0
         run = covering(offset, len(data))
-        async with self._gate.passing():
-            await self._preserver.preserve(self, run)
-            if not self.device.pwrite_nowait(data, offset):
-                await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+        await self._gate.enter()
+        try:
+            if self._write_behind and (self._behind.holds(run) or not self._is_preserved(run)):
+                await self._behind.put(offset, data)
+            else:
+                await self._preserver.preserve(self, chunks_in([run]))
+                if not self.device.pwrite_nowait(data, offset):
+                    await trio.to_thread.run_sync(self.device.pwrite, data, offset)
             self.modified_ns = time.time_ns()
+        finally:
+            self._gate.leave()
         return len(data)
+
+    async def _take(self, contents: Contents) -> Untaken:
+        """Bring what was buffered to the device, after the old bytes are safe. # I1"""
+        await self._preserver.preserve(self, BitMap64(contents))
+        return await trio.to_thread.run_sync(write_out, self.device, contents)
+
+    async def drain(self) -> None:
+        """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
+        await self._behind.drain()
 
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3"""
+        await self._behind.drain()
         await trio.to_thread.run_sync(self.device.sync)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What was acknowledged and is not on the device yet, in whole chunks."""
+        return self._behind.chunks * CHUNK_BYTES
+
+    async def run(self) -> None:
+        """The origin's background work; runs until cancelled."""
+        await self._behind.run()
 
     def fingerprint(self) -> bytes:
         """The fingerprint of the device, as the newest snapshot sees it. Blocks.
@@ -122,16 +155,24 @@ class Origin:
         """Where old bytes go. There must be a snapshot."""
         return self.groups[-1].layers[-1]
 
-    def unpreserved(self, run: Run) -> list[Run]:
-        """The parts of `run` that some snapshot still reads from the device."""
+    def unpreserved(self, chunks: BitMap64) -> BitMap64:
+        """Those of `chunks` that some snapshot still reads from the device."""
         if not self.groups:
-            return []
-        missing = [run]
+            return BitMap64()
         for layer in self.groups[-1].layers:
-            missing = [part for wanted in missing for part in missing_from(layer.held, wanted)]
+            chunks = chunks - layer.held
             if layer.lost:
-                missing = [part for wanted in missing for part in missing_from(layer.lost, wanted)]
-        return missing
+                chunks -= layer.lost
+        return chunks
+
+    def _is_preserved(self, run: Run) -> bool:
+        """Whether no snapshot reads any of the run from the device."""
+        if not self.groups:
+            return True
+        layers = self.groups[-1].layers
+        if any(layer.held.contains_range(run.first, run.end) for layer in layers):
+            return True  # mostly, and without making a set
+        return not self.unpreserved(chunks_in([run]))
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:
         """The layers that a snapshot reads, in order."""

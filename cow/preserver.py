@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Protocol
 
 import trio
@@ -24,9 +25,11 @@ from cow.device import FULL
 from cow.errors import CowError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.journal import Kind, Record
-from cow.layer import Layer, pinned
+from cow.layer import SUM_BYTES, Layer, pinned
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
+MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
+FEWEST_CHUNKS = 16  # tried when there is no room for more
 
 
 class OnFull(StrEnum):
@@ -44,8 +47,8 @@ class PreservedOrigin(Protocol):
     def newest_layer(self) -> Layer:
         """Where old bytes go."""
 
-    def unpreserved(self, run: Run) -> list[Run]:
-        """The parts of `run` that some snapshot still reads from the device."""
+    def unpreserved(self, chunks: BitMap64) -> BitMap64:
+        """Those of `chunks` that some snapshot still reads from the device."""
 
     def needing(self, chunks: BitMap64) -> list[int]:
         """The snapshots that read some of `chunks` from the device."""
@@ -67,25 +70,27 @@ class _Job:
 
     origin: PreservedOrigin
     layer: Layer
-    runs: list[Run]
-    kept: list[Run] = field(default_factory=list)
-    sums: list[bytes] = field(default_factory=list)
-    lost: list[Run] = field(default_factory=list)
+    chunks: BitMap64
+    lost: BitMap64 = field(default_factory=BitMap64)
+    sums: list[bytes] = field(default_factory=list)  #: of those that are not lost, ascending
     cause: str = ""
 
-    def lose(self, run: Run, error: Exception) -> None:
-        self.lost.append(run)
+    def lose(self, chunk: int, error: Exception) -> None:
+        self.lost.add(chunk)
         self.cause = str(error)
 
     def lose_all(self, error: Exception) -> None:
-        self.kept, self.sums, self.lost, self.cause = [], [], self.runs, str(error)
+        self.lost, self.sums, self.cause = self.chunks, [], str(error)
+
+    @property
+    def kept(self) -> BitMap64:
+        return self.chunks - self.lost
 
     def records(self) -> Iterator[Record]:
         if self.kept:
-            runs = self.kept if self.lost else self.runs  # the same chunks, in fewer runs
-            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), runs, b"".join(self.sums))
+            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), list(runs_of(self.kept)), b"".join(self.sums))
         if self.lost:
-            yield Record(Kind.LOST, self.layer.id, time.time_ns(), self.lost)
+            yield Record(Kind.LOST, self.layer.id, time.time_ns(), list(runs_of(self.lost)))
 
 
 class Preserver:
@@ -114,17 +119,15 @@ class Preserver:
         self._next = _Batch()
         self._arrived = trio.Event()
 
-    async def preserve(self, origin: PreservedOrigin, run: Run) -> None:
-        """Return when no snapshot reads any of `run` from the device: it may be overwritten.
+    async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
+        """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
 
         Raises StoreFullError under the policy block-writes, and CowError when the chunks could neither be preserved
         nor recorded as lost nor the snapshots be given up.
         """
-        while missing := origin.unpreserved(run):
+        while missing := origin.unpreserved(chunks):
             batch = self._next
-            wanted = batch.wanted.setdefault(origin, BitMap64())
-            for part in missing:
-                wanted.add_range(part.first, part.end)
+            batch.wanted[origin] = batch.wanted.get(origin, BitMap64()) | missing
             self._arrived.set()
             await batch.done.wait()
             if isinstance(batch.error, StoreFullError):
@@ -149,49 +152,51 @@ class Preserver:
                 batch.done.set()
 
     async def _take(self, batch: _Batch) -> None:
-        while jobs := self._jobs(batch):
+        most = MOST_CHUNKS
+        while jobs := self._jobs(batch, most):
             try:
-                async with self._room(sum(job.layer.new_bytes(job.runs) for job in jobs)):
+                async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
                     await self._copy(jobs, _copy_durably)
-            except (QuotaError, StoreFullError) as error:
-                await self._when_full(batch, error)
             except (CowError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in FULL:
-                    await self._when_full(batch, error)
-                else:
+                if not _is_full(error):
                     await self._give_up_all(batch, error)
+                elif most > FEWEST_CHUNKS:
+                    most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
+                else:
+                    await self._when_full(batch, error)
+                    most = MOST_CHUNKS
 
     @staticmethod
-    def _jobs(batch: _Batch) -> list[_Job]:
-        """What is still missing, by origin. Asked anew after each round: the snapshots may have gone."""
+    def _jobs(batch: _Batch, most: int) -> list[_Job]:
+        """What is still missing, by origin, up to `most` chunks of each.
+
+        Asked anew after each round: the snapshots may have gone.
+        """
         found = []
         for origin, wanted in batch.wanted.items():
-            runs = [part for run in runs_of(iter(wanted)) for part in origin.unpreserved(run)]
-            if runs:
-                found.append(_Job(origin, origin.newest_layer, runs))
+            missing = origin.unpreserved(wanted)
+            if missing:
+                chunks = missing if len(missing) <= most else BitMap64(islice(missing, max(1, most)))
+                found.append(_Job(origin, origin.newest_layer, chunks))
         return found
 
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
         """Have the jobs copied, in a thread, and commit what became of them."""
         with pinned([job.layer for job in jobs]):
-            await trio.to_thread.run_sync(copy, jobs)
-            records = [record for job in jobs for record in job.records()]
+            records = await trio.to_thread.run_sync(_records_of, copy, jobs)
             await self._commits.commit(records, lambda: self._apply(jobs))
 
     def _apply(self, jobs: list[_Job]) -> None:
         for job in jobs:
             job.layer.commit(job.kept)
             if job.lost:
-                lost = BitMap64()
-                for run in job.lost:
-                    lost.add_range(run.first, run.end)
-                affected = job.origin.needing(lost)
+                affected = job.origin.needing(job.lost)
                 job.layer.lose(job.lost)
                 job.layer.give_up_unsynced()
                 self._on_lost(
                     affected,
-                    f"{len(lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
-                    f"first at offset {lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
+                    f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
+                    f"first at offset {job.lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
                 )
 
     async def _when_full(self, batch: _Batch, error: Exception) -> None:
@@ -207,7 +212,7 @@ class Preserver:
                 job.lose_all(error)
 
         try:
-            await self._copy(self._jobs(batch), lose)
+            await self._copy(self._jobs(batch, MOST_CHUNKS), lose)
         except (CowError, OSError) as second:
             await self._give_up_all(batch, second)
 
@@ -219,12 +224,23 @@ class Preserver:
             )
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, (QuotaError, StoreFullError)) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[Record]:
+    """Have the jobs copied, and say what became of them."""
+    copy(jobs)
+    return [record for job in jobs for record in job.records()]
+
+
 def _copy_durably(jobs: list[_Job]) -> None:
-    """Copy the runs into the layers; what is kept is durable on return. Raises OSError when there is no room."""
+    """Copy the chunks into the layers; what is kept is durable on return. Raises OSError when there is no room."""
     for job in jobs:
-        for run in job.runs:
+        for run in runs_of(job.chunks):
             for part in pieces(run, COPY_CHUNKS):
                 _copy_part(job, part)
+        _write_sums(job)
         try:
             job.layer.sync_data()
         except (OSError, CowError) as error:
@@ -234,15 +250,33 @@ def _copy_durably(jobs: list[_Job]) -> None:
 def _copy_part(job: _Job, part: Run) -> None:
     try:
         data = job.origin.read_chunks(part)
-        sums = job.layer.write(part.first, data)
+        sums = job.layer.write_data(part.first, data)
     except OSError as error:
         if error.errno in FULL:
             raise
         if part.chunks == 1:
-            job.lose(part, error)
+            job.lose(part.first, error)
             return
         for chunk in pieces(part, 1):  # perhaps it is one bad sector
             _copy_part(job, chunk)
         return
-    job.kept.append(part)
     job.sums.append(sums)
+
+
+def _write_sums(job: _Job) -> None:
+    runs, sums = list(runs_of(job.kept)), b"".join(job.sums)
+    try:
+        job.layer.write_sums_of(runs, sums)
+        return
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+    job.sums = []
+    for chunk, start in zip(job.kept, range(0, len(sums), SUM_BYTES), strict=True):  # perhaps it is one bad sector
+        one = sums[start : start + SUM_BYTES]
+        try:
+            job.layer.write_sums(chunk, one)
+        except OSError as error:
+            job.lose(chunk, error)
+        else:
+            job.sums.append(one)

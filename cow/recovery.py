@@ -13,7 +13,7 @@ from cow.catalog import Catalog, Role, State
 from cow.device import Directory
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError
-from cow.geometry import chunks_of, runs_of
+from cow.geometry import chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, remove_layer_directory
 
@@ -47,7 +47,7 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
         if layer.intended:
             unreadable = layer.rehash(layer.intended & layer.held)
             if unreadable:
-                layer.lose(list(runs_of(iter(unreadable))))
+                layer.lose(unreadable)
                 findings.append(
                     f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more: they are lost"
                 )
@@ -130,17 +130,16 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
         raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
     layer.written_ns = max(layer.written_ns, record.time_ns)
     if record.kind is Kind.LOST:
-        layer.lose(record.runs)
+        layer.lose(chunks_in(record.runs))
         return
     if record.kind is Kind.INTENT:
-        for run in record.runs:
-            layer.intended.add_range(run.first, run.end)
+        layer.intended |= chunks_in(record.runs)
         return
     at = 0
     for run in record.runs:
         layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])
         at += 8 * run.chunks
-    layer.commit(record.runs)
+    layer.commit(chunks_in(record.runs))
 
 
 def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:

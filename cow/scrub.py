@@ -16,7 +16,7 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import SYSTEM, Directory, Io
 from cow.errors import DamagedError, printable
-from cow.geometry import CHUNK_BYTES, Run, chunks_of, pieces, runs_of
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import SUM_BYTES, Layer, pinned
@@ -74,7 +74,7 @@ def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64
 def describe(image: bytes, layer: Layer, bad: BitMap64, chains: Iterable[Chain]) -> Iterator[str]:
     """A sentence for each run of damaged chunks: where it is, and which snapshots read it."""
     readers = {chunk: frozenset(name for name, chain in chains if _reads(chain, layer, chunk)) for chunk in bad}
-    for run in runs_of(iter(bad)):
+    for run in runs_of(bad):
         names = sorted(set().union(*(readers[chunk] for chunk in range(run.first, run.end))))
         whose = ", ".join(printable(name) for name in names) or "none any more"
         yield (
@@ -104,7 +104,7 @@ class OpenScrub:
 
     def _all_steps(self) -> Iterator[tuple[Origin, Layer, Image | None, Run]]:
         for origin, layer, image in self._layers:
-            for held in runs_of(iter(layer.held.copy())):
+            for held in runs_of(layer.held.copy()):
                 for run in pieces(held, STEP_CHUNKS):
                     yield origin, layer, image, run
 
@@ -135,7 +135,7 @@ class OpenScrub:
             ]
             found += [Finding(sentence, self._repair) for sentence in describe(origin.name, layer, bad, chains)]
             if self._repair:
-                await self._store.lose(layer, list(runs_of(iter(bad))))
+                await self._store.lose(layer, bad)
         return found
 
 
@@ -193,12 +193,11 @@ def _look(
 
 def _follow(record: Record, layer: Layer, renewed: dict[int, bytes]) -> None:
     if record.kind is Kind.LOST:
-        layer.lose(record.runs)
+        layer.lose(chunks_in(record.runs))
     elif record.kind is Kind.INTENT:
-        for run in record.runs:
-            layer.intended.add_range(run.first, run.end)
+        layer.intended |= chunks_in(record.runs)
     else:
-        layer.commit(record.runs)
+        layer.commit(chunks_in(record.runs))
         chunks = (chunk for run in record.runs for chunk in range(run.first, run.end))
         for index, chunk in enumerate(chunks):
             renewed[chunk] = record.sums[index * SUM_BYTES : (index + 1) * SUM_BYTES]
@@ -231,7 +230,7 @@ def _check_layers(
     for row in rows:
         layer = layers[row.id]
         damaged = BitMap64()
-        for run in [piece for held in runs_of(iter(layer.held)) for piece in pieces(held, STEP_CHUNKS)]:
+        for run in [piece for held in runs_of(layer.held) for piece in pieces(held, STEP_CHUNKS)]:
             damaged |= bad_chunks(layer, run, renewed.get(row.id, {}))
             done += run.length
             yield Progress(done, total)
@@ -240,7 +239,7 @@ def _check_layers(
         for sentence in describe(names[row.origin], layer, damaged, _chains(catalog, layers, row.origin)):
             yield Finding(sentence, repaired=journal is not None)
         if journal is not None:
-            layer.lose(list(runs_of(iter(damaged))))
+            layer.lose(damaged)
             layer.save(layer.encode_map())
             catalog.record_saved([(layer.id, layer.generation)])
 

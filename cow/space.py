@@ -19,6 +19,7 @@ from cow.journal import FILE_BYTES
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
+MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 WARNING_PERCENTS = (80, 90, 95)
 REARM_PERCENT = 2  # below a warning's mark: from there on it is given again; the figure sways a little
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
@@ -44,11 +45,12 @@ class Space:
         self._promised = 0  #: written since the measurement began, at most
         self._measuring = trio.Lock()  #: two at once would take the same promises back twice
         self._open = 0  #: about to be written, at most
+        self.waiting_chunks = 0  #: of snapshots' own writes, in memory
 
     @property
     def used_bytes(self) -> int:
         """What the store takes, at most."""
-        return self._measured + self._promised + self._open
+        return self._measured + self._promised + self._open + self.waiting_chunks * MOST_BYTES_PER_CHUNK
 
     @property
     def available_bytes(self) -> int:
@@ -103,7 +105,8 @@ class Space:
 
         Raises QuotaError when the store would pass its quota. What the file system has left shows when it is written.
         """
-        async with self._promise(count, 100):
+        await self._check_quota(count, 100)
+        async with self.keeping(count):
             yield
 
     @asynccontextmanager
@@ -112,16 +115,21 @@ class Space:
 
         Raises QuotaError or StoreFullError when only the margin is left.
         """
-        if count > self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100:
+        await self.check_for_write(count)
+        async with self.keeping(count):
+            yield
+
+    async def check_for_write(self, count: int) -> None:
+        """Raise QuotaError or StoreFullError when `count` bytes of a snapshot's own writes would touch the margin."""
+        waiting = self.waiting_chunks * MOST_BYTES_PER_CHUNK
+        if count + waiting > self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100:
             raise StoreFullError(
                 f"the disk of the store {self._directory.label} is nearly full, and what is left is for the origin: "
                 f"make room on it, or remove snapshots"
             )
-        async with self._promise(count, MOST_PERCENT_FOR_WRITES):
-            yield
+        await self._check_quota(count, MOST_PERCENT_FOR_WRITES)
 
-    @asynccontextmanager
-    async def _promise(self, count: int, percent: int) -> AsyncIterator[None]:
+    async def _check_quota(self, count: int, percent: int) -> None:
         if self.quota_bytes is not None:
             limit = (self.quota_bytes - FILE_BYTES) * percent // 100
             if self.used_bytes + count > limit:
@@ -132,6 +140,10 @@ class Space:
                     f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
                     f"with a larger quota"
                 )
+
+    @asynccontextmanager
+    async def keeping(self, count: int) -> AsyncIterator[None]:
+        """Around writing up to `count` bytes for which there is room."""
         self._open += count
         try:
             yield

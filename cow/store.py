@@ -36,12 +36,13 @@ from cow.errors import (
     printable,
 )
 from cow.gate import Gate
-from cow.geometry import Run
+from cow.geometry import runs_of
 from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal, Kind, Record
 from cow.layer import Layer
 from cow.origin import Origin, drop_shadowed
+from cow.origins import Origins
 from cow.preserver import OnFull, Preserver
 from cow.recovery import heir_of
 from cow.snapshot import Snapshot, check_name
@@ -74,6 +75,7 @@ class Store:
         elsewhere: Elsewhere | None,
         *,
         on_full: OnFull,
+        write_behind: bool,
         read_only: bool,
         read_suspect: bool,
         on_trouble: Callable[[str], None],
@@ -81,9 +83,11 @@ class Store:
         self.space = space
         self.on_full = on_full
         self.read_only = read_only
+        self._write_behind = write_behind
+        self._tasks: trio.Nursery | None = None  #: of `run`
         self._read_suspect = read_suspect
         self._elsewhere = elsewhere
-        self.origins: list[Origin] = []
+        self.origins = Origins()
         self.path = directory.label
         self._on_trouble = on_trouble
         self._catalog = catalog
@@ -143,10 +147,13 @@ class Store:
         snapshot: Snapshot | None = None
         try:
             async with quiesce() as evidence:
+                await self.origins.drain(DRAIN_SECONDS)  # most of it before writes are held
                 began = time.perf_counter_ns()
-                async with self._gate.hold(DRAIN_SECONDS), self._layout:
-                    self._check_name_is_free(name)
-                    snapshot = await self._open_epoch(name)
+                async with self._gate.hold(DRAIN_SECONDS):
+                    await self.origins.drain(DRAIN_SECONDS)
+                    async with self._layout:
+                        self._check_name_is_free(name)
+                        snapshot = await self._open_epoch(name)
                 evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
             # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
             for origin in self.origins:
@@ -206,12 +213,17 @@ class Store:
                 row.created_ns,
                 deltas[origin.id],
                 self._commits,
-                self.space.room_for_write,
+                self.space,
                 on_damage,
+                self._on_trouble,
                 doubted_from=None if self._read_suspect else row.doubted_from,
+                write_behind=self._write_behind,
             )
             for origin in self.origins
         ]
+        if self._tasks is not None:
+            for image in images:
+                self._tasks.start_soon(image.run)
         self._snapshots[row.id] = Snapshot(row, images)
         return self._snapshots[row.id]
 
@@ -259,6 +271,8 @@ class Store:
         except BaseException:
             snapshot.leaving = False
             raise
+        for image in snapshot.images:
+            image.stop()
         self._release(snapshot, heir, gone)
         del self._snapshots[snapshot.id]
 
@@ -315,14 +329,11 @@ class Store:
         async with image.settled() if image is not None else nullcontext():
             yield
 
-    async def lose(self, layer: Layer, runs: Sequence[Run]) -> None:
+    async def lose(self, layer: Layer, lost: BitMap64) -> None:
         """Record that chunks of a layer cannot be used: reading them is EIO from then on, durably."""
-        lost = BitMap64()
-        for run in runs:
-            lost.add_range(run.first, run.end)
         affected = [one for one in self.snapshots if one.reads(layer, lost)]
-        record = Record(Kind.LOST, layer.id, time.time_ns(), runs)
-        await self._commits.commit([record], lambda: layer.lose(runs))
+        record = Record(Kind.LOST, layer.id, time.time_ns(), list(runs_of(lost)))
+        await self._commits.commit([record], lambda: layer.lose(lost))
         sentence = f"{len(lost)} chunks were found damaged and given up; they read EIO, and the rest stays readable"
         self._lost_chunks([one.id for one in affected], sentence)
 
@@ -411,7 +422,18 @@ class Store:
     def open_origins(self, rows: Sequence[OriginRow], devices: Sequence[OriginDevice]) -> None:
         """Take over the devices, in the order of the catalog's rows. Called once, by the opener."""
         for row, device in zip(rows, devices, strict=True):
-            self.origins.append(Origin(row, device, self._gate, self._preserver, read_only=self.read_only))
+            self.origins.append(
+                Origin(
+                    row,
+                    device,
+                    self._gate,
+                    self._preserver,
+                    self._on_trouble,
+                    read_only=self.read_only,
+                    # Where a full store stops the writer, the writer has to be there to be told.
+                    write_behind=self._write_behind and self.on_full is not OnFull.BLOCK_WRITES,
+                )
+            )
 
     def load(self, layers: dict[int, Layer]) -> None:
         """Put together the snapshots from what recovery found. Called once, by the opener.
@@ -457,6 +479,18 @@ class Store:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._preserver.run)
             nursery.start_soon(self.housekeeping.run)
+            nursery.start_soon(self.origins.run)
+            self._tasks = nursery
+            for snapshot in self._snapshots.values():
+                for image in snapshot.images:
+                    nursery.start_soon(image.run)
+
+    async def drain(self) -> None:
+        """Have all that was acknowledged where it belongs, before `run` ends. Raises what a disk says."""
+        await self.origins.drain()
+        for snapshot in self._snapshots.values():
+            if snapshot.usable:
+                await snapshot.drain()
 
     async def close(self) -> None:
         """Make everything durable and record a clean stop. `run` has ended, and no call is under way.

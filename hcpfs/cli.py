@@ -61,11 +61,12 @@ def cli() -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE... MOUNTPOINT")
 @click.option("--store", metavar="DIR", help="Where old bytes are kept. Default: a folder below /var/lib/hcpfs.")
 @click.option("--quota", metavar="SIZE", help="The most that the store may take, such as 20G. Default: no limit.")
+@click.option("--sync", is_flag=True, help="Keep no writes in memory while their old bytes are preserved.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...",
     help="store=DIR, quota=SIZE, on_full=drop-oldest|lose-chunks|block-writes, source=[NAME=]PATH, ro, read_suspect, "
-    "allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
+    "sync, allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
 )  # fmt: skip
 @click.option("--recover", "recovering", is_flag=True, help="If a daemon died there, do what hcpfs recover does.")
 @click.option("--ready-fd", type=int, hidden=True)
@@ -73,6 +74,7 @@ def mount(
     sources: tuple[str, ...],
     store: str | None,
     quota: str | None,
+    sync: bool,
     foreground: bool,
     options: tuple[str, ...],
     recovering: bool,
@@ -84,7 +86,9 @@ def mount(
     consistency group: one mkdir takes a snapshot of all of them at the same instant. Returns when the mount is usable.
     """
     try:
-        wanted = _mount_options(sources, store, quota, foreground, options)
+        wanted = _mount_options(sources, store, quota, options)
+        wanted.sync |= sync
+        wanted.foreground |= foreground
     except UsageError as error:
         raise _Sentence(str(error)) from error
     if recovering:
@@ -109,9 +113,9 @@ def _complain(sentence: str) -> None:
 
 
 def _mount_options(
-    sources: tuple[str, ...], store: str | None, quota: str | None, foreground: bool, options: tuple[str, ...]
+    sources: tuple[str, ...], store: str | None, quota: str | None, options: tuple[str, ...]
 ) -> MountOptions:
-    wanted = MountOptions(mountpoint=os.path.abspath(sources[-1]), foreground=foreground)
+    wanted = MountOptions(mountpoint=os.path.abspath(sources[-1]))
     wanted.sources = [parse_source(source) for source in sources[:-1]]
     apply_options(wanted, options)
     if store is not None:
@@ -144,6 +148,10 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
             logging.getLogger("hcpfs").error("%s", error)
             background.answer(ready[0], str(error))
             raise _Sentence(str(error)) from error
+        except Exception as error:
+            logging.getLogger("hcpfs").exception("a defect of hcpfs ended it; please report it")
+            background.answer(ready[0], f"a defect of hcpfs: {error!r}; please report it")
+            raise
 
 
 @cli.command("recover")

@@ -57,6 +57,7 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
             options.sources,
             quota_bytes=options.quota_bytes,
             on_full=options.on_full,
+            write_behind=not options.sync,
             read_only=options.read_only,
             read_suspect=options.read_suspect,
             elsewhere=STORES,

@@ -36,6 +36,7 @@ class MountOptions:
     on_full: OnFull = OnFull.DROP_OLDEST
     read_only: bool = False
     read_suspect: bool = False
+    sync: bool = False
     allow_other: bool = False
     access: Access = field(default_factory=Access)
     freeze_seconds: float = 10.0
@@ -61,7 +62,12 @@ class MountOptions:
         if self.quota_bytes is not None:
             words += ["--quota", str(self.quota_bytes)]
         plain = MountOptions()
-        flags = {"ro": self.read_only, "read_suspect": self.read_suspect, "allow_other": self.allow_other}
+        flags = {
+            "ro": self.read_only,
+            "read_suspect": self.read_suspect,
+            "sync": self.sync,
+            "allow_other": self.allow_other,
+        }
         texts = [name for name, wanted in flags.items() if wanted]
         if self.on_full != plain.on_full:
             texts.append(f"on_full={self.on_full}")
@@ -133,6 +139,8 @@ def _apply_option(options: MountOptions, option: str) -> None:
             options.read_only = True
         case "read_suspect":
             options.read_suspect = True
+        case "sync":
+            options.sync = True
         case "allow_other":
             options.allow_other = True
         case "foreground":
@@ -152,5 +160,5 @@ def _apply_option(options: MountOptions, option: str) -> None:
             if key not in _IGNORED and not key.startswith(("x-", "comment")):
                 raise UsageError(
                     f"the mount option {option!r} is not known: there are store, quota, on_full, source, ro, "
-                    f"read_suspect, allow_other, uid, gid, mode, freeze and foreground"
+                    f"read_suspect, sync, allow_other, uid, gid, mode, freeze and foreground"
                 )

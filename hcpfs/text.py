@@ -95,7 +95,11 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
     pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "suspect", "invalid")]
     for origin in store.origins:
         key = _key(origin.name)
-        pairs += [(f"{key}.device", origin.device.label), (f"{key}.size", origin.size_bytes)]
+        pairs += [
+            (f"{key}.device", origin.device.label),
+            (f"{key}.size", origin.size_bytes),
+            (f"{key}.buffered_bytes", origin.buffered_bytes),
+        ]
     pairs.append(("last_stop", "clean" if was_clean else "not-clean"))
     pairs += [("found", finding) for finding in findings]
     if last is not None:

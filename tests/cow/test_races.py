@@ -127,7 +127,7 @@ def test_a_snapshot_that_is_removed_during_a_scrub_is_not_reported_as_damaged(st
     engine = start()
     one = _take(engine, b"a")
     engine.call(one.write, 0, b"1" * CHUNK_BYTES)
-    engine.call(engine.store.origins[0].write, 0, b"2" * CHUNK_BYTES)
+    engine.call(one.sync)
 
     async def scrub() -> list[object]:
         found: list[object] = []
@@ -233,6 +233,7 @@ def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
     for module in (journal, space):
         monkeypatch.setattr(module, "FILE_BYTES", file_bytes)
     monkeypatch.setattr(image, "MOST_UNCOMMITTED_CHUNKS", image.MOST_UNCOMMITTED_CHUNKS // scale)
+    monkeypatch.setattr(image, "MOST_WAITING_CHUNKS", image.MOST_WAITING_CHUNKS // scale)
     monkeypatch.setattr(commits, "MOST_INTENDED_CHUNKS", commits.MOST_INTENDED_CHUNKS // scale)
     chunks = 1100
     disk.write_bytes(bytes(chunks * CHUNK_BYTES))

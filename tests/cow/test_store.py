@@ -120,6 +120,7 @@ def test_i2_i4_a_read_that_is_overtaken_by_a_write_does_not_give_the_new_bytes(e
         started.wait()
         try:
             engine.call(origin.write, 0, b"x" * 4096)
+            engine.call(origin.sync)
         finally:
             go_on.set()
         if kept:

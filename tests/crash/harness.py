@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import journal, space
+from cow import behind, journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -44,14 +44,14 @@ class _Inline:
         self._random = random.Random(1)
 
     async def run_sync(self, function: Callable[..., T], *arguments: Any, **_: Any) -> T:
-        for _ in range(self._random.choice((1, 1, 1, 2, 4, 8))):
+        for _ in range(self._random.choice((1, 1, 1, 2, 4, 8, 40))):
             await trio.lowlevel.checkpoint()
         return function(*arguments)
 
 
 @contextmanager
 def small_and_deterministic() -> Iterator[None]:
-    """Small journal files, no threads, and trio's order of tasks from a seed."""
+    """Small journal files, no threads, no waiting for more, and trio's order of tasks from a seed."""
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(1)
     with (
@@ -59,6 +59,7 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(journal, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
+        patch.object(behind, "LINGER_SECONDS", 0),
     ):
         yield
 
@@ -114,6 +115,7 @@ async def _use(session: Session, found: dict[str, bytes]) -> None:
     found = {**found, name: session.disk.content()}
     await session.store.create_snapshot(name.encode())
     await session.origin.write(0, session.fresh(SIZE))
+    await session.origin.drain()
     for name, content in (await read_all(session)).items():
         assert content == found[name], f"snapshot {name} changed when the origin was overwritten after the recovery"
     assert session.troubles == [], session.troubles
@@ -133,6 +135,7 @@ async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, in
         for name, versions in session.oracle.snapshots.items():
             mismatch = versions.mismatch(contents[name]) if versions.loose else contents[name] != versions.latest
             assert not mismatch, f"snapshot {name} reads wrong before any cut"
+        assert await session.origin.read(0, SIZE) == session.oracle.live.latest, "the live image reads wrong"
         assert session.troubles == [], session.troubles
     finally:
         await session.kill()

@@ -25,8 +25,13 @@ from tests.crash.workloads import Workload
 OPENINGS: Workload = ("sync live", "restart")  # every state of it is checked, from the making of the store on
 # What the mutations are hunted with besides: every operation by itself, and what it takes to reach the rarer calls.
 HUNTS: list[Workload] = [
+    ("restart without write-behind", "write live during a create", "write the same live chunks at once", "create"),
+    ("create", "write the newest and read it", "write live during a create") * 2,
+    ("create", "write the same live chunks again and again") * 2,
     ("create", "write live chunks") * 4,
     ("write a chunk of the newest", "checkpoint", "idle", "write a chunk of the newest", "sync the newest", "restart"),
+    ("write a chunk of the newest", "idle", "checkpoint", "idle", "create", "write live chunks", "sync live"),
+    ("write bytes of the newest", "idle", "checkpoint", "idle", "create", "write live chunks", "sync live"),
     ("write chunks of the oldest", "write bytes of the newest", "checkpoint", "idle", "sync live"),
     ("write live chunks", "sync live", "restart", "write live chunks"),
     ("rename", "delete the oldest"),
@@ -132,14 +137,53 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write",
-        "            await self._preserver.preserve(self, run)\n",
-        "            self.device.pwrite(data, offset)\n            await self._preserver.preserve(self, run)\n",
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                self.device.pwrite(data, offset)\n"
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write",
-        "            await self._preserver.preserve(self, run)\n",
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
         "",
+    ),
+    Edit(
+        "what was buffered overwrites the origin before the old bytes are preserved",
+        "origin:Origin._take",
+        "        await self._preserver.preserve(self, BitMap64(contents))\n",
+        "        write_out(self.device, contents)\n        await self._preserver.preserve(self, BitMap64(contents))\n",
+    ),
+    Edit(
+        "old bytes of what was buffered are not preserved at all",
+        "origin:Origin._take",
+        "        await self._preserver.preserve(self, BitMap64(contents))\n",
+        "",
+    ),
+    Edit(
+        "a write passes by an older one in the buffer",
+        "origin:Origin.write",
+        "(self._behind.holds(run) or not self._is_preserved(run))",
+        "not self._is_preserved(run)",
+    ),
+    Edit(
+        "reads of the live image pass over the buffer",
+        "origin:Origin.read",
+        "newer = self._behind.pieces(offset, length)",
+        "newer = []",
+    ),
+    Edit("a sync does not wait for the buffer", "origin:Origin.sync", "        await self._behind.drain()\n", ""),
+    Edit("a sync of an image does not wait for it", "image:Image.sync", "        await self._behind.drain()\n", ""),
+    Edit(
+        "reads of an image pass over the buffer",
+        "image:Image.read",
+        "newer = self._behind.pieces(offset, length)",
+        "newer = []",
+    ),
+    Edit(
+        "a snapshot is taken with writes in the buffer",
+        "store:Store.create_snapshot",
+        "                    await self.origins.drain(DRAIN_SECONDS)\n                    async with self._layout:\n",
+        "                    async with self._layout:\n",
     ),
     Edit(
         "a snapshot is recorded as valid before the origin is synced",
@@ -152,11 +196,11 @@ ORDER = [
     Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
     Edit(
         "an intent is recorded after the overwriting",
-        "image:Image.write",
-        "                crowded = await self._announce(run)\n                with pinned([self.delta]):\n"
-        "                    await trio.to_thread.run_sync(self._write_delta, run, whole)\n",
-        "                await trio.to_thread.run_sync(self._write_delta, run, whole)\n"
-        "                crowded = await self._announce(run)\n",
+        "image:Image._take",
+        "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
+        "                    await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n",
+        "                await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n"
+        "                crowded = await self._announce(chunks)\n",
     ),
     Edit(
         "open intents are not carried over",
@@ -184,7 +228,7 @@ ORDER = [
         "        if False:\n",
     ),
     Edit("recovery keeps half-taken snapshots", "recovery:_drop_pending", "row.state == State.PENDING]", "False]"),
-    Edit("recovery does not apply the journal", "recovery:_apply", "    layer.commit(record.runs)\n", ""),
+    Edit("recovery does not apply the journal", "recovery:_apply", "    layer.commit(chunks_in(record.runs))\n", ""),
     Edit(
         "recovery does not restore the checksums",
         "recovery:_apply",
@@ -207,8 +251,8 @@ ORDER = [
     Edit(
         "a sync of an image does not reach the journal",
         "image:Image._commit",
-        "            await self._commits.commit([record], lambda: self.delta.commit(runs))\n",
-        "            self.delta.commit(runs)\n",
+        "            await self._commits.commit([record], lambda: self.delta.commit(written))\n",
+        "            self.delta.commit(written)\n",
     ),
     Edit(
         "a sync of an image passes over what was overwritten in place",

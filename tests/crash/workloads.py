@@ -117,6 +117,11 @@ class Session:
             self._mark(self.oracle.wrote(name, replace(self.oracle.snapshots[name], loose=True)))
             raise
 
+    async def write_and_read_snapshot(self, name: str) -> None:
+        await self.write_snapshot(name, CHUNK, 2 * CHUNK)
+        found = await self.image(name).read(0, SIZE)
+        assert found == self.oracle.snapshots[name].latest, "what was written is not read"
+
     async def sync_live(self) -> None:
         try:
             await self.origin.sync()
@@ -187,11 +192,15 @@ class Session:
         async def write() -> None:
             for start in reversed(range(0, len(data), CHUNK)):  # some before the instant and some after it
                 await self.origin.write(start, data[start : start + CHUNK])
+                await _turns(6)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.create_snapshot, name.encode())
             nursery.start_soon(write)
         self._mark(self.oracle.made(name, made, Versions(before, made.since)))
+        taken = await self.image(name).read(0, len(data))
+        has = [taken[start : start + CHUNK] == data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+        assert has == sorted(has), "the snapshot has a later write, and not the one before it"
 
     async def write_the_same_at_once(self) -> None:
         """The same bytes, so that the order does not matter: no write may overtake what another preserves."""
@@ -199,13 +208,18 @@ class Session:
         self._mark(replace(self.oracle, live=self.oracle.live.write(3 * CHUNK, data)))
 
         async def write(delay: int) -> None:
-            for _ in range(delay):
-                await trio.lowlevel.checkpoint()
+            await _turns(delay)
             await self.origin.write(3 * CHUNK, data)
 
         async with trio.open_nursery() as nursery:
-            for delay in range(6):
+            for delay in range(0, 60, 6):
                 nursery.start_soon(write, delay)
+
+    async def write_again_and_again(self) -> None:
+        """Overwrite chunks at many moments of their being preserved; the last write must win."""
+        for turns in range(8):
+            await self.write_live(2 * CHUNK, 3 * CHUNK)
+            await _turns(turns)
 
     @property
     def oldest(self) -> str | None:
@@ -242,9 +256,9 @@ async def _checkpoint(session: Session) -> None:
     await session.store.checkpoint()
 
 
-async def _idle() -> None:
-    """Let the housekeeping come to its end."""
-    for _ in range(300):
+async def _turns(count: int) -> None:
+    """Let others run for a while."""
+    for _ in range(count):
         await trio.lowlevel.checkpoint()
 
 
@@ -255,6 +269,7 @@ OPERATIONS: dict[str, Action] = {
     "write the live end": lambda session: session.write_live(6 * CHUNK, CHUNK),
     "write a chunk of the newest": _on(_newest, lambda session, name: session.write_snapshot(name, CHUNK, CHUNK)),
     "write bytes of the newest": _on(_newest, lambda session, name: session.write_snapshot(name, 2 * CHUNK - 100, 900)),
+    "write the newest and read it": _on(_newest, lambda session, name: session.write_and_read_snapshot(name)),
     "write chunks of the oldest": _on(_oldest, lambda session, name: session.write_snapshot(name, 0, 3 * CHUNK)),
     "sync live": lambda session: session.sync_live(),
     "sync the newest": _on(_newest, lambda session, name: session.sync_snapshot(name)),
@@ -263,9 +278,10 @@ OPERATIONS: dict[str, Action] = {
     "delete the newest": _on(_newest, lambda session, name: session.delete(name)),
     "rename": _on(_oldest, lambda session, name: session.rename(name)),
     "checkpoint": _checkpoint,
-    "idle": lambda session: _idle(),
+    "idle": lambda session: _turns(300),  # so that the housekeeping comes to its end
     "restart": lambda session: session.restart(),
     "write the same live chunks at once": lambda session: session.write_the_same_at_once(),
+    "write the same live chunks again and again": lambda session: session.write_again_and_again(),
     "write live during a create": lambda session: session.write_during_create(),
     "write live during a sync of the newest": _on(
         _newest, lambda session, name: session.write_during(partial(session.sync_snapshot, name))
@@ -277,6 +293,7 @@ OPERATIONS: dict[str, Action] = {
     "write live during a write to the oldest": _on(
         _oldest, lambda session, name: session.write_during(partial(session.write_snapshot, name, CHUNK, 3 * CHUNK))
     ),
+    "restart without write-behind": lambda session: session.restart(write_behind=False),
     "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
 }
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")

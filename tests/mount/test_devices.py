@@ -79,6 +79,8 @@ def test_i2_i8_i9_any_offset_and_length(sandbox: Sandbox, kind: str) -> None:
     served = served.again()
     for _ in range(STEPS // 5):
         _random_step(served, source, images, random_)
+    with served.live.open("rb") as file:
+        os.fsync(file.fileno())
     served.kill()
     assert source.read() == source.content
 

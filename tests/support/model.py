@@ -78,8 +78,8 @@ class Machine(RuleBasedStateMachine):
     @initialize(size=st.sampled_from(SIZES), seed=st.binary(min_size=1, max_size=3))
     def make_device(self, size: int, seed: bytes) -> None:
         self.size = size
-        self.live = bytearray((seed * size)[:size])
-        self.driver = self.make_driver(bytes(self.live))
+        self.live = ModelImage((seed * size)[:size])
+        self.driver = self.make_driver(bytes(self.live.content))
         self.driver.open()
 
     def cut(self, offset: int, length: int, fill: int) -> tuple[int, bytes]:
@@ -90,7 +90,7 @@ class Machine(RuleBasedStateMachine):
     def write_live(self, offset: int, length: int, fill: int) -> None:
         offset, data = self.cut(offset, length, fill)
         assert self.driver.write(None, offset, data) == len(data)
-        self.live[offset : offset + len(data)] = data
+        self.live.write(offset, data)
 
     @rule(name=snapshots, offset=OFFSETS, length=LENGTHS, fill=FILLS)
     def write_snapshot(self, name: str, offset: int, length: int, fill: int) -> None:
@@ -106,6 +106,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def flush_live(self) -> None:
         self.driver.sync(None)
+        self.live.flush()
 
     @precondition(lambda self: len(self.images) < 8)
     @rule(target=snapshots)
@@ -113,7 +114,8 @@ class Machine(RuleBasedStateMachine):
         self.counter += 1
         name = f"s{self.counter}"
         self.driver.create(name)
-        self.images[name] = ModelImage(bytes(self.live))
+        self.live.flush()
+        self.images[name] = ModelImage(bytes(self.live.content))
         return name
 
     @rule(name=consumes(snapshots))
@@ -141,7 +143,8 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def remount(self) -> None:
         self.restarts += 1
-        assert self.driver.stop() == self.live  # I8
+        assert self.driver.stop() == self.live.content  # I8
+        self.live.flush()
         self.driver.open()
         self.every_image_reads_right()
 
@@ -151,6 +154,7 @@ class Machine(RuleBasedStateMachine):
         self.restarts += 1
         self.driver.kill()
         self.driver.open()
+        self.live.settle_after_kill(self.driver.read(None, 0, self.size))
         for name, model in self.images.items():
             model.settle_after_kill(self.driver.read(name, 0, self.size))
 
@@ -162,7 +166,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def live_reads_back(self) -> None:
         if self.driver is not None:
-            assert self.driver.read(None, 0, self.size) == self.live
+            assert self.driver.read(None, 0, self.size) == self.live.content
             assert sorted(self.driver.names()) == sorted(self.images)
 
     def teardown(self) -> None:

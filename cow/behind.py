@@ -1,0 +1,293 @@
+"""Write-behind: writes to an image wait in memory, and go to where they belong many at a time.
+
+A disk has a volatile cache, so a write may be acknowledged before it is durable, as long as a flush waits. So writes
+are acknowledged into a buffer. A task takes all that has gathered to its place, while the next writes gather: with the
+live image that is one commit of old bytes and then the device, with a snapshot's image the delta. Readers ask the
+buffer first. # I3
+
+The buffer has what was written, byte for byte and nothing more, so that it never covers what somebody wrote beside it.
+What is not taken stays in the buffer: it is tried again at the next sync, which fails until it succeeds.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import trio
+
+from cow.device import File
+from cow.errors import CowError
+from cow.geometry import CHUNK_BYTES, Run, covering, split
+
+MOST_CHUNKS = 4096  # that gather: 16 MiB. As much again may be on its way to the device
+ENOUGH_CHUNKS = 1024  # that are worth a commit
+LINGER_SECONDS = 0.01  # for more to come, when there are not enough
+_WRITE_CHUNKS = 256  # in one write to the device: 1 MiB
+
+
+class Part:
+    """What was written of a chunk, when that is not all of it."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(CHUNK_BYTES)
+        self.extents: list[tuple[int, int]] = []  #: (start, end) in the chunk; ascending, and none touches another
+
+    def put(self, start: int, data: bytes) -> None:
+        """Write over what there is."""
+        end = start + len(data)
+        self.content[start:end] = data
+        beside = [one for one in self.extents if one[1] < start or one[0] > end]
+        touched = [one for one in self.extents if one[0] <= end and one[1] >= start]
+        starts, ends = zip((start, end), *touched, strict=True)
+        self.extents = sorted([*beside, (min(starts), max(ends))])
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """Where in the chunk, and what."""
+        return ((start, bytes(self.content[start:end])) for start, end in self.extents)
+
+
+Content = bytes | Part  # of one chunk; bytes are a whole one
+Contents = Mapping[int, Content]  # by chunk
+
+
+class _Generation:
+    """What gathers together, and goes to the device together."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, Content] = {}
+        self.taken = trio.Event()  #: fires when nothing more is put into it
+        self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
+        self.error: Exception | None = None
+
+    def put(self, offset: int, data: bytes) -> None:
+        head, body, tail = split(offset, len(data))
+        if head:
+            self._put_part(offset, data[:head])
+        first = (offset + head) // CHUNK_BYTES
+        for chunk, start in enumerate(range(head, head + body, CHUNK_BYTES), first):
+            self.chunks[chunk] = data[start : start + CHUNK_BYTES]
+        if tail:
+            self._put_part(offset + head + body, data[head + body :])
+
+    def _put_part(self, offset: int, data: bytes) -> None:
+        chunk, start = divmod(offset, CHUNK_BYTES)
+        content = self.chunks.setdefault(chunk, Part())
+        if isinstance(content, Part):
+            content.put(start, data)
+        else:
+            self.chunks[chunk] = content[:start] + data + content[start + len(data) :]
+
+    def put_beneath(self, chunk: int, older: Content) -> None:
+        """Put in what was written before the rest."""
+        newer = self.chunks.get(chunk)
+        if isinstance(newer, bytes):
+            return
+        self.chunks[chunk] = older
+        for start, data in () if newer is None else newer.pieces():
+            self._put_part(chunk * CHUNK_BYTES + start, data)
+
+    def pieces(self, run: Run) -> Iterator[tuple[int, bytes]]:
+        """What it has of a run: offsets and bytes."""
+        wanted = range(run.first, run.end) if run.chunks < len(self.chunks) else self.chunks
+        for chunk in wanted:
+            content = self.chunks.get(chunk) if run.first <= chunk < run.end else None
+            if content is not None:
+                yield from _pieces_of(chunk, content)
+
+
+class Untaken(NamedTuple):
+    """What was not taken, and why; both empty when all was."""
+
+    contents: Contents
+    cause: Exception | None
+
+
+class Behind:
+    """The buffer of one image, called `label`. Trio thread only; `run` must be running.
+
+    `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
+    OSError, that is all of it. `on_trouble` is told, with a sentence, when what was acknowledged is not taken, and
+    `on_change` by how many chunks there are more in memory.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        take: Callable[[Contents], Awaitable[Untaken]],
+        on_trouble: Callable[[str], None],
+        on_change: Callable[[int], None] = lambda chunks: None,
+    ) -> None:
+        self._label = label
+        self._take = take
+        self._on_trouble = on_trouble
+        self._on_change = on_change
+        self._gathering = _Generation()
+        self._leaving = _Generation()  #: on its way to the device; older than what gathers
+        self._arrived = trio.Event()  #: something gathers
+        self._hurry = trio.Event()  #: and shall not wait for more
+        self._failing = False  #: whether not all was taken the last time
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks are in memory."""
+        return len(self._gathering.chunks) + len(self._leaving.chunks)
+
+    def holds(self, run: Run) -> bool:
+        """Whether some of the run is in the buffer."""
+        found = (generation.chunks for generation in (self._gathering, self._leaving) if generation.chunks)
+        if run.chunks == 1:
+            return any(run.first in chunks for chunks in found)
+        return any(not chunks.keys().isdisjoint(range(run.first, run.end)) for chunks in found)
+
+    def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
+        """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
+        if not self._gathering.chunks and not self._leaving.chunks:
+            return []
+        run = covering(offset, length)
+        return [piece for generation in (self._leaving, self._gathering) for piece in generation.pieces(run)]
+
+    async def put(self, offset: int, data: bytes) -> None:
+        """Take a write. It waits while the buffer is full, and raises why nothing is taken when it stays so."""
+        while len(self._gathering.chunks) >= MOST_CHUNKS:
+            full = self._gathering
+            self._hurry.set()
+            await full.taken.wait()
+            if self._failing:
+                await _in_place(full)
+        before = len(self._gathering.chunks)
+        self._gathering.put(offset, data)
+        self._on_change(len(self._gathering.chunks) - before)
+        self._arrived.set()
+        if len(self._gathering.chunks) >= ENOUGH_CHUNKS:
+            self._hurry.set()
+
+    def forget(self) -> None:
+        """Nobody wants what is in memory any more, nor will put anything there."""
+        self._on_change(-self.chunks)
+        self._on_change = lambda chunks: None  # of what is on its way yet
+        self._gathering, self._leaving = _Generation(), _Generation()
+
+    async def drain(self) -> None:
+        """Return when all that was put is where it belongs, not yet durable there. # I3
+
+        Raises OSError or CowError when something is not; it stays in the buffer, to be tried again by the next drain.
+        """
+        for generation in (self._leaving, self._gathering):
+            if generation.chunks:
+                if generation is self._gathering:
+                    self._arrived.set()
+                    self._hurry.set()
+                await _in_place(generation)
+
+    async def run(self) -> None:
+        """Have taken what gathers, until cancelled."""
+        while True:
+            await self._arrived.wait()
+            with trio.move_on_after(LINGER_SECONDS):
+                await self._hurry.wait()
+            await self._flush()
+
+    async def _flush(self) -> None:
+        taken = self._leaving = self._gathering
+        self._gathering, self._arrived, self._hurry = _Generation(), trio.Event(), trio.Event()
+        taken.taken.set()
+        taken.error = CowError("hcpfs was stopped before")  # until we know better
+        left = Untaken(taken.chunks, None)
+        try:
+            left = await self._take(taken.chunks)
+            taken.error = left.cause
+        except (CowError, OSError) as error:
+            taken.error = error
+        finally:
+            before = self.chunks
+            for chunk, content in left.contents.items():
+                self._gathering.put_beneath(chunk, content)
+            self._leaving = _Generation()
+            self._on_change(self.chunks - before)
+            taken.done.set()
+        self._tell(taken.error)
+
+    def _tell(self, error: Exception | None) -> None:
+        if error is not None and not self._failing:
+            self._on_trouble(
+                f"writes to {self._label} that were acknowledged are still in memory ({error}); every sync of it fails "
+                f"until they are taken"
+            )
+        self._failing = error is not None
+
+
+async def _in_place(generation: _Generation) -> None:
+    await generation.done.wait()
+    error = generation.error
+    sentence = f"writes that were acknowledged are still in memory: {error}"
+    if isinstance(error, OSError):
+        raise OSError(error.errno, sentence) from error
+    if isinstance(error, CowError):
+        again = CowError(sentence)
+        again.errno = error.errno
+        raise again from error
+
+
+def contents_of(offset: int, data: bytes) -> Contents:
+    """A write, chunk by chunk."""
+    generation = _Generation()
+    generation.put(offset, data)
+    return generation.chunks
+
+
+def write_out(device: File, contents: Contents) -> Untaken:
+    """Write contents to their places on a device, and return what it does not take. Blocks; nothing is durable yet."""
+    failed: set[int] = set()
+    cause: Exception | None = None
+    for row in rows(contents):
+        try:
+            _write_row(device, contents, row)
+        except OSError as error:
+            cause = error
+            failed.update(row if len(row) == 1 else _write_singly(device, contents, row))
+    return Untaken({chunk: contents[chunk] for chunk in sorted(failed)}, cause if failed else None)
+
+
+def _write_row(device: File, contents: Contents, row: list[int]) -> None:
+    if len(row) == 1:
+        for offset, data in _pieces_of(row[0], contents[row[0]]):
+            device.pwrite(data, offset)
+    else:
+        device.pwrite(b"".join(contents[chunk] for chunk in row), row[0] * CHUNK_BYTES)  # type: ignore[misc]
+
+
+def _write_singly(device: File, contents: Contents, row: list[int]) -> Iterator[int]:
+    """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
+    for chunk in row:
+        try:
+            _write_row(device, contents, [chunk])
+        except OSError:
+            yield chunk
+
+
+def overlaid(data: bytes, offset: int, pieces: Iterable[tuple[int, bytes]]) -> bytes:
+    """What was read at `offset`, with the pieces (offsets and bytes) put over it, one after the other."""
+    result = bytearray(data)
+    for start, piece in pieces:
+        at = start - offset
+        visible = piece[max(0, -at) : max(0, len(data) - at)]
+        result[max(0, at) : max(0, at) + len(visible)] = visible
+    return bytes(result)
+
+
+def _pieces_of(chunk: int, content: Content) -> Iterator[tuple[int, bytes]]:
+    at = chunk * CHUNK_BYTES
+    pieces = content.pieces() if isinstance(content, Part) else iter([(0, content)])
+    return ((at + start, data) for start, data in pieces)
+
+
+def rows(chunks: Contents) -> Iterator[list[int]]:
+    """The chunks, ascending, in rows that can be written at once. One that is not whole is by itself."""
+    row: list[int] = []
+    for chunk in sorted(chunks):
+        follows = bool(row) and chunk == row[-1] + 1 and len(row) < _WRITE_CHUNKS
+        if row and not (follows and isinstance(chunks[chunk], bytes) and isinstance(chunks[row[-1]], bytes)):
+            yield row
+            row = []
+        row.append(chunk)
+    if row:
+        yield row
