@@ -37,7 +37,9 @@ def _fails(served: Served, number: int, call: Callable[[], object], words: str |
 def _write(path: Path, offset: int, data: bytes) -> int:
     fd = os.open(path, os.O_RDWR)
     try:
-        return os.pwrite(fd, data, offset)
+        written = os.pwrite(fd, data, offset)
+        os.fsync(fd)
+        return written
     finally:
         os.close(fd)
 

@@ -24,6 +24,8 @@ def served(sandbox: Sandbox) -> Served:
     (served.snaps / "a").mkdir()
     with served.live.open("r+b") as live:
         live.write(os.urandom(MIB))
+        live.flush()
+        os.fsync(live.fileno())
     return served
 
 

@@ -25,6 +25,8 @@ def served(sandbox: Sandbox) -> Served:
         with served.live.open("r+b") as live:
             live.seek(MIB if name == "new" else 0)
             live.write(random_.randbytes(2 * MIB))
+            live.flush()
+            os.fsync(live.fileno())
     with served.image("new").open("r+b") as image:
         image.seek(6 * MIB)
         image.write(random_.randbytes(MIB))
