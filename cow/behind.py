@@ -163,7 +163,8 @@ class Behind:
     def forget(self) -> None:
         """Nobody wants what is in memory any more, nor will put anything there."""
         self._on_change(-self.chunks)
-        self._on_change = self._on_trouble = lambda what: None  # of what is on its way yet
+        self._on_change = lambda chunks: None  # of what is on its way yet
+        self._on_trouble = lambda sentence: None
         self._gathering, self._leaving = _Generation(), _Generation()
 
     async def drain(self) -> None:

@@ -235,9 +235,9 @@ class Image:
     async def write(self, offset: int, data: bytes) -> int:
         """Write into the delta. Returns the bytes written, fewer only at the image's end. Durable after `sync`.
 
-        Raises PastEndError beyond the end, QuotaError, StoreFullError or OSError when the store has no room or
-        fails, and the errors of `read` when a partial chunk cannot be filled up. Nothing has changed then, save that
-        an OSError may leave a part written.
+        Raises PastEndError beyond the end, InvalidSnapshotError, QuotaError or StoreFullError when the store has no
+        room; without write-behind also OSError when it fails, which may leave a part written, and the errors of `read`
+        when a partial chunk cannot be filled up. With write-behind `sync` raises those.
         """
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
@@ -247,7 +247,9 @@ class Image:
             return 0
         self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
         if not self._write_behind:
-            await self._take(contents_of(offset, data))
+            cause = (await self._take(contents_of(offset, data))).cause
+            if cause is not None:
+                raise cause
         else:
             while self._space.waiting_chunks >= MOST_WAITING_CHUNKS:  # of all images together # I6
                 await self._behind.drain()
