@@ -118,9 +118,10 @@ class Session:
             raise
 
     async def write_and_read_snapshot(self, name: str) -> None:
-        await self.write_snapshot(name, CHUNK, 2 * CHUNK)
-        found = await self.image(name).read(0, SIZE)
-        assert found == self.oracle.snapshots[name].latest, "what was written is not read"
+        offset, length = CHUNK, 2 * CHUNK
+        await self.write_snapshot(name, offset, length)
+        found = await self.image(name).read(offset, length)
+        assert found == self.oracle.snapshots[name].latest[offset : offset + length], "what was written is not read"
 
     async def sync_live(self) -> None:
         try:
