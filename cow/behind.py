@@ -57,6 +57,7 @@ class _Generation:
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
+        self.is_kept = True  #: whether, after an error, it is in memory yet
 
     def put(self, offset: int, data: bytes) -> None:
         head, body, tail = split(offset, len(data))
@@ -95,7 +96,7 @@ class _Generation:
 
 
 class Untaken(NamedTuple):
-    """What was not taken, and why; both empty when all was."""
+    """What was not taken, and why; both empty when all was. A cause alone: it was dropped."""
 
     contents: Contents
     cause: Exception | None
@@ -145,14 +146,17 @@ class Behind:
         run = covering(offset, length)
         return [piece for generation in (self._leaving, self._gathering) for piece in generation.pieces(run)]
 
-    async def put(self, offset: int, data: bytes) -> None:
-        """Take a write. It waits while the buffer is full, and raises why nothing is taken when it stays so."""
+    async def room(self) -> None:
+        """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while len(self._gathering.chunks) >= MOST_CHUNKS:
             full = self._gathering
             self._hurry.set()
             await full.taken.wait()
             if self._failing:
                 await _in_place(full)
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Take a write, for which there is `room`."""
         before = len(self._gathering.chunks)
         self._gathering.put(offset, data)
         self._on_change(len(self._gathering.chunks) - before)
@@ -199,13 +203,14 @@ class Behind:
         except (CowError, OSError) as error:
             taken.error = error
         finally:
+            taken.is_kept = bool(left.contents)
             before = self.chunks
             for chunk, content in left.contents.items():
                 self._gathering.put_beneath(chunk, content)
             self._leaving = _Generation()
             self._on_change(self.chunks - before)
             taken.done.set()
-        self._tell(taken.error)
+        self._tell(taken.error if taken.is_kept else None)
 
     def _tell(self, error: Exception | None) -> None:
         if error is not None and not self._failing:
@@ -219,7 +224,8 @@ class Behind:
 async def _in_place(generation: _Generation) -> None:
     await generation.done.wait()
     error = generation.error
-    sentence = f"writes that were acknowledged are still in memory: {error}"
+    kept = "are still in memory" if generation.is_kept else "were dropped"
+    sentence = f"writes that were acknowledged {kept}: {error}"
     if isinstance(error, OSError):
         raise OSError(error.errno, sentence) from error
     if isinstance(error, CowError):

@@ -11,12 +11,12 @@ apart from damage.
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 from pyroaring import BitMap64
 
-from cow.behind import LINGER_SECONDS, Behind, Contents, Untaken, contents_of, overlaid, rows
+from cow.behind import Behind, Contents, Part, Untaken, contents_of, overlaid, rows
 from cow.chain import Piece, resolve
 from cow.commits import Commits
 from cow.errors import (
@@ -33,7 +33,7 @@ from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
 from cow.origin import Origin
-from cow.space import MOST_BYTES_PER_CHUNK, Space
+from cow.space import Space
 
 MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
@@ -236,8 +236,8 @@ class Image:
         """Write into the delta. Returns the bytes written, fewer only at the image's end. Durable after `sync`.
 
         Raises PastEndError beyond the end, InvalidSnapshotError, QuotaError or StoreFullError when the store has no
-        room; without write-behind also OSError when it fails, which may leave a part written, and the errors of `read`
-        when a partial chunk cannot be filled up. With write-behind `sync` raises those.
+        room, and the errors of `read` when a partial chunk cannot be filled up. OSError when the store fails, which may
+        leave a part written: here without write-behind, and where the buffers of all images are full; else in `sync`.
         """
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
@@ -246,18 +246,24 @@ class Image:
         if not data:
             return 0
         self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
-        if not self._write_behind:
-            cause = (await self._take(contents_of(offset, data))).cause
-            if cause is not None:
-                raise cause
+        contents = contents_of(offset, data)
+        if self._write_behind and self._space.waiting_chunks < MOST_WAITING_CHUNKS:  # of all images together # I6
+            await self._check_parts(contents)
+            await self._behind.room()
+            await self._check_room(self.delta.new_bytes(BitMap64(contents)))
+            self._behind.put(offset, data)
         else:
-            while self._space.waiting_chunks >= MOST_WAITING_CHUNKS:  # of all images together # I6
-                await self._behind.drain()
-                await trio.sleep(LINGER_SECONDS)
-            await self._check_room(covering(offset, len(data)).chunks * MOST_BYTES_PER_CHUNK)
-            await self._behind.put(offset, data)
+            await self._behind.drain()
+            await self._write_into_delta(contents, self._space.room_for_write)
         self.delta.written_ns = time.time_ns()
         return len(data)
+
+    async def _check_parts(self, contents: Contents) -> None:
+        """Raise when a partial chunk cannot be filled up: later it would keep all that waits from being written."""
+        for chunk, content in contents.items():
+            run = Run(chunk, 1)
+            if isinstance(content, Part) and not self._behind.holds(run):
+                await self._read_chunks(run)
 
     async def _check_room(self, count: int) -> None:
         try:
@@ -272,18 +278,23 @@ class Image:
         self._space.waiting_chunks += chunks
 
     async def _take(self, contents: Contents) -> Untaken:
-        """Write into the delta."""
+        """Write what was buffered into the delta."""
+        try:
+            await self._write_into_delta(contents, self._space.keeping)
+        except InvalidSnapshotError as error:
+            return Untaken({}, error)  # nobody will ever read it
+        return Untaken({}, None)
+
+    async def _write_into_delta(
+        self, contents: Contents, room: Callable[[int], AbstractAsyncContextManager[None]]
+    ) -> None:
         chunks = BitMap64(contents)
         async with self._changing:
-            try:
-                self.origin.group_of(self._snapshot)
-            except InvalidSnapshotError as error:
-                return Untaken({}, error)  # nobody will ever read it
+            self.origin.group_of(self._snapshot)
             if self._has_much_to_commit:
                 await self._commit()  # in vain the last time, when the store failed
             whole = await self._filled_up(contents)
-            count = self.delta.new_bytes(chunks)
-            async with self._space.keeping(count) if self._write_behind else self._space.room_for_write(count):
+            async with room(self.delta.new_bytes(chunks)):
                 crowded = await self._announce(chunks)
                 with pinned([self.delta]):
                     await trio.to_thread.run_sync(self._write_delta, chunks, whole)
@@ -291,7 +302,6 @@ class Image:
             self.delta.held |= chunks
             if crowded or self._has_much_to_commit:
                 await self._commit()
-        return Untaken({}, None)
 
     @property
     def _has_much_to_commit(self) -> bool:

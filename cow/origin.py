@@ -94,9 +94,11 @@ class Origin:
         await self._gate.enter()
         try:
             if self._write_behind and (self._behind.holds(run) or not self._is_preserved(run)):
-                await self._behind.put(offset, data)
+                await self._behind.room()
+                self._behind.put(offset, data)
             else:
-                await self._preserver.preserve(self, chunks_in([run]))
+                if not self._write_behind:
+                    await self._preserver.preserve(self, chunks_in([run]))
                 if not self.device.pwrite_nowait(data, offset):
                     await trio.to_thread.run_sync(self.device.pwrite, data, offset)
             self.modified_ns = time.time_ns()

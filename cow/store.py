@@ -486,8 +486,12 @@ class Store:
                     nursery.start_soon(image.run)
 
     async def drain(self) -> None:
-        """Have all that was acknowledged where it belongs, before `run` ends. Raises what a disk says."""
-        await self.origins.drain()
+        """Have all that was acknowledged where it belongs, before `run` ends. Raises what a disk says.
+
+        First comes the origin, durably: a snapshot that cannot be written does not keep it from that. # I8
+        """
+        for origin in self.origins if not self.read_only else ():
+            await origin.sync()
         for snapshot in self._snapshots.values():
             if snapshot.usable:
                 await snapshot.drain()

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from pyroaring import BitMap64
 
 from cow import OnFull, Source
 from cow.behind import MOST_CHUNKS, Behind, Contents, Untaken, overlaid, write_out
 from cow.device import OriginDevice
-from cow.errors import StoreFullError
+from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
+from cow.image import MOST_WAITING_CHUNKS, Image
 from cow.origin import Origin
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 
 SIZE = 64 * CHUNK_BYTES + 1536
+
+
+async def _put(behind: Behind, offset: int, data: bytes) -> None:
+    await behind.room()
+    behind.put(offset, data)
 
 
 class _Held:
@@ -59,7 +66,7 @@ def test_what_is_buffered_is_read_back_byte_for_byte_and_reaches_the_device(devi
             for number in range(120):
                 offset = random_.randrange(SIZE)
                 data = random_.randbytes(min(random_.choice([1, 512, 4096, 5000, 20000]), SIZE - offset))
-                await behind.put(offset, data)
+                await _put(behind, offset, data)
                 content[offset : offset + len(data)] = data
                 start = random_.randrange(SIZE)
                 length = random_.randint(1, SIZE - start)
@@ -84,7 +91,7 @@ def test_nothing_reaches_the_device_before_it_is_taken(device: OriginDevice) -> 
         before = device.pread(SIZE, 0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
-            await behind.put(100, b"x" * CHUNK_BYTES)
+            await _put(behind, 100, b"x" * CHUNK_BYTES)
             nursery.start_soon(behind.drain)
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert held.asked == [{0, 1}]
@@ -103,7 +110,7 @@ def test_a_drain_of_what_is_on_its_way_takes_nothing_after_it(device: OriginDevi
         behind = Behind("it", held.take, pytest.fail)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
-            await behind.put(0, b"x" * CHUNK_BYTES)
+            await _put(behind, 0, b"x" * CHUNK_BYTES)
             await trio.testing.wait_all_tasks_blocked(0.1)
             nursery.start_soon(behind.drain)
             await trio.testing.wait_all_tasks_blocked(0.1)
@@ -124,7 +131,7 @@ def test_i6_a_full_buffer_keeps_writers_waiting(device: OriginDevice) -> None:
         async def write() -> None:
             nonlocal written
             while True:
-                await behind.put(written * CHUNK_BYTES, bytes(CHUNK_BYTES))
+                await _put(behind, written * CHUNK_BYTES, bytes(CHUNK_BYTES))
                 written += 1
                 if written > 2 * MOST_CHUNKS:
                     more.set()
@@ -169,7 +176,7 @@ def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: O
         content = bytearray(device.pread(SIZE, 0))
 
         async def write(offset: int, data: bytes) -> None:
-            await behind.put(offset, data)
+            await _put(behind, offset, data)
             content[offset : offset + len(data)] = data
 
         def read() -> bytes:
@@ -211,7 +218,7 @@ def test_a_device_that_takes_nothing_fails_the_writer_when_the_buffer_is_full(de
 
         async def write_much() -> None:
             for chunk in range(4 * MOST_CHUNKS):
-                await behind.put(chunk * CHUNK_BYTES, bytes(CHUNK_BYTES))
+                await _put(behind, chunk * CHUNK_BYTES, bytes(CHUNK_BYTES))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
@@ -345,3 +352,46 @@ def test_i6_what_may_not_fit_together_is_kept_in_smaller_parts(start: Callable[.
     assert snapshot.usable
     assert engine.call(snapshot.images[0].read, (1 << 30) - CHUNK_BYTES, CHUNK_BYTES) == bytes(CHUNK_BYTES)
     assert engine.call(snapshot.images[0].read, 1 << 20, 1 << 20) == bytes(1 << 20)
+
+
+def _image(engine: Engine, name: bytes) -> Image:
+    return engine.call(engine.store.create_snapshot, name).images[0]
+
+
+def test_a_part_of_a_chunk_that_cannot_be_read_fails_the_writer_and_no_other_write(
+    start: Callable[..., Engine],
+) -> None:
+    engine = start()
+    image = _image(engine, b"a")
+    engine.call(image.write, 3 * CHUNK_BYTES, b"x" * CHUNK_BYTES)
+    engine.call(image.sync)
+    engine.call(engine.store.lose, image.delta, BitMap64([3]))
+    with pytest.raises(LostError):
+        engine.call(image.write, 3 * CHUNK_BYTES + 100, b"y" * 50)
+    engine.call(image.write, 7 * CHUNK_BYTES + 100, b"z" * 50)
+    engine.call(image.sync)
+    engine.call(image.write, 3 * CHUNK_BYTES, b"w" * CHUNK_BYTES)  # the whole of it makes it readable again
+    engine.call(image.sync)
+    assert engine.call(image.read, 3 * CHUNK_BYTES, CHUNK_BYTES) == b"w" * CHUNK_BYTES
+    assert engine.call(image.read, 7 * CHUNK_BYTES + 100, 50) == b"z" * 50
+
+
+def test_i6_an_image_whose_buffer_is_stuck_keeps_no_other_waiting(start: Callable[..., Engine]) -> None:
+    engine = start()
+    stuck, other = _image(engine, b"stuck"), _image(engine, b"other")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    stuck._write_delta = fail
+    engine.call(stuck.write, 0, b"s" * CHUNK_BYTES)
+    with pytest.raises(OSError, match="still in memory"):
+        engine.call(stuck.sync)
+    engine.store.space.waiting_chunks += MOST_WAITING_CHUNKS
+    engine.call(other.write, 0, b"o" * CHUNK_BYTES)
+    engine.call(other.sync)
+    assert engine.call(other.read, 0, CHUNK_BYTES) == b"o" * CHUNK_BYTES
+    engine.store.space.waiting_chunks -= MOST_WAITING_CHUNKS
+    del stuck._write_delta
+    engine.call(stuck.sync)
+    assert engine.call(stuck.read, 0, CHUNK_BYTES) == b"s" * CHUNK_BYTES

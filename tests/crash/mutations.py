@@ -137,15 +137,15 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write",
-        "                await self._preserver.preserve(self, chunks_in([run]))\n",
-        "                self.device.pwrite(data, offset)\n"
-        "                await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    self.device.pwrite(data, offset)\n"
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write",
-        "                await self._preserver.preserve(self, chunks_in([run]))\n",
-        "",
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    pass\n",
     ),
     Edit(
         "what was buffered overwrites the origin before the old bytes are preserved",
@@ -196,7 +196,7 @@ ORDER = [
     Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
     Edit(
         "an intent is recorded after the overwriting",
-        "image:Image._take",
+        "image:Image._write_into_delta",
         "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
         "                    await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n",
         "                await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n"
