@@ -19,6 +19,7 @@ from cow.errors import CowError
 from cow.geometry import CHUNK_BYTES, Run, covering, split
 
 MOST_CHUNKS = 4096  # that gather: 16 MiB. As much again may be on its way to the device
+MOST_KEPT_BYTES = 32 << 20  # of writes that are kept whole while some of their chunks gather
 ENOUGH_CHUNKS = 1024  # that are worth a commit
 LINGER_SECONDS = 0.01  # for more to come, when there are not enough
 _WRITE_CHUNKS = 256  # in one write to the device: 1 MiB
@@ -31,7 +32,7 @@ class Part:
         self.content = bytearray(CHUNK_BYTES)
         self.extents: list[tuple[int, int]] = []  #: (start, end) in the chunk; ascending, and none touches another
 
-    def put(self, start: int, data: bytes) -> None:
+    def put(self, start: int, data: bytes | memoryview) -> None:
         """Write over what there is."""
         end = start + len(data)
         self.content[start:end] = data
@@ -45,7 +46,8 @@ class Part:
         return ((start, bytes(self.content[start:end])) for start, end in self.extents)
 
 
-Content = bytes | Part  # of one chunk; bytes are a whole one
+Whole = bytes | memoryview  # all of a chunk; a view is of a longer write, which is not copied
+Content = Whole | Part  # of one chunk
 Contents = Mapping[int, Content]  # by chunk
 
 
@@ -54,39 +56,49 @@ class _Generation:
 
     def __init__(self) -> None:
         self.chunks: dict[int, Content] = {}
+        self.kept_bytes = 0  #: of the writes that the views are of, also where they were written over since
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
         self.is_kept = True  #: whether, after an error, it is in memory yet
 
+    @property
+    def is_full(self) -> bool:
+        return len(self.chunks) >= MOST_CHUNKS or self.kept_bytes >= MOST_KEPT_BYTES
+
     def put(self, offset: int, data: bytes) -> None:
         head, body, tail = split(offset, len(data))
+        if body == CHUNK_BYTES == len(data):
+            self.chunks[offset // CHUNK_BYTES] = data
+            return
+        view = memoryview(data)
         if head:
-            self._put_part(offset, data[:head])
-        first = (offset + head) // CHUNK_BYTES
-        for chunk, start in enumerate(range(head, head + body, CHUNK_BYTES), first):
-            self.chunks[chunk] = data[start : start + CHUNK_BYTES]
+            self._put_part(offset, view[:head])
+        if body:
+            first, end = (offset + head) // CHUNK_BYTES, head + body
+            self.chunks |= enumerate([view[at : at + CHUNK_BYTES] for at in range(head, end, CHUNK_BYTES)], first)
+            self.kept_bytes += len(data)
         if tail:
-            self._put_part(offset + head + body, data[head + body :])
+            self._put_part(offset + head + body, view[head + body :])
 
-    def _put_part(self, offset: int, data: bytes) -> None:
+    def _put_part(self, offset: int, data: bytes | memoryview) -> None:
         chunk, start = divmod(offset, CHUNK_BYTES)
         content = self.chunks.setdefault(chunk, Part())
         if isinstance(content, Part):
             content.put(start, data)
         else:
-            self.chunks[chunk] = content[:start] + data + content[start + len(data) :]
+            self.chunks[chunk] = b"".join((content[:start], data, content[start + len(data) :]))
 
     def put_beneath(self, chunk: int, older: Content) -> None:
         """Put in what was written before the rest."""
         newer = self.chunks.get(chunk)
-        if isinstance(newer, bytes):
+        if newer is not None and not isinstance(newer, Part):
             return
         self.chunks[chunk] = older
         for start, data in () if newer is None else newer.pieces():
             self._put_part(chunk * CHUNK_BYTES + start, data)
 
-    def pieces(self, run: Run) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, run: Run) -> Iterator[tuple[int, Whole]]:
         """What it has of a run: offsets and bytes."""
         wanted = range(run.first, run.end) if run.chunks < len(self.chunks) else self.chunks
         for chunk in wanted:
@@ -134,21 +146,26 @@ class Behind:
 
     def holds(self, run: Run) -> bool:
         """Whether some of the run is in the buffer."""
-        found = (generation.chunks for generation in (self._gathering, self._leaving) if generation.chunks)
+        newer, older = self._gathering.chunks, self._leaving.chunks
         if run.chunks == 1:
-            return any(run.first in chunks for chunks in found)
-        return any(not chunks.keys().isdisjoint(range(run.first, run.end)) for chunks in found)
+            return run.first in newer or run.first in older
+        return any(chunks and not chunks.keys().isdisjoint(range(run.first, run.end)) for chunks in (newer, older))
 
-    def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
+    def pieces(self, offset: int, length: int) -> list[tuple[int, Whole]]:
         """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
         if not self._gathering.chunks and not self._leaving.chunks:
             return []
         run = covering(offset, length)
         return [piece for generation in (self._leaving, self._gathering) for piece in generation.pieces(run)]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no `room` for a write."""
+        return self._gathering.is_full
+
     async def room(self) -> None:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
-        while len(self._gathering.chunks) >= MOST_CHUNKS:
+        while self._gathering.is_full:
             full = self._gathering
             self._hurry.set()
             await full.taken.wait()
@@ -157,11 +174,14 @@ class Behind:
 
     def put(self, offset: int, data: bytes) -> None:
         """Take a write, for which there is `room`."""
-        before = len(self._gathering.chunks)
+        chunks = self._gathering.chunks
+        before = len(chunks)
         self._gathering.put(offset, data)
-        self._on_change(len(self._gathering.chunks) - before)
-        self._arrived.set()
-        if len(self._gathering.chunks) >= ENOUGH_CHUNKS:
+        if len(chunks) != before:
+            self._on_change(len(chunks) - before)
+        if not self._arrived.is_set():
+            self._arrived.set()
+        if len(chunks) >= ENOUGH_CHUNKS:
             self._hurry.set()
 
     def forget(self) -> None:
@@ -205,6 +225,8 @@ class Behind:
         finally:
             taken.is_kept = bool(left.contents)
             before = self.chunks
+            if left.contents:
+                self._gathering.kept_bytes += taken.kept_bytes
             for chunk, content in left.contents.items():
                 self._gathering.put_beneath(chunk, content)
             self._leaving = _Generation()
@@ -255,11 +277,14 @@ def write_out(device: File, contents: Contents) -> Untaken:
 
 
 def _write_row(device: File, contents: Contents, row: list[int]) -> None:
-    if len(row) == 1:
-        for offset, data in _pieces_of(row[0], contents[row[0]]):
+    content = contents[row[0]]
+    if isinstance(content, Part):
+        for offset, data in _pieces_of(row[0], content):
             device.pwrite(data, offset)
+    elif len(row) == 1:
+        device.pwrite(content, row[0] * CHUNK_BYTES)
     else:
-        device.pwrite(b"".join(contents[chunk] for chunk in row), row[0] * CHUNK_BYTES)  # type: ignore[misc]
+        device.pwritev([contents[chunk] for chunk in row], row[0] * CHUNK_BYTES)  # type: ignore[misc]
 
 
 def _write_singly(device: File, contents: Contents, row: list[int]) -> Iterator[int]:
@@ -271,7 +296,7 @@ def _write_singly(device: File, contents: Contents, row: list[int]) -> Iterator[
             yield chunk
 
 
-def overlaid(data: bytes, offset: int, pieces: Iterable[tuple[int, bytes]]) -> bytes:
+def overlaid(data: bytes, offset: int, pieces: Iterable[tuple[int, Whole]]) -> bytes:
     """What was read at `offset`, with the pieces (offsets and bytes) put over it, one after the other."""
     result = bytearray(data)
     for start, piece in pieces:
@@ -281,20 +306,22 @@ def overlaid(data: bytes, offset: int, pieces: Iterable[tuple[int, bytes]]) -> b
     return bytes(result)
 
 
-def _pieces_of(chunk: int, content: Content) -> Iterator[tuple[int, bytes]]:
+def _pieces_of(chunk: int, content: Content) -> Iterator[tuple[int, Whole]]:
     at = chunk * CHUNK_BYTES
-    pieces = content.pieces() if isinstance(content, Part) else iter([(0, content)])
+    pieces: Iterable[tuple[int, Whole]] = content.pieces() if isinstance(content, Part) else [(0, content)]
     return ((at + start, data) for start, data in pieces)
 
 
 def rows(chunks: Contents) -> Iterator[list[int]]:
     """The chunks, ascending, in rows that can be written at once. One that is not whole is by itself."""
     row: list[int] = []
+    next_in_row = -1
     for chunk in sorted(chunks):
-        follows = bool(row) and chunk == row[-1] + 1 and len(row) < _WRITE_CHUNKS
-        if row and not (follows and isinstance(chunks[chunk], bytes) and isinstance(chunks[row[-1]], bytes)):
+        is_part = isinstance(chunks[chunk], Part)
+        if row and (chunk != next_in_row or is_part or len(row) == _WRITE_CHUNKS):
             yield row
             row = []
         row.append(chunk)
+        next_in_row = -1 if is_part else chunk + 1
     if row:
         yield row

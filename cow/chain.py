@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cow.errors import DamagedError, LostError
-from cow.geometry import Run, held_in
+from cow.geometry import CHUNK_BYTES, Run, held_in
 from cow.layer import Layer
 
 
@@ -21,6 +21,8 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
     Raises LostError when a chunk of it could not be kept, DamagedError when a layer that would have to be asked does
     not know any more what it holds. # I4
     """
+    if run.chunks == 1:
+        return [Piece(_holder_of(layers, run.first), run)]
     pieces: list[Piece] = []
     missing = [run]
     for layer in layers:
@@ -38,13 +40,29 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
                 left.append(Run(at, wanted.end - at))
         for wanted in left if layer.lost else ():
             if lost := held_in(layer.lost, wanted):
-                raise LostError(
-                    f"chunk {lost[0].first} (offset {lost[0].offset}) was lost: it could not be kept when the origin "
-                    f"overwrote it; the file `lost` has all of them, and the rest stays readable"
-                )
+                raise _lost(lost[0].first)
         missing = left
         if not missing:
             break
     pieces += [Piece(None, wanted) for wanted in missing]
     pieces.sort(key=lambda piece: piece.run.first)
     return pieces
+
+
+def _holder_of(layers: Iterable[Layer], chunk: int) -> Layer | None:
+    """The same for one chunk, which is what most requests are."""
+    for layer in layers:
+        if layer.damage is not None:
+            raise DamagedError(layer.damage)
+        if chunk in layer.held:
+            return layer
+        if layer.lost and chunk in layer.lost:
+            raise _lost(chunk)
+    return None
+
+
+def _lost(chunk: int) -> LostError:
+    return LostError(
+        f"chunk {chunk} (offset {chunk * CHUNK_BYTES}) was lost: it could not be kept when the origin overwrote it; "
+        f"the file `lost` has all of them, and the rest stays readable"
+    )

@@ -14,12 +14,13 @@ import sqlite3
 import stat
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Self
 
 from cow.errors import RefusedError, SyncError
 
+MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
@@ -172,7 +173,7 @@ class File:
             raise BlockingIOError(errno.EAGAIN, "only partly cached")
         return bytes(buffer)
 
-    def pwrite(self, data: bytes | memoryview, offset: int) -> None:
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data`. Durable only after `sync`."""
         written = self._io.pwrite(self.fd, data, offset)
         if written == len(data):
@@ -183,6 +184,12 @@ class File:
             if more == 0:
                 raise OSError(errno.EIO, f"a write to {self.label} at offset {offset + written} made no progress")
             written += more
+
+    def pwritev(self, parts: Sequence[bytes | memoryview], offset: int) -> None:
+        """Write all of `parts`, at most `MOST_PARTS`, one after the other. Durable only after `sync`."""
+        written = self._io.pwritev(self.fd, parts, offset)
+        if written < sum(map(len, parts)):
+            self.pwrite(b"".join(parts)[written:], offset + written)
 
     def pwrite_nowait(self, data: bytes, offset: int) -> bool:
         """Write without waiting for a disk; False when that could not be done in full, and `pwrite` has to."""

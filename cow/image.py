@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 from pyroaring import BitMap64
 
-from cow.behind import Behind, Contents, Part, Untaken, contents_of, overlaid, rows
+from cow.behind import Behind, Contents, Part, Untaken, Whole, contents_of, overlaid, rows
 from cow.chain import Piece, resolve
 from cow.commits import Commits
 from cow.errors import (
@@ -75,6 +75,8 @@ class Image:
         label = f"image {printable(origin.name)} of snapshot {snapshot}"
         self._behind = Behind(label, self._take, on_trouble, self._wait_in_memory)
         self._running = trio.CancelScope()
+        self._layers: list[Layer] = []  #: as of `_layout` of the origin
+        self._layout = -1
 
     @property
     def size_bytes(self) -> int:
@@ -131,7 +133,10 @@ class Image:
 
     def layers(self) -> list[Layer]:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
-        return [self.delta, *self.origin.layers_for(self._snapshot)]
+        if self._layout != self.origin.layout:
+            self._layers = [self.delta, *self.origin.layers_for(self._snapshot)]
+            self._layout = self.origin.layout
+        return self._layers
 
     def reads(self, layer: Layer, chunks: BitMap64) -> bool:
         """Whether it reads any of the chunks, all held by `layer`, from there."""
@@ -145,6 +150,20 @@ class Image:
         return False
 
     # -- reading -------------------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As `read`, where that needs no waiting and nothing is amiss; else None."""
+        if offset + length > self.size_bytes or not length:
+            return None
+        run = covering(offset, length)
+        if self._behind.chunks and self._behind.holds(run):
+            return None
+        try:
+            data = self._gather(resolve(self.layers(), run), nowait=True)
+        except (BlockingIOError, CowError):
+            return None
+        start = offset - run.first * CHUNK_BYTES
+        return data if len(data) == length else data[start : start + length]
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4
@@ -212,10 +231,8 @@ class Image:
                 "mount with -o read_suspect to read it all the same"
             )
         parts = [
-            self.origin.read_chunks(piece.run, nowait=nowait)
-            if piece.layer is None
-            else piece.layer.read(piece.run, nowait=nowait)
-            for piece in found
+            self.origin.read_chunks(run, nowait=nowait) if layer is None else layer.read(run, nowait=nowait)
+            for layer, run in found
         ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -232,6 +249,21 @@ class Image:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
+    def write_nowait(self, offset: int, data: bytes) -> int | None:
+        """As `write`, where that needs no waiting, nothing is amiss, and there is plenty of room; else None."""
+        length = len(data)
+        if not length or offset + length > self.size_bytes or offset % CHUNK_BYTES or length % CHUNK_BYTES:
+            return None
+        if not self._write_behind or self._layout != self.origin.layout:  # perhaps the snapshot was given up
+            return None
+        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS:
+            return None
+        if not self._space.is_roomy(length // CHUNK_BYTES):
+            return None
+        self._behind.put(offset, data)
+        self.delta.written_ns = time.time_ns()
+        return length
+
     async def write(self, offset: int, data: bytes) -> int:
         """Write into the delta. Returns the bytes written, fewer only at the image's end. Durable after `sync`.
 
@@ -245,7 +277,7 @@ class Image:
             data = data[: self.size_bytes - offset]
         if not data:
             return 0
-        self.origin.group_of(self._snapshot)  # raises when the snapshot was given up
+        self.layers()  # raises when the snapshot was given up
         contents = contents_of(offset, data)
         if self._write_behind and self._space.waiting_chunks < MOST_WAITING_CHUNKS:  # of all images together # I6
             await self._check_parts(contents)
@@ -307,23 +339,23 @@ class Image:
     def _has_much_to_commit(self) -> bool:
         return len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS
 
-    def _write_delta(self, chunks: BitMap64, whole: Mapping[int, bytes]) -> None:
+    def _write_delta(self, chunks: BitMap64, whole: Mapping[int, Whole]) -> None:
         try:
-            sums = [self.delta.write_data(row[0], b"".join(whole[chunk] for chunk in row)) for row in rows(whole)]
+            sums = [self.delta.write_chunks(row[0], [whole[chunk] for chunk in row]) for row in rows(whole)]
             self.delta.write_sums_of(list(runs_of(chunks)), b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
             self.delta.rehash(chunks & self.delta.held)
             raise
 
-    async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
+    async def _filled_up(self, contents: Contents) -> dict[int, Whole]:
         """The whole chunks as they shall be."""
-        whole = {}
+        whole: dict[int, Whole] = {}
         for chunk, content in contents.items():
-            if isinstance(content, bytes):
-                whole[chunk] = content
-            else:
+            if isinstance(content, Part):
                 whole[chunk] = overlaid(await self._read_settled(Run(chunk, 1)), 0, content.pieces())
+            else:
+                whole[chunk] = content
         return whole
 
     async def _announce(self, chunks: BitMap64) -> bool:

@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby
+from itertools import count, groupby
 from typing import NamedTuple
 
 from pyroaring import BitMap64
@@ -30,6 +30,9 @@ _MOST_EMPTY_MAP_BYTES = 1 << 16  # a map takes well below a byte for each chunk 
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
+
+
+FileKey = int | str  # of an open file: the number of a segment, or another file's name
 
 
 class MapImage(NamedTuple):
@@ -56,8 +59,8 @@ class Layer:
         self.damage: str | None = None  #: why nothing in this layer can be trusted
         self._parent = parent
         self._directory: Directory | None = None
-        self._files: dict[str, File] = {}
-        self._unsynced: set[str] = set()
+        self._files: dict[FileKey, File] = {}
+        self._unsynced: set[int] = set()  #: segments
         self._entries_unsynced = False  #: whether files were made since the directory was synced
         self._summing = threading.Lock()  #: guards the checksums' slots against two writers of one page
         self._opening = threading.Lock()  #: guards `_directory`, `_files` and what is unsynced
@@ -78,23 +81,24 @@ class Layer:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _file(self, name: str, *, create: bool = False) -> File:
-        file = self._files.get(name)
+    def _file(self, key: FileKey, *, create: bool = False) -> File:
+        file = self._files.get(key)
         if file is not None:
             return file
         with self._opening:
-            if name not in self._files:
+            if key not in self._files:
                 self._check_open()
                 if self._directory is None:
                     self._directory = self._parent.subdirectory(self.name, create=create)
+                name = _segment_name(key) if isinstance(key, int) else key
                 try:
-                    self._files[name] = self._directory.open(name)
+                    self._files[key] = self._directory.open(name)
                 except FileNotFoundError:
                     if not create:
                         raise
-                    self._files[name] = self._directory.open(name, create=True)
+                    self._files[key] = self._directory.open(name, create=True)
                     self._entries_unsynced = True
-            return self._files[name]
+            return self._files[key]
 
     def _check_open(self) -> None:
         if self._closing and not self.pins:
@@ -142,14 +146,17 @@ class Layer:
 
     def checksums(self, first: int, data: bytes | memoryview) -> bytes:
         """The checksums, 8 bytes each, of the whole chunks in `data`, which start at chunk `first`."""
-        seed = self._seed + first
         if len(data) == CHUNK_BYTES:
-            return xxh3_64_digest(data, seed=seed & _MASK_64)
+            return xxh3_64_digest(data, (self._seed + first) & _MASK_64)
         view = memoryview(data)
-        return b"".join(
-            xxh3_64_digest(view[start : start + CHUNK_BYTES], seed=(seed + index) & _MASK_64)
-            for index, start in enumerate(range(0, len(view), CHUNK_BYTES))
-        )
+        return self.checksums_of(first, [view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES)])
+
+    def checksums_of(self, first: int, chunks: Iterable[bytes | memoryview]) -> bytes:
+        """The same of chunks that follow each other."""
+        seed = self._seed + first
+        if seed + self.chunks > _MASK_64:
+            return b"".join([xxh3_64_digest(chunk, one & _MASK_64) for one, chunk in enumerate(chunks, seed)])
+        return b"".join(list(map(xxh3_64_digest, chunks, count(seed))))
 
     def write(self, first: int, data: bytes | memoryview) -> bytes:
         """Write whole chunks and their checksums, and return the checksums. Nothing is durable yet.
@@ -162,17 +169,31 @@ class Layer:
 
     def write_data(self, first: int, data: bytes | memoryview) -> bytes:
         """As `write`, and the caller writes the checksums."""
-        for name, part in _by_segment(Run(first, len(data) // CHUNK_BYTES)):
-            start = (part.first - first) * CHUNK_BYTES
-            whole = part.length == len(data)
-            self._file(name, create=True).pwrite(
-                data if whole else memoryview(data)[start : start + part.length],
-                part.first % SEGMENT_CHUNKS * CHUNK_BYTES,
-            )
-            if name not in self._unsynced:  # when it is, the write above came before the sync
-                with self._opening:
-                    self._unsynced.add(name)
+        segment, place = divmod(first, SEGMENT_CHUNKS)
+        if place + len(data) // CHUNK_BYTES > SEGMENT_CHUNKS:
+            here = (SEGMENT_CHUNKS - place) * CHUNK_BYTES
+            view = memoryview(data)
+            return self.write_data(first, view[:here]) + self.write_data(first + SEGMENT_CHUNKS - place, view[here:])
+        self._file(segment, create=True).pwrite(data, place * CHUNK_BYTES)
+        self._note_unsynced(segment)
         return self.checksums(first, data)
+
+    def write_chunks(self, first: int, chunks: Sequence[bytes | memoryview]) -> bytes:
+        """As `write_data`, of chunks that lie apart in memory."""
+        segment, place = divmod(first, SEGMENT_CHUNKS)
+        if len(chunks) == 1:
+            return self.write_data(first, chunks[0])
+        here = SEGMENT_CHUNKS - place
+        if len(chunks) > here:
+            return self.write_chunks(first, chunks[:here]) + self.write_chunks(first + here, chunks[here:])
+        self._file(segment, create=True).pwritev(chunks, place * CHUNK_BYTES)
+        self._note_unsynced(segment)
+        return self.checksums_of(first, chunks)
+
+    def _note_unsynced(self, segment: int) -> None:
+        if segment not in self._unsynced:  # when it is, the write before this came before the sync
+            with self._opening:
+                self._unsynced.add(segment)
 
     def write_sums(self, first: int, sums: bytes) -> None:
         """Put checksums into their slots. Durable after a checkpoint; until then the journal has them."""
@@ -182,20 +203,18 @@ class Layer:
     def write_sums_of(self, runs: Sequence[Run], sums: bytes) -> None:
         """Put the checksums of several runs, ascending, into their slots: those of one page with one write."""
         file, at = self._file("sums", create=True), 0
-        for _, group in groupby(runs, lambda run: run.first // _SUM_PAGE_CHUNKS):
+        for _, group in groupby(runs, lambda run: run[0] // _SUM_PAGE_CHUNKS):
             near = list(group)
-            first, end = near[0].first, near[-1].end
+            first = near[0].first
+            length = (near[-1].end - first) * SUM_BYTES
             with self._summing:
-                slots = bytearray()
-                if len(near) > 1:
-                    slots += file.pread((end - first) * SUM_BYTES, first * SUM_BYTES)
-                slots.extend(bytes((end - first) * SUM_BYTES - len(slots)))
-                for run in near:
-                    count = run.chunks * SUM_BYTES
-                    start = (run.first - first) * SUM_BYTES
-                    slots[start : start + count] = sums[at : at + count]
-                    at += count
-                file.pwrite(bytes(slots), first * SUM_BYTES)
+                slots = bytearray(file.pread(length, first * SUM_BYTES)) if len(near) > 1 else bytearray()
+                slots.extend(bytes(length - len(slots)))
+                for start, chunks in near:
+                    place, size = (start - first) * SUM_BYTES, chunks * SUM_BYTES
+                    slots[place : place + size] = sums[at : at + size]
+                    at += size
+                file.pwrite(slots, first * SUM_BYTES)
 
     def read_sums(self, run: Run) -> bytes:
         """The checksums of a run, from their slots."""
@@ -219,15 +238,20 @@ class Layer:
 
     def read_unchecked(self, run: Run, *, nowait: bool = False) -> tuple[bytes, bytes]:
         """Whole chunks and what their checksums should be. Raises DamagedError when a file is missing or too short."""
+        first, chunks = run
+        segment, place = divmod(first, SEGMENT_CHUNKS)
         try:
-            data = b"".join(
-                self._read_part(self._file(name), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
-                for name, part in _by_segment(run)
-            )
-            sums = self._read_part(self._file("sums"), run.chunks * SUM_BYTES, run.first * SUM_BYTES, nowait)
+            if place + chunks <= SEGMENT_CHUNKS:
+                data = self._read_part(self._file(segment), chunks * CHUNK_BYTES, place * CHUNK_BYTES, nowait)
+            else:
+                data = b"".join(
+                    self._read_part(self._file(one), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
+                    for one, part in _by_segment(run)
+                )
+            sums = self._read_part(self._file("sums"), chunks * SUM_BYTES, first * SUM_BYTES, nowait)
         except FileNotFoundError as error:
             raise DamagedError(f"a file of layer {self.name} is missing from the store: {error.filename}") from error
-        if len(data) != run.length or len(sums) != run.chunks * SUM_BYTES:
+        if len(data) != chunks * CHUNK_BYTES or len(sums) != chunks * SUM_BYTES:
             raise DamagedError(
                 f"a file of layer {self.name} ends before chunk {run.end} (offset {run.end * CHUNK_BYTES}): it was cut "
                 f"short"
@@ -283,16 +307,15 @@ class Layer:
         return unreadable
 
     def _rehash_part(self, part: Run) -> BitMap64:
-        name = _segment_name(part.first // SEGMENT_CHUNKS)
+        segment = part.first // SEGMENT_CHUNKS
         try:
-            data = self._file(name).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+            data = self._file(segment).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
         except OSError:
             if part.chunks == 1:
                 return BitMap64([part.first])
             return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
         self.write_sums(part.first, self.checksums(part.first, data.ljust(part.length, b"\0")))
-        with self._opening:
-            self._unsynced.add(name)
+        self._note_unsynced(segment)
         return BitMap64()
 
     def new_bytes(self, chunks: BitMap64) -> int:
@@ -304,31 +327,31 @@ class Layer:
     def sync_data(self) -> None:
         """Make all data written so far durable. The checksums become durable with the journal's record."""
         with self._opening:
-            names, self._unsynced = self._unsynced, set()
+            segments, self._unsynced = self._unsynced, set()
             entries, self._entries_unsynced = self._entries_unsynced, False
         try:
-            for name in names:
-                self._file(name).sync()
+            for segment in segments:
+                self._file(segment).sync()
             if entries and self._directory is not None:
                 self._directory.sync()
         except (OSError, SyncError):
             with self._opening:
-                self._unsynced |= names
+                self._unsynced |= segments
                 self._entries_unsynced |= entries
             raise
 
     def give_up_unsynced(self) -> None:
         """After a failed sync whose chunks are durably lost: later writes can be synced again."""
         with self._opening:
-            for name in self._unsynced & self._files.keys():
-                self._files[name].forget_sync_failure()
+            for segment in self._unsynced & self._files.keys():
+                self._files[segment].forget_sync_failure()
             self._unsynced.clear()
 
     def punch(self, chunks: BitMap64) -> None:
         """Give back the space of chunks that nobody reads here any more."""
         for run in runs_of(chunks):
-            for name, part in _by_segment(run):
-                self._file(name).punch(part.first % SEGMENT_CHUNKS * CHUNK_BYTES, part.length)
+            for segment, part in _by_segment(run):
+                self._file(segment).punch(part.first % SEGMENT_CHUNKS * CHUNK_BYTES, part.length)
 
     # -- the checkpoint ------------------------------------------------------------------------------------------
 
@@ -463,9 +486,9 @@ def _segment_name(segment: int) -> str:
     return f"data.{segment:04d}"
 
 
-def _by_segment(run: Run) -> list[tuple[str, Run]]:
+def _by_segment(run: Run) -> list[tuple[int, Run]]:
     segment, last = run.first // SEGMENT_CHUNKS, (run.end - 1) // SEGMENT_CHUNKS
     if segment == last:
-        return [(_segment_name(segment), run)]
+        return [(segment, run)]
     head = Run(run.first, (segment + 1) * SEGMENT_CHUNKS - run.first)
-    return [(_segment_name(segment), head), *_by_segment(Run(head.end, run.chunks - head.chunks))]
+    return [(segment, head), *_by_segment(Run(head.end, run.chunks - head.chunks))]

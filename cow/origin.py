@@ -55,6 +55,7 @@ class Origin:
         self.modified_ns = row.modified_ns
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
         self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
+        self.layout = 0  #: grows when the groups change
         self._gate = gate
         self._preserver = preserver
         self._read_only = read_only
@@ -62,6 +63,16 @@ class Origin:
         self._behind = Behind(device.label, self._take, on_trouble)
 
     # -- the live image ------------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As `read`, where that needs no waiting; else None."""
+        behind = self._behind
+        if offset + length > self.size_bytes or (behind.chunks and behind.holds(covering(offset, length))):
+            return None
+        try:
+            return self.device.pread_nowait(length, offset)
+        except BlockingIOError:
+            return None
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read the device as it is now; fewer bytes only at its end."""
@@ -74,6 +85,21 @@ class Origin:
         except BlockingIOError:
             data = await trio.to_thread.run_sync(self.device.pread, length, offset)
         return overlaid(data, offset, newer) if newer else data
+
+    def write_nowait(self, offset: int, data: bytes) -> int | None:
+        """As `write`, where that needs no waiting; else None."""
+        # atomic: no checkpoint, so the gate need not be entered
+        if self._read_only or self._gate.held or not data or offset + len(data) > self.size_bytes:
+            return None
+        run = covering(offset, len(data))
+        if self._is_put_behind(run):
+            if self._behind.is_full:
+                return None
+            self._behind.put(offset, data)
+        elif not self._is_preserved(run) or not self.device.pwrite_nowait(data, offset):
+            return None
+        self.modified_ns = time.time_ns()
+        return len(data)
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
@@ -93,7 +119,7 @@ class Origin:
         run = covering(offset, len(data))
         await self._gate.enter()
         try:
-            if self._write_behind and (self._behind.holds(run) or not self._is_preserved(run)):
+            if self._is_put_behind(run):
                 await self._behind.room()
                 self._behind.put(offset, data)
             else:
@@ -105,6 +131,10 @@ class Origin:
         finally:
             self._gate.leave()
         return len(data)
+
+    def _is_put_behind(self, run: Run) -> bool:
+        """Whether a write goes into the buffer: where old bytes are needed, and where it meets an older one there."""
+        return self._write_behind and (self._behind.holds(run) or not self._is_preserved(run))
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
@@ -151,6 +181,12 @@ class Origin:
     def open_epoch(self, snapshot: int, layer: Layer) -> None:
         """From now on old bytes go into `layer`. No write may be under way."""
         self.groups.append(Group(snapshot, [layer]))
+        self.layout += 1
+
+    def add_layer(self, snapshot: int, layer: Layer) -> None:
+        """Have one more layer serve a snapshot, asked after those that do."""
+        self.group_of(snapshot).layers.append(layer)
+        self.layout += 1
 
     @property
     def newest_layer(self) -> Layer:
@@ -171,9 +207,10 @@ class Origin:
         """Whether no snapshot reads any of the run from the device."""
         if not self.groups:
             return True
-        layers = self.groups[-1].layers
-        if any(layer.held.contains_range(run.first, run.end) for layer in layers):
-            return True  # mostly, and without making a set
+        first, chunks = run
+        for layer in self.groups[-1].layers:
+            if first in layer.held and (chunks == 1 or layer.held.contains_range(first, run.end)):
+                return True  # mostly, and without making a set
         return not self.unpreserved(chunks_in([run]))
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:
@@ -217,6 +254,7 @@ class Origin:
         What `heir` has already is not needed twice: those chunks, by layer, are to be punched out.
         """
         group = self.groups.pop(self._position(snapshot))
+        self.layout += 1
         if heir is None:
             return []
         inheriting = self.group_of(heir)

@@ -20,6 +20,7 @@ RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
+_PLENTY_CHUNKS = 8192  # 64 MiB at most
 WARNING_PERCENTS = (80, 90, 95)
 REARM_PERCENT = 2  # below a warning's mark: from there on it is given again; the figure sways a little
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
@@ -46,6 +47,7 @@ class Space:
         self._measuring = trio.Lock()  #: two at once would take the same promises back twice
         self._open = 0  #: about to be written, at most
         self.waiting_chunks = 0  #: of snapshots' own writes, in memory
+        self._plenty = -1  #: chunks that find room before that has to be looked at again
 
     @property
     def used_bytes(self) -> int:
@@ -119,6 +121,25 @@ class Space:
         async with self.keeping(count):
             yield
 
+    def is_roomy(self, chunks: int) -> bool:
+        """Whether so many chunks of a snapshot's own writes find room for sure, now and after what comes meanwhile.
+
+        Asked for every write, so it looks at the disk once in a while only.
+        """
+        limit = self._limit(MOST_PERCENT_FOR_WRITES)
+        if limit is not None and self.used_bytes + chunks * MOST_BYTES_PER_CHUNK > limit:
+            return False
+        self._plenty -= chunks
+        if self._plenty < 0:
+            needed = (_PLENTY_CHUNKS + self.waiting_chunks) * MOST_BYTES_PER_CHUNK
+            left = self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100
+            self._plenty = _PLENTY_CHUNKS - chunks if needed <= left else -1
+        return self._plenty >= 0
+
+    def _limit(self, percent: int) -> int | None:
+        """What may be used of the quota."""
+        return None if self.quota_bytes is None else (self.quota_bytes - FILE_BYTES) * percent // 100
+
     async def check_for_write(self, count: int) -> None:
         """Raise QuotaError or StoreFullError when `count` bytes of a snapshot's own writes would touch the margin."""
         waiting = self.waiting_chunks * MOST_BYTES_PER_CHUNK
@@ -130,8 +151,8 @@ class Space:
         await self._check_quota(count, MOST_PERCENT_FOR_WRITES)
 
     async def _check_quota(self, count: int, percent: int) -> None:
-        if self.quota_bytes is not None:
-            limit = (self.quota_bytes - FILE_BYTES) * percent // 100
+        limit = self._limit(percent)
+        if limit is not None:
             if self.used_bytes + count > limit:
                 await self.measure()
             if self.used_bytes + count > limit:

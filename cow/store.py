@@ -467,12 +467,11 @@ class Store:
                 f"damaged; restore it from a backup"
             )
         origin.open_epoch(row.id, preserved[0])
-        group = origin.group_of(row.id)
         for layer in preserved[1:]:
-            shadowed = drop_shadowed(group.layers, layer)
+            shadowed = drop_shadowed(origin.group_of(row.id).layers, layer)
             if shadowed:
                 self.housekeeping.punch_later([(layer, shadowed)])
-            group.layers.append(layer)
+            origin.add_layer(row.id, layer)
 
     async def run(self) -> None:
         """The store's background work; runs until cancelled."""
@@ -526,7 +525,7 @@ class Store:
         self._make_layers(rows)
         added = {row.origin: self._layers[row.id] for row in rows}
         for origin in self.origins:
-            origin.groups[-1].layers.append(added[origin.id])
+            origin.add_layer(origin.groups[-1].snapshot, added[origin.id])
         for snapshot in trusted:
             snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
             snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))

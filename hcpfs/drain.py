@@ -21,6 +21,9 @@ import trio
 
 MOST_REQUESTS = 64  # between two visits to trio
 MOST_SECONDS = 0.002  # the same; a request that takes longer by itself is the only one then
+PATIENCE_SECONDS = (
+    0.0001  # for a next request before the thread is put to sleep, which costs it and the asker a wake-up
+)
 
 
 class _TurnLock:
@@ -51,6 +54,7 @@ class _LowLevel:
         self._closing = False
         self._left = 0
         self._until = 0.0
+        self._patience = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -62,13 +66,27 @@ class _LowLevel:
         if self._left > 0 and time.monotonic() < self._until and self._poll.poll(0):
             self._left -= 1
             return
-        await trio.lowlevel.checkpoint()  # others run; cheaper than a wait when there is a request already
-        if self._closing:
-            raise trio.ClosedResourceError
+        await self._pause()  # others run; cheaper than a wait when there is a request already
         if not self._poll.poll(0):
-            await trio.lowlevel.wait_readable(fd)
+            await self._wait(fd)
         self._left = MOST_REQUESTS - 1
         self._until = time.monotonic() + MOST_SECONDS
+
+    async def _wait(self, fd: int) -> None:
+        """Wait for a request: awake for a moment, while they follow each other closely, then asleep."""
+        began = time.monotonic()
+        asleep = began + self._patience
+        while not self._poll.poll(0):
+            if time.monotonic() >= asleep:
+                await trio.lowlevel.wait_readable(fd)
+                break
+            await self._pause()
+        self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
+
+    async def _pause(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._closing:
+            raise trio.ClosedResourceError
 
     def notify_closing(self, fd: int) -> None:
         self._closing = True  # for a waiter that is in the checkpoint

@@ -90,8 +90,14 @@ class Entry(NamedTuple):
 class Handle(Protocol):
     """An open file."""
 
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        """As `read`, where that needs no waiting; else None."""
+
     async def read(self, offset: int, length: int) -> bytes:
         """Read; short only at the end."""
+
+    def write_nowait(self, offset: int, data: bytes) -> int | None:
+        """As `write`, where that needs no waiting; else None."""
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write; short only at the end."""
@@ -100,14 +106,14 @@ class Handle(Protocol):
         """Make writes durable."""
 
 
-class _Text:
-    """An open `status` or `info`: the text as it was at the open."""
+class _ReadOnly:
+    """An open file that is no image."""
 
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        return None
 
-    async def read(self, offset: int, length: int) -> bytes:
-        return self._content[offset : offset + length]
+    def write_nowait(self, offset: int, data: bytes) -> int | None:
+        return None
 
     async def write(self, offset: int, data: bytes) -> int:
         raise NotPermittedError(_READ_ONLY_TEXT)
@@ -116,7 +122,17 @@ class _Text:
         return
 
 
-class _Scrub:
+class _Text(_ReadOnly):
+    """An open `status` or `info`: the text as it was at the open."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return self._content[offset : offset + length]
+
+
+class _Scrub(_ReadOnly):
     """An open `.verify` or `.repair`: reading it does the work, and gives a line of JSON for each finding and so often.
 
     `{"done": bytes, "total": bytes}`, `{"finding": sentence, "repaired": bool}`, and at last `{"end": true}`.
@@ -150,12 +166,6 @@ class _Scrub:
                     lines[-1] = {"done": one.done_bytes, "total": one.total_bytes}
         return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
-    async def write(self, offset: int, data: bytes) -> int:
-        raise NotPermittedError(_READ_ONLY_TEXT)
-
-    async def sync(self) -> None:
-        return
-
 
 class Opening(NamedTuple):
     """The answer to an open: the handle's number, and whether it is text, whose size is not known beforehand."""
@@ -173,7 +183,7 @@ class Tree:
         self._mountpoint = mountpoint
         self._quiesce = quiesce
         self._access = access
-        self._handles: dict[int, Handle] = {}
+        self.handles: dict[int, Handle] = {}  #: the open files by number
         self._next_handle = 1
         self._last_error: LastError | None = None
         self._changed_ns = time.time_ns()  #: when the list of snapshots last changed
@@ -327,14 +337,14 @@ class Tree:
             raise NotPermittedError(
                 "an image cannot be truncated: write over it in place (dd conv=notrunc, rsync --inplace)"
             )
-        if isinstance(handle, _Text | _Scrub) and flags & os.O_ACCMODE != os.O_RDONLY:
+        if isinstance(handle, _ReadOnly) and flags & os.O_ACCMODE != os.O_RDONLY:
             raise NotPermittedError(_READ_ONLY_TEXT)
         number = self._next_handle
         self._next_handle += 1
-        self._handles[number] = handle
+        self.handles[number] = handle
         if isinstance(handle, Image):
             handle.opened += 1
-        return Opening(number, isinstance(handle, _Text | _Scrub))
+        return Opening(number, isinstance(handle, _ReadOnly))
 
     def _handle(self, inode: int) -> Handle:
         if inode == STATUS:
@@ -353,13 +363,9 @@ class Tree:
             return _Text(_TEXTS[place](snapshot))
         return self._snapshot_image(snapshot, inode)
 
-    def handle(self, number: int) -> Handle:
-        """The open file of that number."""
-        return self._handles[number]
-
     def close(self, number: int) -> None:
         """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
-        handle = self._handles.pop(number)
+        handle = self.handles.pop(number)
         if isinstance(handle, Image):
             handle.opened -= 1
             self._released.set()

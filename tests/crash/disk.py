@@ -12,7 +12,7 @@ import sqlite3
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -300,6 +300,9 @@ class Disk(Io):
             raise OSError(fault.number, os.strerror(fault.number))
         data = bytes(inode.content[offset : offset + length])
         return data if fault is None else data[: max(1, fault.short)]
+
+    def pwritev(self, fd: int, parts: Sequence[bytes | memoryview], offset: int) -> int:
+        return self.pwrite(fd, b"".join(parts), offset)
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         inode = self._descriptors[fd]
