@@ -496,7 +496,7 @@ class Store:
                 await snapshot.drain()
 
     async def close(self) -> None:
-        """Make everything durable and record a clean stop. `run` has ended, and no call is under way.
+        """Make everything durable and record a clean stop. After `drain`; `run` has ended, and no call is under way.
 
         Raises where something cannot be made durable; the stop is not clean then, and the next opening recovers.
         """
@@ -505,9 +505,6 @@ class Store:
             if snapshot.usable:
                 for image in snapshot.images:
                     await image.sync()
-        if not self.read_only:
-            for origin in self.origins:
-                await origin.sync()
         await self._commits.checkpoint()
         await self.housekeeping.do_all(closing=True)
         stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]

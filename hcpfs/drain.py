@@ -21,9 +21,7 @@ import trio
 
 MOST_REQUESTS = 64  # between two visits to trio
 MOST_SECONDS = 0.002  # the same; a request that takes longer by itself is the only one then
-PATIENCE_SECONDS = (
-    0.0001  # for a next request before the thread is put to sleep, which costs it and the asker a wake-up
-)
+PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
 
 
 class _TurnLock:

@@ -157,12 +157,15 @@ class _Fails:
     def __init__(self, device: OriginDevice) -> None:
         self.chunks: set[int] = set()
         self._pwrite = device.pwrite
-        device.pwrite = self.pwrite
+        device.pwrite, device.pwritev = self.pwrite, self.pwritev
 
     def pwrite(self, data: bytes, offset: int) -> None:
         if self.chunks & set(range(offset // CHUNK_BYTES, (offset + len(data) - 1) // CHUNK_BYTES + 1)):
             raise OSError(errno.EIO, "Input/output error")
         self._pwrite(data, offset)
+
+    def pwritev(self, parts: list[bytes | memoryview], offset: int) -> None:
+        self.pwrite(b"".join(parts), offset)
 
 
 def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: OriginDevice) -> None:
