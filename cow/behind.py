@@ -67,10 +67,10 @@ class _Generation:
         return len(self.chunks) >= MOST_CHUNKS or self.kept_bytes >= MOST_KEPT_BYTES
 
     def put(self, offset: int, data: bytes) -> None:
-        head, body, tail = split(offset, len(data))
-        if body == CHUNK_BYTES == len(data):
+        if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES:
             self.chunks[offset // CHUNK_BYTES] = data
             return
+        head, body, tail = split(offset, len(data))
         view = memoryview(data)
         if head:
             self._put_part(offset, view[:head])

@@ -15,6 +15,7 @@ from cow.device import FULL
 from cow.geometry import runs_of
 from cow.journal import FILE_BYTES, Journal, Kind, Record
 from cow.layer import Layer, MapImage, pinned
+from cow.offload import MOST_CHUNKS_HERE, offload
 
 MOST_INTENDED_CHUNKS = FILE_BYTES // 64  # of all layers: at 16 bytes a run at most a quarter of a journal file
 
@@ -78,7 +79,8 @@ class Commits:
         if not self._journal.has_room(record):
             await self._start_file()
         try:
-            await trio.to_thread.run_sync(self._journal.append, [record])
+            short = self._journal.is_in_memory and len(record.runs) <= MOST_CHUNKS_HERE
+            await offload(self._journal.append, [record], here=short)
         except OSError:
             # What that file has of the record is unknown, so it is written anew, to another one.
             await self._start_file()

@@ -85,7 +85,7 @@ class Io:
             raise OSError(number, os.strerror(number))
 
     def is_in_memory(self, fd: int) -> bool:
-        """Whether it is a file that never waits for a disk."""
+        """Whether it is a file or a directory that never waits for a disk."""
         buffer = ctypes.create_string_buffer(256)
         if _libc.fstatfs(fd, buffer) != 0:
             number = ctypes.get_errno()
@@ -137,9 +137,8 @@ class File:
         self._io = io
         self._sync_failure: OSError | None = None
         self._syncing = threading.Lock()  #: the kernel tells a lost write to one sync only: no two at once
-        # A file in memory never waits for a disk, and such file systems refuse RWF_NOWAIT.
-        self._in_memory = io.is_in_memory(fd)
-        self._read_now: Callable[[int, int], bytes] = self.pread if self._in_memory else self._pread_cached
+        self.is_in_memory = io.is_in_memory(fd)  #: it never waits for a disk; such file systems refuse RWF_NOWAIT
+        self._read_now: Callable[[int, int], bytes] = self.pread if self.is_in_memory else self._pread_cached
         self._can_write_nowait = True
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -193,7 +192,7 @@ class File:
 
     def pwrite_nowait(self, data: bytes, offset: int) -> bool:
         """Write without waiting for a disk; False when that could not be done in full, and `pwrite` has to."""
-        if self._in_memory:
+        if self.is_in_memory:
             self.pwrite(data, offset)
             return True
         if not self._can_write_nowait:
@@ -263,6 +262,7 @@ class Directory:
     def __init__(self, io: Io, fd: int, label: str) -> None:
         self.fd = fd
         self.label = label
+        self.is_in_memory = io.is_in_memory(fd)  #: nothing in it ever waits for a disk
         self._io = io
 
     @classmethod
@@ -432,7 +432,7 @@ class OriginDevice(File):
         Raises OSError when it ends before: a device may shrink, or lose its medium, and that is not zeroes. # I4
         """
         data = super().pread(length, offset)
-        if len(data) < min(length, self._size_bytes - offset):
+        if len(data) < length and len(data) < self._size_bytes - offset:
             raise OSError(errno.EIO, f"{self.label} has no byte at offset {offset + len(data)} any more: it shrank")
         return data
 

@@ -32,6 +32,7 @@ from cow.errors import (
 from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
+from cow.offload import MOST_CHUNKS_HERE, offload
 from cow.origin import Origin
 from cow.space import Space
 
@@ -329,11 +330,14 @@ class Image:
             async with room(self.delta.new_bytes(chunks)):
                 crowded = await self._announce(chunks)
                 with pinned([self.delta]):
-                    await trio.to_thread.run_sync(self._write_delta, chunks, whole)
+                    await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))
             self.delta.uncommitted |= chunks - self.delta.held
             self.delta.held |= chunks
             if crowded or self._has_much_to_commit:
                 await self._commit()
+
+    def _is_short(self, chunks: BitMap64) -> bool:
+        return self.delta.is_in_memory and len(chunks) <= MOST_CHUNKS_HERE
 
     @property
     def _has_much_to_commit(self) -> bool:
@@ -403,7 +407,7 @@ class Image:
             return
         with pinned([self.delta]):
             runs = list(runs_of(written))
-            sums = await trio.to_thread.run_sync(self._sync_data, runs)
+            sums = await offload(self._sync_data, runs, here=self._is_short(written))
             record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
             await self._commits.commit([record], lambda: self.delta.commit(written))
 

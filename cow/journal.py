@@ -107,6 +107,11 @@ class Journal:
         """The numbers of the journal files that exist, oldest first."""
         return list(self._numbers)
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether its files never wait for a disk."""
+        return self._directory.is_in_memory
+
     def has_room(self, record: Record) -> bool:
         """Whether the present file can take the record; none can after a failed append."""
         if self._file is None or self._broken is not None:

@@ -70,6 +70,11 @@ class Layer:
         self._seed = (layer_id * 0x9E3779B97F4A7C15) & _MASK_64
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether its files never wait for a disk."""
+        return self._parent.is_in_memory
+
+    @property
     def name(self) -> str:
         """The layer's directory name."""
         return f"{self.id:016x}"

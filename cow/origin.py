@@ -22,6 +22,7 @@ from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
+from cow.offload import MOST_CHUNKS_HERE, offload
 from cow.preserver import Preserver
 
 
@@ -139,7 +140,8 @@ class Origin:
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         await self._preserver.preserve(self, BitMap64(contents))
-        return await trio.to_thread.run_sync(write_out, self.device, contents)
+        short = self.device.is_in_memory and len(contents) <= MOST_CHUNKS_HERE
+        return await offload(write_out, self.device, contents, here=short)
 
     async def drain(self) -> None:
         """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
@@ -148,7 +150,12 @@ class Origin:
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3"""
         await self._behind.drain()
-        await trio.to_thread.run_sync(self.device.sync)
+        await offload(self.device.sync, here=self.device.is_in_memory)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether its device never waits for a disk."""
+        return self.device.is_in_memory
 
     @property
     def buffered_bytes(self) -> int:
@@ -172,9 +179,11 @@ class Origin:
 
     def read_chunks(self, run: Run, *, nowait: bool = False) -> bytes:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks, save under `nowait`."""
-        length = min(run.length, self.size_bytes - run.offset)
+        offset, length = run.first * CHUNK_BYTES, run.chunks * CHUNK_BYTES
         read = self.device.pread_nowait if nowait else self.device.pread
-        return read(length, run.offset).ljust(run.length, b"\0")
+        if offset + length <= self.size_bytes:
+            return read(length, offset)
+        return read(self.size_bytes - offset, offset).ljust(length, b"\0")
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -208,9 +217,11 @@ class Origin:
         if not self.groups:
             return True
         first, chunks = run
-        for layer in self.groups[-1].layers:
-            if first in layer.held and (chunks == 1 or layer.held.contains_range(first, run.end)):
-                return True  # mostly, and without making a set
+        layers = self.groups[-1].layers
+        if chunks == 1:
+            return any([first in layer.held or first in layer.lost for layer in layers])
+        if any(layer.held.contains_range(first, run.end) for layer in layers):
+            return True  # mostly, and without making a set
         return not self.unpreserved(chunks_in([run]))
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:

@@ -26,6 +26,7 @@ from cow.errors import CowError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.journal import Kind, Record
 from cow.layer import SUM_BYTES, Layer, pinned
+from cow.offload import MOST_CHUNKS_HERE, offload
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
@@ -42,6 +43,10 @@ class OnFull(StrEnum):
 
 class PreservedOrigin(Protocol):
     """What the preserver asks of an origin."""
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether its device never waits for a disk."""
 
     @property
     def newest_layer(self) -> Layer:
@@ -183,7 +188,9 @@ class Preserver:
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
         """Have the jobs copied, in a thread, and commit what became of them."""
         with pinned([job.layer for job in jobs]):
-            records = await trio.to_thread.run_sync(_records_of, copy, jobs)
+            short = sum(len(job.chunks) for job in jobs) <= MOST_CHUNKS_HERE
+            in_memory = all(job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
+            records = await offload(_records_of, copy, jobs, here=short and in_memory)
             await self._commits.commit(records, lambda: self._apply(jobs))
 
     def _apply(self, jobs: list[_Job]) -> None:
@@ -238,7 +245,7 @@ def _copy_durably(jobs: list[_Job]) -> None:
     """Copy the chunks into the layers; what is kept is durable on return. Raises OSError when there is no room."""
     for job in jobs:
         for run in runs_of(job.chunks):
-            for part in pieces(run, COPY_CHUNKS):
+            for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
                 _copy_part(job, part)
         _write_sums(job)
         try:

@@ -246,7 +246,7 @@ class Disk(Io):
         return Geometry(len(self._descriptors[fd].content), 512, is_block=False)
 
     def is_in_memory(self, fd: int) -> bool:
-        return True
+        return False  # so that what blocks is done beside everything else, as on a real disk
 
     def fstat(self, fd: int) -> Any:
         inode = self._descriptors[fd]
@@ -301,7 +301,13 @@ class Disk(Io):
         data = bytes(inode.content[offset : offset + length])
         return data if fault is None else data[: max(1, fault.short)]
 
-    def pwritev(self, fd: int, parts: Sequence[bytes | memoryview], offset: int) -> int:
+    def preadv(self, fd: int, parts: Sequence[bytearray], offset: int, flags: int = 0) -> int:
+        [part] = parts
+        data = self.pread(fd, len(part), offset)
+        part[: len(data)] = data
+        return len(data)
+
+    def pwritev(self, fd: int, parts: Sequence[bytes | memoryview], offset: int, flags: int = 0) -> int:
         return self.pwrite(fd, b"".join(parts), offset)
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
