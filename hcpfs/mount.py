@@ -17,7 +17,7 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, loops, record
+from hcpfs import beneath, loops, readahead, record
 from hcpfs.drain import drained
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
@@ -122,8 +122,16 @@ def _mount(operations: Operations, options: MountOptions) -> None:
         ) from error
 
 
+def _widen_read_ahead(mountpoint: str) -> None:
+    try:
+        readahead.widen(mountpoint)
+    except OSError as error:
+        log.warning("the read-ahead of the mount stays as it is, so that cp and mmap are slower: %s", error)
+
+
 async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
+    _widen_read_ahead(options.mountpoint)
     try:
         record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))
     except OSError as error:

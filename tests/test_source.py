@@ -39,7 +39,7 @@ LAYERS = [
         "hcpfs.record",
         "hcpfs.text",
     },
-    {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.tree"},
+    {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.mount", "hcpfs.recover"},
     {"hcpfs.cli"},
