@@ -21,7 +21,7 @@ from hcpfs import beneath, loops, readahead, record
 from hcpfs.drain import drained
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
-from hcpfs.process import harden
+from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.tree import Tree
 
@@ -33,6 +33,7 @@ def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
 
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
     """
+    keep_memory()
     refused = harden()
     if refused:
         log.warning("not permitted, so memory pressure may stall this mount: %s", "; ".join(refused))
