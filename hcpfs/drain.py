@@ -61,25 +61,30 @@ class _LowLevel:
         if fd != self._fd:
             self._poll.register(fd, select.POLLIN)
             self._fd = fd
-        if self._left > 0 and time.monotonic() < self._until and self._poll.poll(0):
+        if self._left > 0 and self._comes_soon():
             self._left -= 1
             return
         await self._pause()  # others run; cheaper than a wait when there is a request already
         if not self._poll.poll(0):
-            await self._wait(fd)
+            began = time.monotonic()
+            await trio.lowlevel.wait_readable(fd)
+            self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
         self._left = MOST_REQUESTS - 1
         self._until = time.monotonic() + MOST_SECONDS
 
-    async def _wait(self, fd: int) -> None:
-        """Wait for a request: awake for a moment, while they follow each other closely, then asleep."""
-        began = time.monotonic()
-        asleep = began + self._patience
-        while not self._poll.poll(0):
-            if time.monotonic() >= asleep:
-                await trio.lowlevel.wait_readable(fd)
-                break
-            await self._pause()
-        self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
+    def _comes_soon(self) -> bool:
+        """Whether there is a request, or there is one before patience ends. Short, as nobody else runs meanwhile."""
+        now = time.monotonic()
+        if now >= self._until:
+            return False
+        if self._poll.poll(0):
+            return True
+        impatient = now + self._patience
+        while time.monotonic() < impatient:
+            if self._poll.poll(0):
+                return True
+        self._patience = 0.0  # until they follow each other closely again
+        return False
 
     async def _pause(self) -> None:
         await trio.lowlevel.checkpoint()
