@@ -13,7 +13,7 @@ from itertools import product
 
 import trio
 
-from cow import Source, open_store
+from cow import Source, flatten, open_store
 from cow.errors import CowError
 from cow.image import Image
 from cow.origin import Origin
@@ -222,6 +222,19 @@ class Session:
             await self.write_live(2 * CHUNK, 3 * CHUNK)
             await _turns(turns)
 
+    async def delete_and_flatten(self) -> None:
+        """Delete a snapshot whose layer goes to an older one, and wait until that has been merged into its own."""
+        await self.create()
+        name = self.newest
+        await self.write_live(2 * CHUNK, 3 * CHUNK)
+        await self.create()
+        await self.delete(name)
+        for _ in range(10_000):
+            if all(len(group.layers) <= flatten.MOST_LAYERS for group in self.origin.groups[:-1]):
+                return
+            await trio.lowlevel.checkpoint()
+        raise AssertionError("the layers are not merged")
+
     @property
     def oldest(self) -> str | None:
         return next(iter(self.oracle.snapshots), None)
@@ -295,6 +308,7 @@ OPERATIONS: dict[str, Action] = {
         _oldest, lambda session, name: session.write_during(partial(session.write_snapshot, name, CHUNK, 3 * CHUNK))
     ),
     "restart without write-behind": lambda session: session.restart(write_behind=False),
+    "delete and flatten": lambda session: session.delete_and_flatten(),
     "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
 }
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
