@@ -229,6 +229,24 @@ class Session:
         await self.write_live(2 * CHUNK, 3 * CHUNK)
         await self.create()
         await self.delete(name)
+        await self._merged()
+
+    async def delete_while_merging(self) -> None:
+        """What serves the layers that are being merged is deleted, at some moment; what is older has some of them."""
+        await self.write_live(0, CHUNK)
+        await self.create()
+        middle = self.newest
+        await self.write_live(5 * CHUNK, CHUNK)
+        await self.create()
+        name = self.newest
+        await self.write_live(0, 3 * CHUNK)
+        await self.create()
+        await self.delete(name)
+        await _turns(self._counter % 16)
+        await self.delete(middle)
+        await self._merged()
+
+    async def _merged(self) -> None:
         for _ in range(10_000):
             if all(len(group.layers) <= flatten.MOST_LAYERS for group in self.origin.groups[:-1]):
                 return
@@ -309,6 +327,10 @@ OPERATIONS: dict[str, Action] = {
     ),
     "restart without write-behind": lambda session: session.restart(write_behind=False),
     "delete and flatten": lambda session: session.delete_and_flatten(),
+    "delete while merging": lambda session: session.delete_while_merging(),
+    "write live during a delete of the newest": _on(
+        _newest, lambda session, name: session.write_during(partial(session.delete, name))
+    ),
     "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
 }
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
