@@ -380,6 +380,8 @@ def test_i2_a_read_under_way_goes_on_in_the_old_place(
                 wait_until(lambda: not engine.store._flattener.moving.locked(), what="the commit")
                 assert first not in source.held
             engine.call(engine.store.housekeeping.sweep)
+            punches = engine.store.housekeeping._punches
+            wait_until(lambda: all(layer is source for layer, _ in list(punches)), what="the punching of others")
             engine.call(engine.store.housekeeping._punch)
         finally:
             go_on.set()
