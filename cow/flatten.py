@@ -22,7 +22,7 @@ from cow.geometry import Run, runs_of
 from cow.housekeeping import Housekeeping
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
-from cow.origin import Group, Origin
+from cow.origin import Group, Origin, drop_shadowed
 from cow.preserver import is_full
 from cow.space import Space
 
@@ -99,7 +99,8 @@ class Flattener:
 
     async def _merge(self, origin: Origin, source: Layer, target: Layer) -> bool:
         """Move all from `source` to `target`, and drop `source`. Whether there was room."""
-        moved = BitMap64()
+        # What was being preserved as a snapshot went may be needless to who inherits, and be here all the same.
+        moved = drop_shadowed(_layers_before(origin, source), source)
         try:
             if source.held:  # rather not at all than half of it
                 await self._space.check_for_write(target.new_bytes(source.held))
@@ -165,6 +166,12 @@ class Flattener:
 def _group_of(origin: Origin, source: Layer, target: Layer) -> Group | None:
     """The group that has both layers; None once nobody needs them any more."""
     return next((one for one in origin.groups if source in one.layers and target in one.layers), None)
+
+
+def _layers_before(origin: Origin, layer: Layer) -> list[Layer]:
+    """The layers of its group that are asked before it."""
+    layers = next(group.layers for group in origin.groups if layer in group.layers)
+    return layers[: layers.index(layer)]
 
 
 def _some_of(chunks: BitMap64) -> BitMap64:

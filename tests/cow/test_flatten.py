@@ -517,6 +517,41 @@ def test_nothing_is_merged_while_a_snapshot_is_suspect(start: Callable[..., Engi
     _wait_until_flat(engine)
 
 
+def test_i2_what_was_being_preserved_when_its_snapshot_went_does_not_replace_what_is_older(
+    start: Callable[..., Engine],
+) -> None:
+    """It comes into the newest layer, although the older snapshot, who has that by then, has the chunk already."""
+    engine = start()
+    origin = engine.store.origins[0]
+    engine.call(engine.store.create_snapshot, b"old")
+    _write(engine, 0, 2)
+    engine.call(engine.store.create_snapshot, b"going")
+    before = engine.call(_image(engine, b"old").read, 0, SIZE)
+    arrived, go_on = threading.Event(), threading.Event()
+    real = origin.newest_layer.write_data
+
+    def write_data(first: int, data: bytes) -> bytes:
+        arrived.set()
+        go_on.wait()
+        return real(first, data)
+
+    going = origin.newest_layer
+    going.write_data = write_data
+    with ThreadPoolExecutor() as threads:
+        write = threads.submit(_write, engine, 1, 2)
+        arrived.wait()
+        try:
+            engine.call(engine.store.delete_snapshot, b"going")
+        finally:
+            go_on.set()
+        write.result()
+    assert list(going.held) == [1, 2]
+    engine.call(engine.store.create_snapshot, b"last")
+    _flatten(engine, 1)
+    wait_until(lambda: len(_layers(engine, b"old")) == 1, what="the merging")
+    assert engine.call(_image(engine, b"old").read, 0, SIZE) == before
+
+
 def test_a_snapshot_is_taken_and_another_deleted_while_a_piece_is_copied(
     start: Callable[..., Engine], stop_after: Callable[..., Stop]
 ) -> None:

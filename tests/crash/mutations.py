@@ -42,6 +42,7 @@ HUNTS: list[Workload] = [
     ("write the same live chunks at once", "create") * 4,
     ("checkpoint", "idle", "delete and flatten", "idle", "checkpoint", "idle", "delete and flatten", "sync live"),
     ("delete while merging", "idle", "delete while merging", "sync live"),
+    ("write live chunks", "delete the newest", "create", "idle") * 2,
 ]
 # Calls that are made for a reason, and that nothing is lost without.
 NEEDLESS = {
@@ -298,6 +299,12 @@ ORDER = [
         "flatten:Flattener._move",
         "target.commit(held & source.known)",
         "target.commit(held)",
+    ),
+    Edit(
+        "chunks are moved that an older layer has",
+        "flatten:Flattener._merge",
+        "drop_shadowed(_layers_before(origin, source), source)",
+        "BitMap64()",
     ),
     Edit(
         "moved chunks keep their checksums",
