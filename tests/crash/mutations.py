@@ -295,12 +295,6 @@ ORDER = [
         "small.id < other.id",
     ),
     Edit(
-        "chunks are moved that were dropped meanwhile",
-        "flatten:Flattener._move",
-        "target.commit(held & source.known)",
-        "target.commit(held)",
-    ),
-    Edit(
         "chunks are moved that an older layer has",
         "flatten:Flattener._merge",
         "drop_shadowed(_layers_before(origin, source), source)",
