@@ -322,6 +322,11 @@ class Catalog:
         with self._transaction() as do:
             do.executemany("UPDATE layers SET generation = ?2 WHERE id = ?1", generations)
 
+    def remove_layer(self, layer: int) -> None:
+        """Remove a layer whose chunks are all in others."""
+        with self._transaction() as do:
+            do.execute("DELETE FROM layers WHERE id = ?", (layer,))
+
     def add_snapshot(self, name: bytes, created_ns: int) -> tuple[SnapshotRow, list[LayerRow]]:
         """Record a pending snapshot with its two layers for each origin. Its epoch is open on return."""
         with self._transaction() as do:

@@ -37,6 +37,7 @@ class Housekeeping:
         on_trouble: Callable[[str], None],
     ) -> None:
         self._layers_directory = layers_directory
+        self.label = layers_directory.label  #: of the store's layers, for messages
         self._space = space
         self._layers = layers
         self._more = more
@@ -125,8 +126,10 @@ class Housekeeping:
                 raise
 
     async def _punch(self) -> None:
-        while self._punches:
-            layer, chunks = self._punches[0]
+        for punch in list(self._punches):
+            layer, chunks = punch
+            if layer.pins:
+                continue  # who reads there may have looked before the chunks were moved to another layer
             if layer.id in self._layers():
                 with pinned([layer]):
                     try:
@@ -135,7 +138,7 @@ class Housekeeping:
                         if error.errno != errno.EOPNOTSUPP:
                             raise
                         self._cannot_punch()
-            self._punches.pop(0)
+            self._punches.remove(punch)
 
     def _cannot_punch(self) -> None:
         if not self._told_of_punching:

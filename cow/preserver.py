@@ -163,7 +163,7 @@ class Preserver:
                 async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
                     await self._copy(jobs, _copy_durably)
             except (CowError, OSError) as error:
-                if not _is_full(error):
+                if not is_full(error):
                     await self._give_up_all(batch, error)
                 elif most > FEWEST_CHUNKS:
                     most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
@@ -231,7 +231,8 @@ class Preserver:
             )
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether it says that there is no room."""
     return isinstance(error, (QuotaError, StoreFullError)) or (isinstance(error, OSError) and error.errno in FULL)
 
 

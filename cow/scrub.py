@@ -21,7 +21,7 @@ from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import SUM_BYTES, Layer, pinned
 from cow.opening import open_directory
-from cow.origin import Origin
+from cow.origin import Origin, drop_shadowed
 from cow.recovery import load_layer, open_journal, recover
 from cow.store import Store
 
@@ -163,6 +163,7 @@ def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progres
             yield from (Finding(problem) for problem in problems)
         for layer in layers.values():
             stack.callback(layer.close)
+        _drop_needless(catalog, layers)
         yield from _check_snapshots(catalog, repair)
         yield from _check_layers(catalog, layers, renewed, journal if repair else None)
 
@@ -189,6 +190,16 @@ def _look(
     for layer in layers.values():
         layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
     return layers, renewed, problems
+
+
+def _drop_needless(catalog: Catalog, layers: Mapping[int, Layer]) -> None:
+    """Pass over what old maps name and a mount would not: an older layer has it, so it may have been punched out."""
+    groups: dict[tuple[int, int], list[Layer]] = {}
+    for row in catalog.layers():
+        if row.role == Role.PRESERVED:
+            before = groups.setdefault((row.origin, row.snapshot), [])
+            drop_shadowed(before, layers[row.id])
+            before.append(layers[row.id])
 
 
 def _follow(record: Record, layer: Layer, renewed: dict[int, bytes]) -> None:

@@ -35,6 +35,7 @@ from cow.errors import (
     StoreFullError,
     printable,
 )
+from cow.flatten import Flattener
 from cow.gate import Gate
 from cow.geometry import runs_of
 from cow.housekeeping import Housekeeping
@@ -110,6 +111,10 @@ class Store:
             self._settled,
         )
         self.housekeeping.serve(self._commits)
+        self._flattener = Flattener(
+            catalog, self._commits, space, self.housekeeping, self._layout, self.origins, lambda: self._layers,
+            lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), on_trouble,
+        )  # fmt: skip
         self._preserver = Preserver(
             self._commits, on_full, space.room, self._make_room, self._give_up, self._lost_chunks
         )
@@ -182,6 +187,7 @@ class Store:
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
         self.housekeeping.wake()
+        self._flattener.wake()
 
     def _check_name_is_free(self, name: bytes) -> None:
         if any(one.name == name for one in self._snapshots.values()):
@@ -295,6 +301,7 @@ class Store:
         for number in gone:
             self.housekeeping.drop(self._layers.pop(number))
         self.housekeeping.wake()
+        self._flattener.wake()
 
     async def _damaged(self, number: int, sentence: str) -> None:
         snapshot = self._snapshots.get(number)
@@ -359,7 +366,8 @@ class Store:
         least_wanted = min(usable, key=lambda one: (not one.frees_something(self._heir_of(one)), one.is_open, one.id))
         await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
         try:
-            await self.housekeeping.sweep()
+            async with self._flattener.moving:  # no files are removed while they are in use
+                await self.housekeeping.sweep()
             await self.housekeeping.hold_back()
             await self.space.measure()
         except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
@@ -479,6 +487,8 @@ class Store:
             nursery.start_soon(self._preserver.run)
             nursery.start_soon(self.housekeeping.run)
             nursery.start_soon(self.origins.run)
+            if not self.read_only:
+                nursery.start_soon(self._flattener.run)
             self._tasks = nursery
             for snapshot in self._snapshots.values():
                 for image in snapshot.images:

@@ -22,7 +22,7 @@ LAYERS = [
     {"cow.preserver", "cow.space"},
     {"cow.housekeeping"},
     {"cow.origin"},
-    {"cow.image", "cow.origins"},
+    {"cow.flatten", "cow.image", "cow.origins"},
     {"cow.snapshot"},
     {"cow.store"},
     {"cow.opening"},

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, journal, space
+from cow import behind, flatten, journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -51,7 +51,7 @@ class _Inline:
 
 @contextmanager
 def small_and_deterministic() -> Iterator[None]:
-    """Small journal files, no threads, no waiting for more, and trio's order of tasks from a seed."""
+    """Small journal files, no threads, no waiting, layers merged at once, and trio's order of tasks from a seed."""
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(1)
     with (
@@ -60,6 +60,10 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
         patch.object(behind, "LINGER_SECONDS", 0),
+        patch.object(flatten, "MOST_LAYERS", 1),
+        patch.object(flatten, "PIECE_CHUNKS", 1),
+        patch.object(flatten, "PUNCH_CHUNKS", 1),
+        patch.object(flatten, "REST", 0),
     ):
         yield
 

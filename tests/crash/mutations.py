@@ -40,6 +40,9 @@ HUNTS: list[Workload] = [
     ("write a chunk of the newest", "write live during a create"),
     ("sync live", "write live during a create", "delete the oldest", "write live during a create"),
     ("write the same live chunks at once", "create") * 4,
+    ("checkpoint", "idle", "delete and flatten", "idle", "checkpoint", "idle", "delete and flatten", "sync live"),
+    ("delete while merging", "idle", "delete while merging", "sync live"),
+    ("write live chunks", "delete the newest", "create", "idle") * 2,
 ]
 # Calls that are made for a reason, and that nothing is lost without.
 NEEDLESS = {
@@ -259,6 +262,49 @@ ORDER = [
         "image:Image._commit",
         "written = self.delta.uncommitted | self.delta.intended",
         "written = self.delta.uncommitted | BitMap64()",
+    ),
+    Edit(
+        "a layer is merged into another before the data is durable",
+        "flatten:_copy",
+        "    target.sync_data()\n",
+        "",
+    ),
+    Edit(
+        "a layer is merged into another before that is committed",
+        "flatten:Flattener._move",
+        "                await self._commits.commit([Record(kind, target.id, time.time_ns(), runs, sums)], apply)\n",
+        "                apply()\n",
+    ),
+    Edit(
+        "the row of a layer goes before its chunks are moved",
+        "flatten:Flattener._merge",
+        "            while source.known and",
+        "            await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)\n"
+        "            while source.known and",
+    ),
+    Edit(
+        "a merged layer keeps its row",
+        "flatten:Flattener._drop",
+        "            await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)\n",
+        "",
+    ),
+    Edit(
+        "chunks are moved into a newer layer",
+        "flatten:Flattener._pair",
+        "small.id > other.id",
+        "small.id < other.id",
+    ),
+    Edit(
+        "chunks are moved that an older layer has",
+        "flatten:Flattener._merge",
+        "drop_shadowed(_layers_before(origin, source), source)",
+        "BitMap64()",
+    ),
+    Edit(
+        "moved chunks keep their checksums",
+        "flatten:_copy",
+        "    target.write_sums_of(runs, sums)\n",
+        '    target.write_sums_of(runs, b"".join([source.read_sums(run) for run in runs]))\n',
     ),
 ]
 

@@ -13,7 +13,7 @@ from itertools import product
 
 import trio
 
-from cow import Source, open_store
+from cow import Source, flatten, open_store
 from cow.errors import CowError
 from cow.image import Image
 from cow.origin import Origin
@@ -222,6 +222,37 @@ class Session:
             await self.write_live(2 * CHUNK, 3 * CHUNK)
             await _turns(turns)
 
+    async def delete_and_flatten(self) -> None:
+        """Delete a snapshot whose layer goes to an older one, and wait until that has been merged into its own."""
+        await self.create()
+        name = self.newest
+        await self.write_live(2 * CHUNK, 3 * CHUNK)
+        await self.create()
+        await self.delete(name)
+        await self._merged()
+
+    async def delete_while_merging(self) -> None:
+        """What serves the layers that are being merged is deleted, at some moment; what is older has some of them."""
+        await self.write_live(0, CHUNK)
+        await self.create()
+        middle = self.newest
+        await self.write_live(5 * CHUNK, CHUNK)
+        await self.create()
+        name = self.newest
+        await self.write_live(0, 3 * CHUNK)
+        await self.create()
+        await self.delete(name)
+        await _turns(self._counter % 16)
+        await self.delete(middle)
+        await self._merged()
+
+    async def _merged(self) -> None:
+        for _ in range(10_000):
+            if all(len(group.layers) <= flatten.MOST_LAYERS for group in self.origin.groups[:-1]):
+                return
+            await trio.lowlevel.checkpoint()
+        raise AssertionError("the layers are not merged")
+
     @property
     def oldest(self) -> str | None:
         return next(iter(self.oracle.snapshots), None)
@@ -295,8 +326,11 @@ OPERATIONS: dict[str, Action] = {
         _oldest, lambda session, name: session.write_during(partial(session.write_snapshot, name, CHUNK, 3 * CHUNK))
     ),
     "restart without write-behind": lambda session: session.restart(write_behind=False),
+    "delete and flatten": lambda session: session.delete_and_flatten(),
+    "delete while merging": lambda session: session.delete_while_merging(),
     "change the quota": lambda session: session.restart(quota_bytes=SMALL_QUOTA),
 }
+COSTLY = {"delete while merging"}  #: has so many states that the short sequences have it by itself only
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
 
 Workload = tuple[str, ...]
@@ -304,7 +338,8 @@ Workload = tuple[str, ...]
 
 def short_workloads() -> Iterator[Workload]:
     """Every sequence of up to two operations, each with a persistence point in turn."""
-    for place, sequence in enumerate([(), *((one,) for one in OPERATIONS), *product(OPERATIONS, repeat=2)]):
+    pairs = product((one for one in OPERATIONS if one not in COSTLY), repeat=2)
+    for place, sequence in enumerate([(), *((one,) for one in OPERATIONS), *pairs]):
         yield (*sequence, PERSISTENCE[place % len(PERSISTENCE)])
 
 
