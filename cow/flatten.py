@@ -153,12 +153,11 @@ class Flattener:
     async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
         """Take a layer that knows nothing any more out of its group, durably."""
         async with self._layout:
-            group = _group_of(origin, source, target)
-            if group is None:
+            if _group_of(origin, source, target) is None:
                 return  # its snapshot went, and was the last one that it served
             self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
             await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
-            group.layers.remove(source)
+            origin.remove_layer(source)
             self._housekeeping.drop(self._layers().pop(source.id))
             self._failed.remove(source.id)
 

@@ -172,6 +172,9 @@ class Image:
         Raises DamagedError when one does not match, InvalidSnapshotError when the snapshot was given up, OSError
         when a disk fails.
         """
+        at_once = self.read_nowait(offset, length)
+        if at_once is not None:
+            return at_once
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -272,6 +275,9 @@ class Image:
         room, and the errors of `read` when a partial chunk cannot be filled up. OSError when the store fails, which may
         leave a part written: here without write-behind, and where the buffers of all images are full; else in `sync`.
         """
+        at_once = self.write_nowait(offset, data)
+        if at_once is not None:
+            return at_once
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
         if offset + len(data) > self.size_bytes:

@@ -77,6 +77,9 @@ class Origin:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read the device as it is now; fewer bytes only at its end."""
+        at_once = self.read_nowait(offset, length)
+        if at_once is not None:
+            return at_once
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -109,6 +112,9 @@ class Origin:
         only at the device's end. Durable after `sync`. Raises PastEndError beyond the end, ReadOnlyError, OSError where
         the device itself fails, and the errors of `Preserver.preserve`; with write-behind, `sync` may raise them.
         """
+        at_once = self.write_nowait(offset, data)
+        if at_once is not None:
+            return at_once
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
         if offset >= self.size_bytes:
@@ -195,6 +201,13 @@ class Origin:
     def add_layer(self, snapshot: int, layer: Layer) -> None:
         """Have one more layer serve a snapshot, asked after those that do."""
         self.group_of(snapshot).layers.append(layer)
+        self.layout += 1
+
+    def remove_layer(self, layer: Layer) -> None:
+        """Have a layer serve nobody any more."""
+        for group in self.groups:
+            if layer in group.layers:
+                group.layers.remove(layer)
         self.layout += 1
 
     @property
