@@ -1,8 +1,12 @@
 """Serves all requests that are ready before each visit to trio, which costs more than a request does.
 
 pyfuse3's session loop takes a lock and waits for its descriptor through trio for every single request: two visits to
-the scheduler and an epoll. This stands between: while requests are ready, and for at most `MOST_REQUESTS` or
-`MOST_SECONDS`, the waiting returns at once. Then one visit to trio lets everything else run.
+the scheduler and an epoll. This stands between: while requests are ready, or come within a moment, and for at most
+`MOST_REQUESTS` or `MOST_SECONDS`, the waiting returns at once. Then one visit to trio lets everything else run.
+
+The moment is for those who send one request at a time: to sleep between two of them, and to be woken, takes both sides
+longer than the request does. When none comes in that time, nobody is waited for in this way until requests follow each
+other closely again.
 
 The seam: pyfuse3 looks `trio` up as an attribute of its own module, by which its `pyfuse3.asyncio.enable()` swaps it.
 It uses `trio.Lock` to take turns in reading, and `trio.lowlevel` to wait. Where a pyfuse3 has no such attribute,

@@ -1,7 +1,8 @@
 """The drained session loop: what is ready is served at once, and nothing else has to wait for long."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyfuse3
 import pytest
@@ -83,6 +84,68 @@ def test_a_request_that_comes_later_is_waited_for() -> None:
         return told
 
     assert trio.run(main) == ["arrives", "is served"]
+    os.close(reading)
+    os.close(writing)
+
+
+class _Clock:
+    """Stands still but for a millisecond a look. At the time `due`, if any, a request arrives."""
+
+    def __init__(self, request: Callable[[], object]) -> None:
+        self.now = 0.0
+        self.due = math.inf
+        self._request = request
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        if self.now >= self.due:
+            self.due = math.inf
+            self._request()
+        return self.now
+
+
+def test_who_asks_again_soon_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    clock = _Clock(lambda: os.write(writing, b"x"))
+    sleeps: list[float] = []  # when
+    lasting = 0.0
+    real = trio.lowlevel.wait_readable
+
+    async def wait_readable(fd: int) -> None:
+        sleeps.append(clock.now)
+        clock.now += lasting
+        os.write(writing, b"x")
+        await real(fd)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    monkeypatch.setattr(drain, "time", clock)
+    monkeypatch.setattr(drain, "MOST_SECONDS", 3600.0)
+    monkeypatch.setattr(drain, "PATIENCE_SECONDS", 1.0)
+
+    async def main() -> None:
+        nonlocal lasting
+
+        async def serve() -> float:
+            began = clock.now
+            await pyfuse3.trio.lowlevel.wait_readable(reading)
+            os.read(reading, 1)
+            return began
+
+        with drain.drained():
+            await serve()
+            assert len(sleeps) == 1, "at first it sleeps"
+            clock.due = clock.now + 0.5
+            await serve()
+            assert len(sleeps) == 1, "the next one comes in time"
+            lasting = 5.0
+            began = await serve()
+            assert len(sleeps) == 2, "the next one does not"
+            assert sleeps[-1] - began > 1.0
+            began = await serve()
+            assert len(sleeps) == 3, "and so nobody stays awake for another"
+            assert sleeps[-1] - began < 0.1
+
+    trio.run(main)
     os.close(reading)
     os.close(writing)
 
