@@ -152,16 +152,19 @@ class Layer:
     def checksums(self, first: int, data: bytes | memoryview) -> bytes:
         """The checksums, 8 bytes each, of the whole chunks in `data`, which start at chunk `first`."""
         if len(data) == CHUNK_BYTES:
-            return xxh3_64_digest(data, (self._seed + first) & _MASK_64)
+            return xxh3_64_digest(data, self._seed_of(first))
         view = memoryview(data)
         return self.checksums_of(first, [view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES)])
 
     def checksums_of(self, first: int, chunks: Iterable[bytes | memoryview]) -> bytes:
         """The same of chunks that follow each other."""
-        seed = self._seed + first
+        seed = self._seed_of(first)
         if seed + self.chunks > _MASK_64:
             return b"".join([xxh3_64_digest(chunk, one & _MASK_64) for one, chunk in enumerate(chunks, seed)])
         return b"".join(list(map(xxh3_64_digest, chunks, count(seed))))
+
+    def _seed_of(self, chunk: int) -> int:
+        return (self._seed + chunk) & _MASK_64
 
     def write(self, first: int, data: bytes | memoryview) -> bytes:
         """Write whole chunks and their checksums, and return the checksums. Nothing is durable yet.

@@ -231,8 +231,8 @@ ORDER = [
         "an intent is recorded after the overwriting",
         "image:Image._write_into_delta",
         "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
-        "                    await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n",
-        "                await trio.to_thread.run_sync(self._write_delta, chunks, whole)\n"
+        "                    await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n",
+        "                await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n"
         "                crowded = await self._announce(chunks)\n",
     ),
     Edit(
@@ -340,7 +340,7 @@ ORDER = [
 
 CHECKS = [
     Edit("chunks are not checked", "layer:Layer.read", "        if found != sums:\n", "        if False:\n"),
-    Edit("checksums know no place", "layer:Layer.checksums", "seed=(seed + index) & _MASK_64", "seed=7"),
+    Edit("checksums know no place", "layer:Layer._seed_of", "(self._seed + chunk) & _MASK_64", "7"),
     Edit("maps are not checked", "layer:Layer._decode_map", "xxh3_64_digest(body) != digest", "False"),
     Edit(
         "maps of other layers are taken",
