@@ -16,10 +16,9 @@ import trio
 
 from cow.device import File
 from cow.errors import CowError
-from cow.geometry import CHUNK_BYTES, Run, covering, split
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, split
 
 MOST_CHUNKS = 4096  # that gather: 16 MiB. As much again may be on its way to the device
-MOST_KEPT_BYTES = 32 << 20  # of writes that are kept whole while some of their chunks gather
 ENOUGH_CHUNKS = 1024  # that are worth a commit
 LINGER_SECONDS = 0.01  # for more to come, when there are not enough
 _WRITE_CHUNKS = 256  # in one write to the device: 1 MiB
@@ -56,15 +55,16 @@ class _Generation:
 
     def __init__(self) -> None:
         self.chunks: dict[int, Content] = {}
-        self.kept_bytes = 0  #: of the writes that the views are of, also where they were written over since
+        self.kept_chunks = 0  #: of the writes that the views are of, also where they were written over since
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
         self.is_kept = True  #: whether, after an error, it is in memory yet
 
     @property
-    def is_full(self) -> bool:
-        return len(self.chunks) >= MOST_CHUNKS or self.kept_bytes >= MOST_KEPT_BYTES
+    def weight(self) -> int:
+        """What it takes in memory, in chunks; twice that at most."""
+        return max(len(self.chunks), self.kept_chunks)
 
     def put(self, offset: int, data: bytes) -> None:
         if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES:
@@ -77,7 +77,7 @@ class _Generation:
         if body:
             first, end = (offset + head) // CHUNK_BYTES, head + body
             self.chunks |= enumerate([view[at : at + CHUNK_BYTES] for at in range(head, end, CHUNK_BYTES)], first)
-            self.kept_bytes += len(data)
+            self.kept_chunks += chunks_of(len(data))
         if tail:
             self._put_part(offset + head + body, view[head + body :])
 
@@ -119,7 +119,7 @@ class Behind:
 
     `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
     OSError, that is all of it. `on_trouble` is told, with a sentence, when what was acknowledged is not taken, and
-    `on_change` by how many chunks there are more in memory.
+    `on_change` by how many chunks there are more in memory: a long write counts whole while a chunk of it waits.
     """
 
     def __init__(
@@ -144,6 +144,10 @@ class Behind:
         """How many chunks are in memory."""
         return len(self._gathering.chunks) + len(self._leaving.chunks)
 
+    @property
+    def _weight(self) -> int:
+        return self._gathering.weight + self._leaving.weight
+
     def holds(self, run: Run) -> bool:
         """Whether some of the run is in the buffer."""
         newer, older = self._gathering.chunks, self._leaving.chunks
@@ -161,11 +165,11 @@ class Behind:
     @property
     def is_full(self) -> bool:
         """Whether there is no `room` for a write."""
-        return self._gathering.is_full
+        return self._gathering.weight >= MOST_CHUNKS
 
     async def room(self) -> None:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
-        while self._gathering.is_full:
+        while self.is_full:
             full = self._gathering
             self._hurry.set()
             await full.taken.wait()
@@ -174,19 +178,20 @@ class Behind:
 
     def put(self, offset: int, data: bytes) -> None:
         """Take a write, for which there is `room`."""
-        chunks = self._gathering.chunks
-        before = len(chunks)
-        self._gathering.put(offset, data)
-        if len(chunks) != before:
-            self._on_change(len(chunks) - before)
+        gathering = self._gathering
+        before = gathering.weight
+        gathering.put(offset, data)
+        weight = gathering.weight
+        if weight != before:
+            self._on_change(weight - before)
         if not self._arrived.is_set():
             self._arrived.set()
-        if len(chunks) >= ENOUGH_CHUNKS:
+        if weight >= ENOUGH_CHUNKS:
             self._hurry.set()
 
     def forget(self) -> None:
         """Nobody wants what is in memory any more, nor will put anything there."""
-        self._on_change(-self.chunks)
+        self._on_change(-self._weight)
         self._on_change = lambda chunks: None  # of what is on its way yet
         self._on_trouble = lambda sentence: None
         self._gathering, self._leaving = _Generation(), _Generation()
@@ -224,13 +229,13 @@ class Behind:
             taken.error = error
         finally:
             taken.is_kept = bool(left.contents)
-            before = self.chunks
+            before = self._weight
             if left.contents:
-                self._gathering.kept_bytes += taken.kept_bytes
+                self._gathering.kept_chunks += taken.kept_chunks
             for chunk, content in left.contents.items():
                 self._gathering.put_beneath(chunk, content)
             self._leaving = _Generation()
-            self._on_change(self.chunks - before)
+            self._on_change(self._weight - before)
             taken.done.set()
         self._tell(taken.error if taken.is_kept else None)
 

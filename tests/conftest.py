@@ -13,7 +13,8 @@ from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
 
 RUN_VARIABLE = "HCPFS_TEST_RUN"
 ANYWHERE = {  # they mount, and nothing else
-    *("tests/mount/test_attributes.py", "tests/mount/test_basics.py", "tests/mount/test_hostile.py"),
+    *("tests/mount/test_attributes.py", "tests/mount/test_basics.py", "tests/mount/test_caches.py"),
+    "tests/mount/test_hostile.py",
     *("tests/mount/test_model.py", "tests/mount/test_policies.py", "tests/mount/test_suspect.py"),
     "tests/mount/test_verify.py",
 }

@@ -209,6 +209,27 @@ def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: O
     trio.run(main)
 
 
+def test_i6_a_long_write_counts_whole_while_a_chunk_of_it_waits() -> None:
+    """Each of these leaves one chunk to see, and all of its bytes in memory."""
+    length, counts = 256, list[int]()
+
+    async def take(contents: Contents) -> Untaken:
+        raise AssertionError("nothing is to be taken")
+
+    async def main() -> None:
+        behind = Behind("it", take, pytest.fail, counts.append)
+        for first in range(MOST_CHUNKS // length):
+            assert not behind.is_full
+            behind.put(first * CHUNK_BYTES, bytes(length * CHUNK_BYTES))
+        assert behind.is_full
+        assert behind.chunks < 2 * length
+        assert sum(counts) == MOST_CHUNKS
+        behind.forget()
+        assert sum(counts) == 0
+
+    trio.run(main)
+
+
 def test_a_device_that_takes_nothing_fails_the_writer_when_the_buffer_is_full(device: OriginDevice) -> None:
     fails = _Fails(device)
     fails.chunks = set(range(4 * MOST_CHUNKS))
