@@ -14,7 +14,8 @@ import trio
 from cow.device import FULL
 from cow.geometry import runs_of
 from cow.journal import FILE_BYTES, Journal, Kind, Record
-from cow.layer import Layer, MapImage, pinned
+from cow.layer import Layer, pinned
+from cow.layermap import MapImage
 from cow.offload import MOST_CHUNKS_HERE, offload
 
 MOST_INTENDED_CHUNKS = FILE_BYTES // 64  # of all layers: at 16 bytes a run at most a quarter of a journal file

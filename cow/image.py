@@ -10,7 +10,7 @@ apart from damage.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -234,11 +234,31 @@ class Image:
                 "the device was changed while hcpfs was not running, so what this snapshot reads from it may be wrong: "
                 "mount with -o read_suspect to read it all the same"
             )
-        parts = [
-            self.origin.read_chunks(run, nowait=nowait) if layer is None else layer.read(run, nowait=nowait)
-            for layer, run in found
-        ]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        if len(found) == 1:
+            layer, run = found[0]
+            return self.origin.read_chunks(run, nowait=nowait) if layer is None else layer.read(run, nowait=nowait)
+        runs: dict[Layer | None, list[Run]] = {}
+        for layer, run in found:
+            runs.setdefault(layer, []).append(run)
+        parts = {
+            layer: self._read_device(mine, nowait) if layer is None else layer.read_runs(mine, nowait=nowait)
+            for layer, mine in runs.items()
+        }
+        return b"".join([next(parts[layer]) for layer, _ in found])
+
+    def _read_device(self, runs: list[Run], nowait: bool) -> Iterator[bytes | memoryview]:
+        """Runs of the device, ascending: all with one call where they are most of what they span."""
+        first, end = runs[0].first, runs[-1].end
+        if len(runs) > 1 and 2 * sum([run.chunks for run in runs]) >= end - first:
+            try:
+                view = memoryview(self.origin.read_chunks(Run(first, end - first), nowait=nowait))
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # perhaps of a sector between them that nobody needs
+            else:
+                return (view[(run.first - first) * CHUNK_BYTES : (run.end - first) * CHUNK_BYTES] for run in runs)
+        return (self.origin.read_chunks(run, nowait=nowait) for run in runs)
 
     def _is_doubted(self, layer: Layer | None) -> bool:
         return layer is None or (layer is not self.delta and layer.id >= (self.doubted_from or 0))

@@ -7,39 +7,28 @@ The sets of chunks live here and change only on the trio thread; file calls are 
 not decide when anything is durable: its owner calls `sync_data`, commits to the journal, then updates the sets.
 """
 
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count, groupby
-from typing import NamedTuple
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
 
+from cow import layermap
 from cow.device import Directory, File
 from cow.errors import CowError, DamagedError, SyncError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
+from cow.layermap import BadMapError, LayerMap, MapImage
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
 SUM_BYTES = 8
-MAP_MAGIC = b"HCPFSMAP"
-MAP_FORMAT = 2
-_MAP_HEADER = struct.Struct("<8sIQQQQQ")  # magic, format, layer, generation, written_ns, bytes of held, bytes of lost
-_MOST_EMPTY_MAP_BYTES = 1 << 16  # a map takes well below a byte for each chunk of the device, and this
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
 _SUM_PAGE_CHUNKS = 4096 // SUM_BYTES
 _MASK_64 = (1 << 64) - 1
 
 
 FileKey = int | str  # of an open file: the number of a segment, or another file's name
-
-
-class MapImage(NamedTuple):
-    """What a `map` file shall contain."""
-
-    generation: int
-    content: bytes
 
 
 class Layer:
@@ -234,18 +223,35 @@ class Layer:
         Raises DamagedError naming the first chunk that does not match; BlockingIOError under `nowait` when a disk
         would have to be waited for.
         """
+        self._check_readable(nowait)
+        return self._checked(run, self._read_data(run, nowait), self._expected(run, nowait))
+
+    def read_runs(self, runs: Sequence[Run], *, nowait: bool = False) -> Iterator[bytes]:
+        """The same of several runs, ascending, whose checksums are read with one call: they should lie close."""
+        self._check_readable(nowait)
+        start = runs[0].first
+        sums = self._expected(Run(start, runs[-1].end - start), nowait)
+        for run in runs:
+            mine = sums[(run.first - start) * SUM_BYTES : (run.end - start) * SUM_BYTES]
+            yield self._checked(run, self._read_data(run, nowait), mine)
+
+    def _check_readable(self, nowait: bool) -> None:
         if self.damage is not None:
             raise DamagedError(self.damage)
-        if nowait and "sums" not in self._files:
+        if nowait and "sums" not in self._files:  # to open it may take a while
             raise BlockingIOError
-        data, sums = self.read_unchecked(run, nowait=nowait)
+
+    def _checked(self, run: Run, data: bytes, sums: bytes) -> bytes:
         found = self.checksums(run.first, data)
         if found != sums:
             raise DamagedError(self._mismatch(run, found, sums))
         return data
 
-    def read_unchecked(self, run: Run, *, nowait: bool = False) -> tuple[bytes, bytes]:
+    def read_unchecked(self, run: Run) -> tuple[bytes, bytes]:
         """Whole chunks and what their checksums should be. Raises DamagedError when a file is missing or too short."""
+        return self._read_data(run, nowait=False), self._expected(run, nowait=False)
+
+    def _read_data(self, run: Run, nowait: bool) -> bytes:
         first, chunks = run
         segment, place = divmod(first, SEGMENT_CHUNKS)
         try:
@@ -256,15 +262,30 @@ class Layer:
                     self._read_part(self._file(one), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
                     for one, part in _by_segment(run)
                 )
-            sums = self._read_part(self._file("sums"), chunks * SUM_BYTES, first * SUM_BYTES, nowait)
         except FileNotFoundError as error:
-            raise DamagedError(f"a file of layer {self.name} is missing from the store: {error.filename}") from error
-        if len(data) != chunks * CHUNK_BYTES or len(sums) != chunks * SUM_BYTES:
-            raise DamagedError(
-                f"a file of layer {self.name} ends before chunk {run.end} (offset {run.end * CHUNK_BYTES}): it was cut "
-                f"short"
-            )
-        return data, sums
+            raise self._missing(error) from error
+        if len(data) != chunks * CHUNK_BYTES:
+            raise self._cut_short(run)
+        return data
+
+    def _expected(self, run: Run, nowait: bool) -> bytes:
+        """What the checksums of the run should be."""
+        try:
+            sums = self._read_part(self._file("sums"), run.chunks * SUM_BYTES, run.first * SUM_BYTES, nowait)
+        except FileNotFoundError as error:
+            raise self._missing(error) from error
+        if len(sums) != run.chunks * SUM_BYTES:
+            raise self._cut_short(run)
+        return sums
+
+    def _missing(self, error: FileNotFoundError) -> DamagedError:
+        return DamagedError(f"a file of layer {self.name} is missing from the store: {error.filename}")
+
+    def _cut_short(self, run: Run) -> DamagedError:
+        return DamagedError(
+            f"a file of layer {self.name} ends before chunk {run.end} (offset {run.end * CHUNK_BYTES}): it was cut "
+            f"short"
+        )
 
     @staticmethod
     def _read_part(file: File, length: int, offset: int, nowait: bool) -> bytes:
@@ -367,13 +388,7 @@ class Layer:
         """The set of committed chunks as the content of `map`, of a new generation. Trio thread only."""
         self.generation += 1
         committed = self.held - self.uncommitted
-        committed.run_optimize()
-        held, lost = committed.serialize(), self.lost.serialize()
-        header = _MAP_HEADER.pack(
-            MAP_MAGIC, MAP_FORMAT, self.id, self.generation, self.written_ns, len(held), len(lost)
-        )
-        content = header + held + lost
-        return MapImage(self.generation, content + xxh3_64_digest(content))
+        return layermap.encode(LayerMap(self.id, self.generation, self.written_ns, committed, self.lost))
 
     def save(self, image: MapImage) -> None:
         """Make `sums` and the map durable. The caller puts the map's generation into the catalog after that.
@@ -385,18 +400,8 @@ class Layer:
         except (OSError, SyncError):
             self.sums_in_doubt = True
             raise
-        directory = self._directory
-        assert directory is not None  # `_file` opened it
-        with suppress(FileNotFoundError):
-            directory.unlink("map.new")  # from a crash in the middle of the rename it may be the same file as `map`
-        file = directory.open("map.new", create=True)
-        try:
-            file.pwrite(image.content, 0)
-            file.sync()
-        finally:
-            file.close()
-        directory.rename("map.new", "map")
-        directory.sync()
+        assert self._directory is not None  # `_file` opened it
+        layermap.replace(self._directory, image)
 
     def renew_sums(self, records: Iterable[tuple[Sequence[Run], bytes]]) -> None:
         """Write checksums anew after a sync of them failed; what it covered may be lost. # I3
@@ -420,50 +425,26 @@ class Layer:
         """
         try:
             self._directory = self._parent.subdirectory(self.name)
-            file = self._directory.open("map")
+            file = self._directory.open(layermap.FILE_NAME)
         except FileNotFoundError:
             if generation:
                 self.damage = f"the map of layer {self.name} is missing: what it holds is unknown"
             return
         try:
-            content = self._read_map(file)
+            found = layermap.read(file, self.id, self.chunks)
+        except BadMapError as error:
+            self.damage = f"the map of layer {self.name} {error}: what it holds is unknown"
+            return
         finally:
             file.close()
-        if content is not None:
-            self._decode_map(content)
-        if self.damage is None and self.generation < generation:
+        self.held, self.lost, self.written_ns, self.generation = (
+            found.held,
+            found.lost,
+            found.written_ns,
+            found.generation,
+        )
+        if self.generation < generation:
             self.damage = f"the map of layer {self.name} is an old one: what it holds is unknown"
-
-    def _read_map(self, file: File) -> bytes | None:
-        """The file's content, of which no more is read than there can be; None, with `damage`, when it is another."""
-        header = file.pread(_MAP_HEADER.size, 0).ljust(_MAP_HEADER.size, b"\0")
-        *_, held_bytes, lost_bytes = _MAP_HEADER.unpack(header)
-        size = file.size_bytes
-        if size != _MAP_HEADER.size + held_bytes + lost_bytes + 8 or size > self.chunks + _MOST_EMPTY_MAP_BYTES:
-            self.damage = f"the map of layer {self.name} has {size} bytes, which is not what its header says"
-            return None
-        return file.pread(size, 0)
-
-    def _decode_map(self, content: bytes) -> None:
-        body, digest = content[:-8], content[-8:]
-        if xxh3_64_digest(body) != digest:
-            self.damage = f"the map of layer {self.name} does not match its checksum: what it holds is unknown"
-            return
-        magic, format_number, layer_id, generation, written_ns, held_bytes, lost_bytes = _MAP_HEADER.unpack_from(body)
-        if (magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, self.id):
-            self.damage = f"the map of layer {self.name} is that of another layer: the store's files were moved"
-            return
-        held_at = _MAP_HEADER.size
-        try:
-            held = BitMap64.deserialize(body[held_at : held_at + held_bytes])
-            lost = BitMap64.deserialize(body[held_at + held_bytes : held_at + held_bytes + lost_bytes])
-        except (ValueError, IndexError) as error:
-            self.damage = f"the map of layer {self.name} cannot be understood ({error}): what it holds is unknown"
-            return
-        if any(chunks and chunks.max() >= self.chunks for chunks in (held, lost)):
-            self.damage = f"the map of layer {self.name} names chunks beyond the device's end"
-            return
-        self.held, self.lost, self.written_ns, self.generation = held, lost, written_ns, generation
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cow
 import hcpfs
-from cow import catalog, journal, layer
+from cow import catalog, journal, layer, layermap
 
 COW = Path(cow.__file__).parent
 HCPFS = Path(hcpfs.__file__).parent
@@ -17,7 +17,8 @@ LAYERS = [
     {"cow.errors", "cow.offload"},
     {"cow.geometry"},
     {"cow.device"},
-    {"cow.behind", "cow.catalog", "cow.elsewhere", "cow.fingerprint", "cow.gate", "cow.journal", "cow.layer"},
+    {"cow.behind", "cow.catalog", "cow.elsewhere", "cow.fingerprint", "cow.gate", "cow.journal", "cow.layermap"},
+    {"cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery"},
     {"cow.preserver", "cow.space"},
     {"cow.housekeeping"},
@@ -115,10 +116,10 @@ def test_the_format_document_describes_what_the_code_writes() -> None:
     for constant, value in {
         "FILE_MAGIC": journal.FILE_MAGIC.decode(),
         "RECORD_MAGIC": journal.RECORD_MAGIC.decode(),
-        "MAP_MAGIC": layer.MAP_MAGIC.decode(),
+        "MAP_MAGIC": layermap.MAP_MAGIC.decode(),
         "SECTOR_BYTES": journal.SECTOR_BYTES,
         "FILE_BYTES": journal.FILE_BYTES,
-        "MAP_FORMAT": layer.MAP_FORMAT,
+        "MAP_FORMAT": layermap.MAP_FORMAT,
         "SUM_BYTES": layer.SUM_BYTES,
         "SEGMENT_CHUNKS": layer.SEGMENT_CHUNKS,
         "FORMAT": catalog.FORMAT,

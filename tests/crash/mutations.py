@@ -339,13 +339,13 @@ ORDER = [
 ]
 
 CHECKS = [
-    Edit("chunks are not checked", "layer:Layer.read", "        if found != sums:\n", "        if False:\n"),
+    Edit("chunks are not checked", "layer:Layer._checked", "        if found != sums:\n", "        if False:\n"),
     Edit("checksums know no place", "layer:Layer._seed_of", "(self._seed + chunk) & _MASK_64", "7"),
-    Edit("maps are not checked", "layer:Layer._decode_map", "xxh3_64_digest(body) != digest", "False"),
+    Edit("maps are not checked", "layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
     Edit(
         "maps of other layers are taken",
-        "layer:Layer._decode_map",
-        "(magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, self.id)",
+        "layermap:_decode",
+        "(magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, layer)",
         "False",
     ),
     Edit(
