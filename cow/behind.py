@@ -171,10 +171,13 @@ class Behind:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
+            self._arrived.set()  # what was not taken the last time does not count as arrived
             self._hurry.set()
             await full.taken.wait()
             if self._failing:
-                await _in_place(full)
+                await full.done.wait()
+                if self.is_full:
+                    await _in_place(full)
 
     def put(self, offset: int, data: bytes) -> None:
         """Take a write, for which there is `room`."""
@@ -230,10 +233,8 @@ class Behind:
         finally:
             taken.is_kept = bool(left.contents)
             before = self._weight
-            if left.contents:
-                self._gathering.kept_chunks += taken.kept_chunks
-            for chunk, content in left.contents.items():
-                self._gathering.put_beneath(chunk, content)
+            for chunk, content in left.contents.items():  # of which one must not keep a long write in memory
+                self._gathering.put_beneath(chunk, content if isinstance(content, Part) else bytes(content))
             self._leaving = _Generation()
             self._on_change(self._weight - before)
             taken.done.set()

@@ -79,13 +79,19 @@ class Flattener:
             await self._due.wait()
             self._due = trio.Event()
             for origin in self._origins:
-                while (pair := self._pair(origin)) is not None and await self._merge(origin, *pair):
-                    pass
+                crowded: set[int] = set()  # the snapshots whose layers find no room
+                while (found := self._pair(origin, crowded)) is not None:
+                    snapshot, source, target = found
+                    if not await self._merge(origin, source, target):
+                        crowded.add(snapshot)
 
-    def _pair(self, origin: Origin) -> tuple[Layer, Layer] | None:
-        """The layer that shall go, and the one that shall have what it knows; None when nothing is to be merged."""
+    def _pair(self, origin: Origin, crowded: set[int]) -> tuple[int, Layer, Layer] | None:
+        """A snapshot, the layer of its group that shall go, and the one that shall have what that knows.
+
+        None when nothing is to be merged, save for the crowded snapshots.
+        """
         for group in origin.groups if not self._is_doubted() else ():
-            if len(group.layers) > MOST_LAYERS:
+            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded:
                 # Old bytes go into the newest layer at any moment.
                 usable = [
                     one
@@ -94,7 +100,8 @@ class Flattener:
                 ]
                 if len(usable) > 1:
                     small, other = sorted(usable, key=lambda one: len(one.held) + len(one.lost))[:2]
-                    return (small, other) if small.id > other.id or not small.known else (other, small)
+                    source, target = (small, other) if small.id > other.id or not small.known else (other, small)
+                    return group.snapshot, source, target
         return None
 
     async def _merge(self, origin: Origin, source: Layer, target: Layer) -> bool:
@@ -106,7 +113,7 @@ class Flattener:
                 await self._space.check_for_write(target.new_bytes(source.held))
             while source.known and _group_of(origin, source, target) is not None:
                 began = trio.current_time()
-                moved |= await self._move(source, target)
+                moved |= await self._move(origin, source, target)
                 if len(moved) >= PUNCH_CHUNKS and source.known:
                     self._housekeeping.punch_later([(source, moved)])
                     moved = BitMap64()
@@ -125,30 +132,41 @@ class Flattener:
             self._housekeeping.punch_later([(source, moved)] if source.known else [])
         return True
 
-    async def _move(self, source: Layer, target: Layer) -> BitMap64:
+    async def _move(self, origin: Origin, source: Layer, target: Layer) -> BitMap64:
         """Move a piece: durable in `target` on return, and known to `source` no more. Returns what was held of it."""
-        held, lost = _some_of(source.held), BitMap64()
-        if not held:
-            lost = _some_of(source.lost)
-        runs = list(runs_of(held or lost))
-
-        def apply() -> None:
-            # What was dropped meanwhile, as the group came to serve an older snapshot, is not wanted any more.
-            target.commit(held & source.known)
-            target.lose(lost & source.lost)
-            source.held -= held
-            source.lost -= held | lost
-            source.dirty = True
-
         async with self.moving:
+            if _group_of(origin, source, target) is None:
+                return BitMap64()
+            # atomic: no checkpoint until they are pinned, so that what is chosen is not punched out
+            held, lost = _some_of(source.held), BitMap64()
+            if not held:
+                lost = _some_of(source.lost)
+            if not held and not lost:
+                return BitMap64()
+            runs = list(runs_of(held or lost))
+
+            def apply() -> None:
+                # What was dropped meanwhile, as the group came to serve an older snapshot, is not wanted any more.
+                target.commit(held & source.known)
+                target.lose(lost & source.lost)
+                source.held -= held
+                source.lost -= held | lost
+                source.dirty = True
+
             with pinned([source, target]):
-                sums = b""
-                if held:
-                    async with self._space.room_for_write(target.new_bytes(held)):
-                        sums = await trio.to_thread.run_sync(_copy, source, target, runs)
+                sums = await self._copied(source, target, held, runs) if held else b""
                 kind = Kind.PRESERVED if held else Kind.LOST
                 await self._commits.commit([Record(kind, target.id, time.time_ns(), runs, sums)], apply)
-        return held
+            return held
+
+    async def _copied(self, source: Layer, target: Layer, held: BitMap64, runs: Sequence[Run]) -> bytes:
+        """Copy chunks, where there is room, and return their checksums in `target`. Durable on return."""
+        async with self._space.room_for_write(target.new_bytes(held)):
+            try:
+                return await trio.to_thread.run_sync(_copy, source, target, runs)
+            except (CowError, OSError):
+                target.give_up_unsynced()  # nothing depends on it, and later syncs of the layer must not fail for it
+                raise
 
     async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
         """Take a layer that knows nothing any more out of its group, durably."""

@@ -6,6 +6,7 @@ punch out what nobody reads, fill up the reserve, count the space. All of it can
 
 import errno
 import functools
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 import trio
@@ -18,6 +19,7 @@ from cow.layer import Layer, pinned, remove_layer_directory
 from cow.space import Space
 
 MOST_WAITING_JOURNALS = 8  # 32 MiB that could not be dropped
+RETRY_SECONDS = 1.0  # for what was in use
 
 
 class Housekeeping:
@@ -49,6 +51,7 @@ class Housekeeping:
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
         self._files = trio.Lock()  #: guards the layers' directories: maps are saved in them, and they are removed
         self._due = trio.Event()
+        self._is_kept_waiting = False  #: whether something was not done, as a thread was using its layer
         self._told_of_punching = False
 
     def serve(self, commits: Commits) -> None:
@@ -78,8 +81,10 @@ class Housekeeping:
     async def run(self) -> None:
         """Do what is due until cancelled. Errors are told and not raised: nothing is lost by a chore not done."""
         while True:
-            await self._due.wait()
+            with trio.move_on_after(RETRY_SECONDS if self._is_kept_waiting else math.inf):
+                await self._due.wait()
             self._due = trio.Event()
+            self._is_kept_waiting = False
             try:
                 await self.do_all()
             except (CowError, OSError) as error:
@@ -128,8 +133,9 @@ class Housekeeping:
     async def _punch(self) -> None:
         for punch in list(self._punches):
             layer, chunks = punch
-            if layer.pins:
-                continue  # who reads there may have looked before the chunks were moved to another layer
+            if layer.pins:  # who reads there may have looked before the chunks were moved to another layer
+                self._is_kept_waiting = True
+                continue
             if layer.id in self._layers():
                 with pinned([layer]):
                     try:
@@ -152,9 +158,11 @@ class Housekeeping:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
         async with self._files:
             for name, layer in list(self._dropped.items()):
-                if not layer.pins:
-                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
-                    del self._dropped[name]
+                if layer.pins:
+                    self._is_kept_waiting = True
+                    continue
+                await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                del self._dropped[name]
 
     async def hold_back(self) -> None:
         """Fill up the reserve, as far as there is room."""

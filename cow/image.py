@@ -135,6 +135,7 @@ class Image:
     def layers(self) -> list[Layer]:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
         if self._layout != self.origin.layout:
+            self._layers = []  # none is kept in memory for a snapshot that was given up
             self._layers = [self.delta, *self.origin.layers_for(self._snapshot)]
             self._layout = self.origin.layout
         return self._layers
@@ -173,8 +174,10 @@ class Image:
         when a disk fails.
         """
         at_once = self.read_nowait(offset, length)
-        if at_once is not None:
-            return at_once
+        return at_once if at_once is not None else await self.read_waiting(offset, length)
+
+    async def read_waiting(self, offset: int, length: int) -> bytes:
+        """As `read`, for what cannot be had without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -296,8 +299,10 @@ class Image:
         leave a part written: here without write-behind, and where the buffers of all images are full; else in `sync`.
         """
         at_once = self.write_nowait(offset, data)
-        if at_once is not None:
-            return at_once
+        return at_once if at_once is not None else await self.write_waiting(offset, data)
+
+    async def write_waiting(self, offset: int, data: bytes) -> int:
+        """As `write`, for what cannot be done without waiting."""
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
         if offset + len(data) > self.size_bytes:

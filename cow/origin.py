@@ -78,8 +78,10 @@ class Origin:
     async def read(self, offset: int, length: int) -> bytes:
         """Read the device as it is now; fewer bytes only at its end."""
         at_once = self.read_nowait(offset, length)
-        if at_once is not None:
-            return at_once
+        return at_once if at_once is not None else await self.read_waiting(offset, length)
+
+    async def read_waiting(self, offset: int, length: int) -> bytes:
+        """As `read`, for what cannot be had without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -113,8 +115,10 @@ class Origin:
         the device itself fails, and the errors of `Preserver.preserve`; with write-behind, `sync` may raise them.
         """
         at_once = self.write_nowait(offset, data)
-        if at_once is not None:
-            return at_once
+        return at_once if at_once is not None else await self.write_waiting(offset, data)
+
+    async def write_waiting(self, offset: int, data: bytes) -> int:
+        """As `write`, for what cannot be done without waiting."""
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
         if offset >= self.size_bytes:

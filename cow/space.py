@@ -7,6 +7,7 @@ A file `reserve` holds space back for what must not fail when the disk is full: 
 a journal file, a clean stop. It is let go for those moments only.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,13 +15,14 @@ import trio
 
 from cow.device import FULL, Directory
 from cow.errors import QuotaError, RefusedError, StoreFullError
+from cow.geometry import CHUNK_BYTES
 from cow.journal import FILE_BYTES
 
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
-_PLENTY_CHUNKS = 8192  # 64 MiB at most
+_PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
 WARNING_PERCENTS = (80, 90, 95)
 REARM_PERCENT = 2  # below a warning's mark: from there on it is given again; the figure sways a little
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
@@ -47,6 +49,7 @@ class Space:
         self._measuring = trio.Lock()  #: two at once would take the same promises back twice
         self._open = 0  #: about to be written, at most
         self.waiting_chunks = 0  #: of snapshots' own writes, in memory
+        self._look_again = 0.0  #: others may fill the disk too
         self._plenty = -1  #: chunks that find room before that has to be looked at again
 
     @property
@@ -76,6 +79,7 @@ class Space:
             promised = self._promised
             self._measured = await trio.to_thread.run_sync(self._directory.allocated_bytes)
             self._promised -= promised
+            self._plenty = -1
         self._warn()
 
     def _warn(self) -> None:
@@ -130,10 +134,11 @@ class Space:
         if limit is not None and self.used_bytes + chunks * MOST_BYTES_PER_CHUNK > limit:
             return False
         self._plenty -= chunks
-        if self._plenty < 0:
+        if self._plenty < 0 or time.monotonic() >= self._look_again:
             needed = (_PLENTY_CHUNKS + self.waiting_chunks) * MOST_BYTES_PER_CHUNK
             left = self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100
             self._plenty = _PLENTY_CHUNKS - chunks if needed <= left else -1
+            self._look_again = time.monotonic() + _PLENTY_SECONDS
         return self._plenty >= 0
 
     def _limit(self, percent: int) -> int | None:
@@ -171,6 +176,7 @@ class Space:
         finally:
             self._open -= count
             self._promised += count
+            self._plenty -= -(-count // CHUNK_BYTES)
 
     def let_go(self) -> None:
         """Give the reserve back to the file system. Blocks."""

@@ -499,8 +499,14 @@ class Store:
 
         First comes the origin, durably: a snapshot that cannot be written does not keep it from that. # I8
         """
+        failures: list[Exception] = []
         for origin in self.origins if not self.read_only else ():
-            await origin.sync()
+            try:
+                await origin.sync()
+            except (CowError, OSError) as error:  # the other devices do not pay for it
+                failures.append(error)
+        if failures:
+            raise failures[0]
         for snapshot in self._snapshots.values():
             if snapshot.usable:
                 await snapshot.drain()

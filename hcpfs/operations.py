@@ -176,7 +176,7 @@ class Operations(pyfuse3.Operations):
         try:
             handle = self._handles[fh]
             data = handle.read_nowait(off, size)
-            return data if data is not None else await handle.read(off, size)
+            return data if data is not None else await handle.read_waiting(off, size)
         except Exception as error:
             raise self.answer("read", error) from error
 
@@ -184,7 +184,7 @@ class Operations(pyfuse3.Operations):
         try:
             handle = self._handles[fh]
             written = handle.write_nowait(off, buf)
-            return written if written is not None else await handle.write(off, buf)
+            return written if written is not None else await handle.write_waiting(off, buf)
         except Exception as error:
             raise self.answer("write", error) from error
 

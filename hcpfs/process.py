@@ -40,9 +40,10 @@ def keep_memory() -> None:
 
     Else each filling is fetched from the kernel anew, page by page. Call before the first thread starts.
     """
-    _libc.mallopt(_M_ARENA_MAX, 1)
-    _libc.mallopt(_M_MMAP_THRESHOLD, _MOST_HEAP_BYTES)
-    _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if hasattr(_libc, "mallopt"):  # glibc's
+        _libc.mallopt(_M_ARENA_MAX, 1)
+        _libc.mallopt(_M_MMAP_THRESHOLD, _MOST_HEAP_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def lock_memory() -> None:

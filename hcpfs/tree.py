@@ -91,16 +91,16 @@ class Handle(Protocol):
     """An open file."""
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """As `read`, where that needs no waiting; else None."""
+        """Read, where that needs no waiting, else None; short only at the end."""
 
-    async def read(self, offset: int, length: int) -> bytes:
-        """Read; short only at the end."""
+    async def read_waiting(self, offset: int, length: int) -> bytes:
+        """Read what could not be had without waiting."""
 
     def write_nowait(self, offset: int, data: bytes) -> int | None:
-        """As `write`, where that needs no waiting; else None."""
+        """Write, where that needs no waiting, else None; short only at the end."""
 
-    async def write(self, offset: int, data: bytes) -> int:
-        """Write; short only at the end."""
+    async def write_waiting(self, offset: int, data: bytes) -> int:
+        """Write what could not be written without waiting."""
 
     async def sync(self) -> None:
         """Make writes durable."""
@@ -115,7 +115,7 @@ class _ReadOnly:
     def write_nowait(self, offset: int, data: bytes) -> int | None:
         return None
 
-    async def write(self, offset: int, data: bytes) -> int:
+    async def write_waiting(self, offset: int, data: bytes) -> int:
         raise NotPermittedError(_READ_ONLY_TEXT)
 
     async def sync(self) -> None:
@@ -128,7 +128,7 @@ class _Text(_ReadOnly):
     def __init__(self, content: bytes) -> None:
         self._content = content
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read_waiting(self, offset: int, length: int) -> bytes:
         return self._content[offset : offset + length]
 
 
@@ -143,7 +143,7 @@ class _Scrub(_ReadOnly):
         self._text = b""
         self._ended = False
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read_waiting(self, offset: int, length: int) -> bytes:
         if offset == len(self._text) and not self._ended:
             self._text += await self._more()
         return self._text[offset : offset + length]

@@ -209,6 +209,32 @@ def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: O
     trio.run(main)
 
 
+def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginDevice) -> None:
+    """Long writes go on, over and beside a bad sector; only a sync tells of it."""
+    fails, troubles = _Fails(device), list[str]()
+    fails.chunks = {3}
+    length = 64
+
+    async def take(contents: Contents) -> Untaken:
+        return write_out(device, contents)
+
+    async def main() -> None:
+        behind = Behind("it", take, troubles.append)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(behind.run)
+            for _ in range(3 * MOST_CHUNKS // length):
+                await _put(behind, 0, bytes(length * CHUNK_BYTES))
+            with pytest.raises(OSError, match="still in memory"):
+                await behind.drain()
+            assert behind.chunks == 1
+            fails.chunks = set()
+            await behind.drain()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert len(troubles) == 1
+
+
 def test_i6_a_long_write_counts_whole_while_a_chunk_of_it_waits() -> None:
     """Each of these leaves one chunk to see, and all of its bytes in memory."""
     length, counts = 256, list[int]()
@@ -275,6 +301,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
 def _hold_preserving(engine: Engine) -> threading.Event:
     """Let the preserver wait before it reads the device."""
     origin, go_on = engine.store.origins[0], threading.Event()
+    origin.device.is_in_memory = False  # it would wait on the engine's own thread
     wait_until(lambda: origin.fingerprint_of == engine.store.snapshots[-1].id, what="the fingerprint, which reads too")
     real = origin.read_chunks
 

@@ -14,13 +14,13 @@ import trio.testing
 from hypothesis import HealthCheck, settings
 from pyroaring import BitMap64
 
-from cow import Source, flatten
+from cow import Source, flatten, housekeeping
 from cow.catalog import State
 from cow.device import Io
 from cow.errors import DamagedError, LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.image import Image
-from cow.layer import Layer
+from cow.layer import Layer, pinned
 from cow.preserver import OnFull
 from cow.scrub import Finding, scrub_store
 from tests.cow.test_model import EngineDriver
@@ -123,9 +123,10 @@ async def _wake(engine: Engine) -> None:
 
 def _first_pair(engine: Engine) -> tuple[Layer, Layer]:
     with patch.object(flatten, "MOST_LAYERS", MOST):
-        found = engine.store._flattener._pair(engine.store.origins[0])
+        found = engine.store._flattener._pair(engine.store.origins[0], set())
     assert found is not None
-    return found
+    _, source, target = found
+    return source, target
 
 
 def _wait_until_flat(engine: Engine, name: bytes = b"base") -> None:
@@ -184,16 +185,65 @@ def stop_after(start: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def _wait_until_punched(engine: Engine) -> None:
-    async def is_punched() -> bool:
-        engine.store.housekeeping.wake()  # who had a layer pinned at the first attempt wakes nobody
-        return not engine.store.housekeeping._punches
-
-    wait_until(lambda: engine.call(is_punched), what="the punching")
+    wait_until(lambda: not engine.store.housekeeping._punches, what="the punching")
 
 
 def _save(engine: Engine) -> None:
     engine.call(engine.store.checkpoint)
     wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the checkpoint")
+
+
+def test_what_was_in_use_is_punched_out_later_without_anybody_asking(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "RETRY_SECONDS", 0.01)
+    engine = start()
+    _chain(engine)
+    layer = engine.store.origins[0].groups[0].layers[0]
+
+    async def punch_while_it_is_in_use() -> None:
+        chores = engine.store.housekeeping
+        with pinned([layer]):
+            chores.punch_later([(layer, BitMap64([0]))])
+            await trio.testing.wait_all_tasks_blocked(0.005)
+            assert chores._punches
+
+    engine.call(punch_while_it_is_in_use)
+    _wait_until_punched(engine)
+    engine.close()
+
+
+def test_a_snapshot_that_goes_before_a_piece_is_moved_is_no_trouble(start: Callable[..., Engine]) -> None:
+    """The piece waits for its turn, and what it would have moved is punched out meanwhile."""
+    engine = start()
+    _chain(engine)
+    before = _contents(engine)
+    del before[b"base"]
+    go_on, held = trio.Event(), threading.Event()
+
+    async def hold() -> None:
+        async with engine.store._flattener.moving:
+            held.set()
+            await go_on.wait()
+
+    async def start_to_hold() -> None:
+        trio.lowlevel.spawn_system_task(hold)
+
+    engine.call(start_to_hold)
+    held.wait()
+    _flatten(engine)
+    engine.call(trio.testing.wait_all_tasks_blocked, 0.01)
+    engine.call(engine.store.delete_snapshot, b"base")
+    _wait_until_punched(engine)
+
+    async def let_go() -> None:
+        go_on.set()
+
+    engine.call(let_go)
+    _wait_until_flat(engine, b"old")
+    assert _contents(engine) == before
+    assert engine.troubles == []
+    engine.close()
 
 
 def test_i2_a_long_chain_becomes_short_and_no_snapshot_changes(start: Callable[..., Engine], tmp_path: Path) -> None:

@@ -265,3 +265,29 @@ def test_i6_promises_count_until_they_are_measured_and_once(tmp_path: Path) -> N
                 raise AssertionError("there was room")
 
     trio.run(main)
+
+
+def test_i6_plenty_of_room_is_looked_for_again_once_others_may_have_taken_it(tmp_path: Path) -> None:
+    directory = Directory.open_path(str(tmp_path))
+    free = 0
+    directory.free_bytes = lambda: free
+
+    async def main() -> None:
+        nonlocal free
+        space = Space(directory, None, lambda sentence: None)
+        for way in ("others write", "it is measured"):
+            free = 10 << 30
+            assert space.is_roomy(1)
+            free = 0
+            assert space.is_roomy(1), "it is not looked for each time"
+            if way == "others write":
+                async with space.keeping(64 << 20):
+                    pass
+            else:
+                await space.measure()
+            assert not space.is_roomy(1)
+        free = 10 << 30
+        assert space.is_roomy(1)
+
+    trio.run(main)
+    directory.close()
