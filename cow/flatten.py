@@ -28,7 +28,7 @@ from cow.space import Space
 
 MOST_LAYERS = 8  # of a group, before some are merged
 PIECE_CHUNKS = 256  # moved at a time: 1 MiB
-PUNCH_CHUNKS = 4096  # given back at a time: until then 16 MiB are there twice
+PUNCH_CHUNKS = 512  # given back at a time: until then 2 MiB are there twice
 REST = 4.0  # after each piece, as a multiple of the time that it took
 
 
@@ -110,7 +110,7 @@ class Flattener:
         moved = drop_shadowed(_layers_before(origin, source), source)
         try:
             if source.held:  # rather not at all than half of it
-                await self._space.check_for_write(target.new_bytes(source.held))
+                await self._space.check_for_merge(target.new_bytes(source.held))
             while source.known and _group_of(origin, source, target) is not None:
                 began = trio.current_time()
                 moved |= await self._move(origin, source, target)

@@ -24,7 +24,9 @@ LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
 WARNING_PERCENTS = (80, 90, 95)
-REARM_PERCENT = 2  # below a warning's mark: from there on it is given again; the figure sways a little
+REARM_PERCENT = (
+    10  # below a warning's mark: from there on it is given again; the figure sways, as merged layers are there twice
+)
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
@@ -144,6 +146,16 @@ class Space:
     def _limit(self, percent: int) -> int | None:
         """What may be used of the quota."""
         return None if self.quota_bytes is None else (self.quota_bytes - FILE_BYTES) * percent // 100
+
+    async def check_for_merge(self, count: int) -> None:
+        """Raise StoreFullError when `count` bytes more would bring the store to where it warns: merging can wait."""
+        if self._would_warn(count):
+            await self.measure()
+        if self._would_warn(count):
+            raise StoreFullError(f"the store {self._directory.label} is too full for layers to be there twice")
+
+    def _would_warn(self, count: int) -> bool:
+        return 100 * (self.used_bytes + count) >= WARNING_PERCENTS[0] * (self.used_bytes + self.available_bytes)
 
     async def check_for_write(self, count: int) -> None:
         """Raise QuotaError or StoreFullError when `count` bytes of a snapshot's own writes would touch the margin."""
