@@ -102,7 +102,7 @@ class Origin:
             if self._behind.is_full:
                 return None
             self._behind.put(offset, data)
-        elif not self._is_preserved(run) or not self.device.pwrite_nowait(data, offset):
+        elif not (self._write_behind or self._is_preserved(run)) or not self.device.pwrite_nowait(data, offset):
             return None
         self.modified_ns = time.time_ns()
         return len(data)

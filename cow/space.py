@@ -24,9 +24,7 @@ LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
 WARNING_PERCENTS = (80, 90, 95)
-REARM_PERCENT = (
-    10  # below a warning's mark: from there on it is given again; the figure sways, as merged layers are there twice
-)
+REARM_PERCENT = 10  # below a warning's mark: from there on it is given again; merging layers makes the figure sway
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
@@ -128,9 +126,9 @@ class Space:
             yield
 
     def is_roomy(self, chunks: int) -> bool:
-        """Whether so many chunks of a snapshot's own writes find room for sure, now and after what comes meanwhile.
+        """Whether so many chunks of a snapshot's own writes find room, with much to spare.
 
-        Asked for every write, so it looks at the disk once in a while only.
+        The quota is held each time. The disk is looked at once in a while only, as this is asked for every write.
         """
         limit = self._limit(MOST_PERCENT_FOR_WRITES)
         if limit is not None and self.used_bytes + chunks * MOST_BYTES_PER_CHUNK > limit:

@@ -199,8 +199,8 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "origin:Origin.write_nowait",
-        "not self._is_preserved(run) or ",
-        "",
+        "not (self._write_behind or self._is_preserved(run))",
+        "False",
     ),
     Edit(
         "an image asks the layers that served it once",
