@@ -179,11 +179,11 @@ class Behind:
                 if self.is_full:
                     await _in_place(full)
 
-    def put(self, offset: int, data: bytes) -> None:
-        """Take a write, for which there is `room`."""
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Take a write, for which there is `room`. A view is copied, as its memory may be used for something else."""
         gathering = self._gathering
         before = gathering.weight
-        gathering.put(offset, data)
+        gathering.put(offset, bytes(data))
         weight = gathering.weight
         if weight != before:
             self._on_change(weight - before)

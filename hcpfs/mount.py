@@ -12,17 +12,16 @@ import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-import pyfuse3
 import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, loops, readahead, record
-from hcpfs.drain import drained
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
+from hcpfs.session import Session, terminate
 from hcpfs.tree import Tree
 
 log = logging.getLogger("hcpfs")
@@ -72,17 +71,16 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access)
         inodes.update(tree.live_inodes())
         troubles.append(tree.record_trouble)
-        _mount(Operations(tree, options.access), options)
+        session = _mount(Operations(tree, options.access), options)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_terminate_on_signals)
                 nursery.start_soon(_get_ready, options, quiescer, on_ready)
-                with drained():
-                    await pyfuse3.main()
+                await session.serve()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
         finally:
-            pyfuse3.close(unmount=True)
+            session.close()
         log.info("unmounted; closing the store")
     log.info("closed clean")
     if in_use or _is_mounted(options.mountpoint):  # it still is when its connection was aborted
@@ -102,7 +100,7 @@ async def _freezer() -> AsyncIterator[Freezer]:
             await freezer.end()
 
 
-def _mount(operations: Operations, options: MountOptions) -> None:
+def _mount(operations: Operations, options: MountOptions) -> Session:
     name = "+".join(source.path for source in options.sources).replace("\\", "\\\\").replace(",", "\\,")
     flags = {
         "default_permissions",
@@ -116,7 +114,7 @@ def _mount(operations: Operations, options: MountOptions) -> None:
     if options.allow_other:
         flags.add("allow_other")
     try:
-        pyfuse3.init(operations, options.mountpoint, flags)
+        return Session(operations, options.mountpoint, flags)
     except RuntimeError as error:
         raise RefusedError(
             f"{options.mountpoint} could not be mounted ({error}): is /dev/fuse there, and are you root?"
@@ -151,7 +149,7 @@ async def _terminate_on_signals() -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
-            pyfuse3.terminate()
+            terminate()
 
 
 def check(options: MountOptions) -> None:

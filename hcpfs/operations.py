@@ -68,12 +68,14 @@ class Operations(pyfuse3.Operations):
         self._handles = tree.handles
 
     def answer(self, request: str, error: Exception) -> FUSEError:
+        """What pyfuse3 wants to be raised for what a handler raised."""
+        return error if isinstance(error, FUSEError) else FUSEError(self.errno_of(request, error))
+
+    def errno_of(self, request: str, error: Exception) -> int:
         """The errno for what a handler raised. Its sentence is kept."""
-        if isinstance(error, FUSEError):
-            return error
         number, sentence = errno.EIO, f"a defect of hcpfs in {request}: {error!r}; please report it"
         if isinstance(error, NotFoundError):
-            return FUSEError(error.errno)
+            return error.errno
         if isinstance(error, CowError):
             number, sentence = error.errno, str(error)
         elif isinstance(error, OSError):
@@ -82,7 +84,7 @@ class Operations(pyfuse3.Operations):
             # It would end the session and take the origin away from its users.
             log.error("a defect of hcpfs in %s", request, exc_info=error)
         self.tree.record_error(number, sentence)
-        return FUSEError(number)
+        return number
 
     def _attributes(self, found: Attributes) -> EntryAttributes:
         entry = EntryAttributes()

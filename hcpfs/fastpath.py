@@ -1,0 +1,261 @@
+"""The fast path: reads, writes and syncs of open files are answered here, and all other requests by libfuse.
+
+A request that goes through libfuse, pyfuse3 and trio costs several times what the work on it does. So those that come
+tens of thousands of times a second are taken from the kernel's queue and answered in a loop of their own; for at most
+`MOST_SECONDS`, then trio runs everything else. The others are passed on, one message each, through a socket that
+libfuse holds to be its /dev/fuse, and its answers are passed back.
+
+Who has the turn reads requests. A request that has to wait for something makes its task give the turn to another.
+
+When there is no request, the next one is waited for awake for a moment: for those who send one at a time, to sleep
+between two and to be woken takes both sides longer than the request does. When none comes in that time, nobody is
+waited for in this way until requests follow each other closely again.
+"""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from types import coroutine
+from typing import Any
+
+import trio
+
+from hcpfs.protocol import (
+    ANSWER,
+    DATA_AT,
+    MOST_REQUEST_BYTES,
+    REQUEST,
+    WRITTEN,
+    Opcode,
+    limit_writes,
+)
+from hcpfs.tree import Handle
+
+MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
+PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
+MOST_TASKS = 99  # that work on requests: pyfuse3's own number
+
+_UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
+_GONE = {errno.ENOENT, errno.ENODEV}  # to an answer: nobody waits for it any more
+
+Waits = Coroutine[Any, Any, None]  # the rest of a request, which may wait
+
+
+class FastPath:
+    """Between the kernel, at the descriptor `kernel`, and libfuse, at the other end of the socket `libfuse`.
+
+    Both are non-blocking, and a whole message comes from each at a time. `errno_of(request, error)` gives the errno for
+    what a handle raised; `on_unmount` is called when there will be no more requests. Trio thread only.
+    """
+
+    def __init__(
+        self,
+        kernel: int,
+        libfuse: socket.socket,
+        handles: Mapping[int, Handle],
+        errno_of: Callable[[str, Exception], int],
+        on_unmount: Callable[[], None],
+    ) -> None:
+        self._kernel = kernel
+        self._libfuse = libfuse
+        self._handles = handles
+        self._errno_of = errno_of
+        self._on_unmount = on_unmount
+        self._request = bytearray(MOST_REQUEST_BYTES)  #: whose turn it is reads it, and nobody after that
+        self._data = memoryview(self._request)[DATA_AT:]
+        self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
+        self._initialised = False
+        self._idle = trio.lowlevel.ParkingLot()
+        self._tasks = 0
+        self._working = 0  #: tasks whose requests wait for something
+        self._turn = 0  #: grows when the turn is given away
+        self._taken = False  #: whether somebody has the turn
+        self._ended = False
+        self._patience = 0.0
+
+    async def serve(self, passing_back: trio.CancelScope) -> None:
+        """Answer requests until `end`; pass libfuse's answers back until the scope is cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._start_task()
+            with passing_back:
+                while True:
+                    await trio.lowlevel.wait_readable(self._libfuse)
+                    self._pass_back()
+            self._pass_back()
+
+    def end(self) -> None:
+        """Take no more requests; those that were taken are answered."""
+        self._ended = True
+        trio.lowlevel.notify_closing(self._kernel)
+        self._idle.unpark_all()
+
+    # -- turns ---------------------------------------------------------------------------------------------------
+
+    def _start_task(self) -> None:
+        self._tasks += 1
+        self._nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        while not self._ended:
+            if self._taken:
+                await self._idle.park()
+            else:
+                self._taken = True
+                await self._take_requests(self._turn)
+
+    def _give_turn(self) -> None:
+        self._working += 1
+        self._turn += 1
+        self._taken = False
+        if self._idle:
+            self._idle.unpark()
+        elif self._tasks < MOST_TASKS:
+            self._start_task()
+
+    async def _take_requests(self, turn: int) -> None:
+        """Answer requests until the turn was given away, or there are no more."""
+        kernel, request, into = self._kernel, self._request, [self._request]
+        monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
+        answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
+        until, impatient = monotonic() + MOST_SECONDS, 0.0
+        while self._turn == turn:
+            now = monotonic()
+            if now >= until:
+                await trio.lowlevel.checkpoint()
+                until = monotonic() + MOST_SECONDS
+            if self._ended:
+                return
+            try:
+                if not readv(kernel, into):
+                    return self._on_unmount()
+            except BlockingIOError:
+                impatient = impatient or now + (0.0 if self._working else self._patience)
+                if now >= impatient:
+                    await self._sleep()
+                    until, impatient = monotonic() + MOST_SECONDS, 0.0
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    return self._on_unmount()
+                if error.errno == errno.ENOENT:
+                    continue  # who had asked was interrupted meanwhile
+                raise
+            impatient = 0.0
+            length, opcode, unique, number, offset, size = unpack(request)
+            answer = answered_here(opcode)
+            if answer is not None:
+                waits = answer(unique, number, offset, size)
+                if waits is not None:
+                    await _telling(waits, self._give_turn)
+            elif opcode not in _UNANSWERED:
+                await self._pass_on(length)
+        self._working -= 1
+
+    async def _sleep(self) -> None:
+        began = time.monotonic()
+        try:
+            await trio.lowlevel.wait_readable(self._kernel)
+        except trio.ClosedResourceError:
+            return  # it has ended
+        self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
+
+    # -- requests: each is answered at once, or by what is returned ------------------------------------------------
+
+    def _read(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+        try:
+            content = self._handles[number].read_nowait(offset, size)
+        except Exception as error:
+            return self._fail("read", unique, error)
+        if content is None:
+            return self._read_waiting(unique, number, offset, size)
+        self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
+        return None
+
+    async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:
+        try:
+            content = await self._handles[number].read_waiting(offset, size)
+        except Exception as error:
+            return self._fail("read", unique, error)
+        self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
+
+    def _write(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+        data = self._data[:size]
+        try:
+            written = self._handles[number].write_nowait(offset, data)
+        except Exception as error:
+            return self._fail("write", unique, error)
+        if written is None:
+            return self._write_waiting(unique, number, offset, bytes(data))
+        self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
+        return None
+
+    async def _write_waiting(self, unique: int, number: int, offset: int, data: bytes) -> None:
+        try:
+            written = await self._handles[number].write_waiting(offset, data)
+        except Exception as error:
+            return self._fail("write", unique, error)
+        self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
+
+    async def _sync(self, unique: int, number: int, _offset: int, _size: int) -> None:
+        try:
+            await self._handles[number].sync()
+        except Exception as error:
+            return self._fail("fsync", unique, error)
+        self._send((ANSWER.pack(ANSWER.size, 0, unique),))
+
+    def _fail(self, request: str, unique: int, error: Exception) -> None:
+        self._send((ANSWER.pack(ANSWER.size, -self._errno_of(request, error), unique),))
+
+    def _send(self, answer: Sequence[bytes]) -> None:
+        try:
+            os.writev(self._kernel, answer)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+
+    # -- libfuse -------------------------------------------------------------------------------------------------
+
+    async def _pass_on(self, length: int) -> None:
+        while True:
+            try:
+                self._libfuse.send(memoryview(self._request)[:length])
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._libfuse)
+            else:
+                return
+
+    def _pass_back(self) -> None:
+        while True:
+            try:
+                length = self._libfuse.recv_into(self._answer)
+            except BlockingIOError:
+                return
+            answer = memoryview(self._answer)[:length]
+            if not self._initialised:  # INIT is the first request
+                self._initialised = True
+                limit_writes(answer)
+            self._send((answer,))
+
+
+@coroutine
+def _telling(waits: Waits, before: Callable[[], None]) -> Generator[Any, Any, None]:
+    """Await something, and call `before` when it really waits, just before it does."""
+    try:
+        wanted = waits.send(None)
+    except StopIteration:
+        return
+    before()
+    while True:
+        try:
+            result = yield wanted
+        except BaseException as error:
+            resume, value = waits.throw, error
+        else:
+            resume, value = waits.send, result
+        try:
+            wanted = resume(value)
+        except StopIteration:
+            return
