@@ -148,11 +148,13 @@ class Behind:
     def _weight(self) -> int:
         return self._gathering.weight + self._leaving.weight
 
+    def has(self, chunk: int) -> bool:
+        """Whether some of the chunk is in the buffer."""
+        return chunk in self._gathering.chunks or chunk in self._leaving.chunks
+
     def holds(self, run: Run) -> bool:
         """Whether some of the run is in the buffer."""
         newer, older = self._gathering.chunks, self._leaving.chunks
-        if run.chunks == 1:
-            return run.first in newer or run.first in older
         return any(chunks and not chunks.keys().isdisjoint(range(run.first, run.end)) for chunks in (newer, older))
 
     def pieces(self, offset: int, length: int) -> list[tuple[int, Whole]]:

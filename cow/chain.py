@@ -22,7 +22,7 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
     not know any more what it holds. # I4
     """
     if run.chunks == 1:
-        return [Piece(_holder_of(layers, run.first), run)]
+        return [Piece(holder_of(layers, run.first), run)]
     pieces: list[Piece] = []
     missing = [run]
     for layer in layers:
@@ -49,8 +49,8 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
     return pieces
 
 
-def _holder_of(layers: Iterable[Layer], chunk: int) -> Layer | None:
-    """The same for one chunk, which is what most requests are."""
+def holder_of(layers: Iterable[Layer], chunk: int) -> Layer | None:
+    """The same for one chunk, which is what most requests are: the layer that has it, None for the origin."""
     for layer in layers:
         if layer.damage is not None:
             raise DamagedError(layer.damage)

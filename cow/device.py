@@ -138,7 +138,8 @@ class File:
         self._sync_failure: OSError | None = None
         self._syncing = threading.Lock()  #: the kernel tells a lost write to one sync only: no two at once
         self.is_in_memory = io.is_in_memory(fd)  #: it never waits for a disk; such file systems refuse RWF_NOWAIT
-        self._read_now: Callable[[int, int], bytes] = self.pread if self.is_in_memory else self._pread_cached
+        #: (length, offset): reads without waiting for a disk; raises BlockingIOError where that cannot be done in full
+        self.pread_nowait: Callable[[int, int], bytes] = self._pread_memory if self.is_in_memory else self._pread_cached
         self._can_write_nowait = True
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -156,9 +157,9 @@ class File:
             got += len(data)
         return b"".join(pieces)
 
-    def pread_nowait(self, length: int, offset: int) -> bytes:
-        """Read without waiting for a disk; raises BlockingIOError where that cannot be done in full."""
-        return self._read_now(length, offset)
+    def _pread_memory(self, length: int, offset: int) -> bytes:
+        data = self._io.pread(self.fd, length, offset)
+        return data if len(data) == length else self.pread(length, offset)
 
     def _pread_cached(self, length: int, offset: int) -> bytes:
         buffer = bytearray(length)
@@ -190,7 +191,7 @@ class File:
         if written < sum(map(len, parts)):
             self.pwrite(b"".join(parts)[written:], offset + written)
 
-    def pwrite_nowait(self, data: bytes, offset: int) -> bool:
+    def pwrite_nowait(self, data: bytes | memoryview, offset: int) -> bool:
         """Write without waiting for a disk; False when that could not be done in full, and `pwrite` has to."""
         if self.is_in_memory:
             self.pwrite(data, offset)

@@ -17,7 +17,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.behind import Behind, Contents, Part, Untaken, Whole, contents_of, overlaid, rows
-from cow.chain import Piece, resolve
+from cow.chain import Piece, holder_of, resolve
 from cow.commits import Commits
 from cow.errors import (
     CowError,
@@ -63,6 +63,7 @@ class Image:
         write_behind: bool,
     ) -> None:
         self.origin = origin
+        self.size_bytes = origin.size_bytes
         self.delta = delta  #: written by this image alone # I9
         self.opened = 0  #: how many times the image is open
         self._snapshot = snapshot
@@ -78,11 +79,6 @@ class Image:
         self._running = trio.CancelScope()
         self._layers: list[Layer] = []  #: as of `_layout` of the origin
         self._layout = -1
-
-    @property
-    def size_bytes(self) -> int:
-        """The image's size, that of the device."""
-        return self.origin.size_bytes
 
     @property
     def is_usable(self) -> bool:
@@ -155,7 +151,23 @@ class Image:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """As `read`, where that needs no waiting and nothing is amiss; else None."""
-        if offset + length > self.size_bytes or not length:
+        chunk, start = divmod(offset, CHUNK_BYTES)
+        if start + length > CHUNK_BYTES:
+            return self._read_run_nowait(offset, length)
+        if offset + length > self.size_bytes or not length or self.doubted_from is not None or self._behind.has(chunk):
+            return None
+        try:
+            layer = holder_of(self.layers(), chunk)
+            if layer is None:
+                return self.origin.device.pread_nowait(length, offset)
+        except (BlockingIOError, CowError):
+            return None
+        data = layer.read_chunk_nowait(chunk)
+        return data if data is None or length == CHUNK_BYTES else data[start : start + length]
+
+    def _read_run_nowait(self, offset: int, length: int) -> bytes | None:
+        """The same of an extent that is not all in one chunk."""
+        if offset + length > self.size_bytes:
             return None
         run = covering(offset, length)
         if self._behind.chunks and self._behind.holds(run):
@@ -276,8 +288,11 @@ class Image:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def write_nowait(self, offset: int, data: bytes) -> int | None:
-        """As `write`, where that needs no waiting, nothing is amiss, and there is plenty of room; else None."""
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+        """As `write`, where that needs no waiting, nothing is amiss, and there is plenty of room; else None.
+
+        The memory of a view may be used for something else afterwards.
+        """
         length = len(data)
         if not length or offset + length > self.size_bytes or offset % CHUNK_BYTES or length % CHUNK_BYTES:
             return None

@@ -226,6 +226,19 @@ class Layer:
         self._check_readable(nowait)
         return self._checked(run, self._read_data(run, nowait), self._expected(run, nowait))
 
+    def read_chunk_nowait(self, chunk: int) -> bytes | None:
+        """The same of one chunk; None where a disk would have to be waited for, or something is amiss."""
+        segment, place = divmod(chunk, SEGMENT_CHUNKS)
+        file, sums = self._files.get(segment), self._files.get("sums")
+        if file is None or sums is None or self.damage is not None:
+            return None
+        try:
+            data = file.pread_nowait(CHUNK_BYTES, place * CHUNK_BYTES)
+            expected = sums.pread_nowait(SUM_BYTES, chunk * SUM_BYTES)
+        except BlockingIOError:
+            return None
+        return data if xxh3_64_digest(data, self._seed_of(chunk)) == expected else None
+
     def read_runs(self, runs: Sequence[Run], *, nowait: bool = False) -> Iterator[bytes]:
         """The same of several runs, ascending, whose checksums are read with one call: they should lie close."""
         self._check_readable(nowait)

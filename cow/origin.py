@@ -67,8 +67,7 @@ class Origin:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         """As `read`, where that needs no waiting; else None."""
-        behind = self._behind
-        if offset + length > self.size_bytes or (behind.chunks and behind.holds(covering(offset, length))):
+        if offset + length > self.size_bytes or (self._behind.chunks and self._behind.holds(covering(offset, length))):
             return None
         try:
             return self.device.pread_nowait(length, offset)
@@ -92,20 +91,25 @@ class Origin:
             data = await trio.to_thread.run_sync(self.device.pread, length, offset)
         return overlaid(data, offset, newer) if newer else data
 
-    def write_nowait(self, offset: int, data: bytes) -> int | None:
-        """As `write`, where that needs no waiting; else None."""
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+        """As `write`, where that needs no waiting; else None.
+
+        The memory of a view may be used for something else afterwards.
+        """
         # atomic: no checkpoint, so the gate need not be entered
-        if self._read_only or self._gate.held or not data or offset + len(data) > self.size_bytes:
+        length = len(data)
+        if self._read_only or self._gate.held or not length or offset + length > self.size_bytes:
             return None
-        run = covering(offset, len(data))
-        if self._is_put_behind(run):
+        if self._is_put_behind(offset, length):
             if self._behind.is_full:
                 return None
             self._behind.put(offset, data)
-        elif not (self._write_behind or self._is_preserved(run)) or not self.device.pwrite_nowait(data, offset):
-            return None
+        else:
+            may_write = self._write_behind or self._is_preserved(offset, length)
+            if not may_write or not self.device.pwrite_nowait(data, offset):
+                return None
         self.modified_ns = time.time_ns()
-        return len(data)
+        return length
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
@@ -127,15 +131,14 @@ class Origin:
             data = data[: self.size_bytes - offset]
         if not data:
             return 0
-        run = covering(offset, len(data))
         await self._gate.enter()
         try:
-            if self._is_put_behind(run):
+            if self._is_put_behind(offset, len(data)):
                 await self._behind.room()
                 self._behind.put(offset, data)
             else:
                 if not self._write_behind:
-                    await self._preserver.preserve(self, chunks_in([run]))
+                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))
                 if not self.device.pwrite_nowait(data, offset):
                     await trio.to_thread.run_sync(self.device.pwrite, data, offset)
             self.modified_ns = time.time_ns()
@@ -143,9 +146,14 @@ class Origin:
             self._gate.leave()
         return len(data)
 
-    def _is_put_behind(self, run: Run) -> bool:
+    def _is_put_behind(self, offset: int, length: int) -> bool:
         """Whether a write goes into the buffer: where old bytes are needed, and where it meets an older one there."""
-        return self._write_behind and (self._behind.holds(run) or not self._is_preserved(run))
+        if not self._write_behind:
+            return False
+        chunk, start = divmod(offset, CHUNK_BYTES)
+        if start + length <= CHUNK_BYTES:
+            return self._behind.has(chunk) or not self._is_kept(chunk)
+        return self._behind.holds(covering(offset, length)) or not self._is_preserved(offset, length)
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
@@ -229,15 +237,18 @@ class Origin:
                 chunks -= layer.lost
         return chunks
 
-    def _is_preserved(self, run: Run) -> bool:
-        """Whether no snapshot reads any of the run from the device."""
+    def _is_kept(self, chunk: int) -> bool:
+        """Whether no snapshot reads the chunk from the device."""
         if not self.groups:
             return True
-        first, chunks = run
-        layers = self.groups[-1].layers
-        if chunks == 1:
-            return any([first in layer.held or first in layer.lost for layer in layers])
-        if any(layer.held.contains_range(first, run.end) for layer in layers):
+        return any([chunk in layer.held or chunk in layer.lost for layer in self.groups[-1].layers])
+
+    def _is_preserved(self, offset: int, length: int) -> bool:
+        """Whether no snapshot reads any of the extent from the device."""
+        if not self.groups:
+            return True
+        run = covering(offset, length)
+        if any(layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers):
             return True  # mostly, and without making a set
         return not self.unpreserved(chunks_in([run]))
 

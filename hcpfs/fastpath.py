@@ -17,6 +17,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from contextlib import suppress
 from types import coroutine
 from typing import Any
 
@@ -66,7 +67,7 @@ class FastPath:
         self._request = bytearray(MOST_REQUEST_BYTES)  #: whose turn it is reads it, and nobody after that
         self._data = memoryview(self._request)[DATA_AT:]
         self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
-        self._initialised = False
+        self._init = 0  #: the unique number of the request INIT
         self._idle = trio.lowlevel.ParkingLot()
         self._tasks = 0
         self._working = 0  #: tasks whose requests wait for something
@@ -75,21 +76,21 @@ class FastPath:
         self._ended = False
         self._patience = 0.0
 
-    async def serve(self, passing_back: trio.CancelScope) -> None:
-        """Answer requests until `end`; pass libfuse's answers back until the scope is cancelled."""
+    async def serve(self) -> None:
+        """Answer requests, and pass libfuse's answers back, until `end`."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._start_task()
-            with passing_back:
-                while True:
+            while not self._ended:
+                with suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_readable(self._libfuse)
-                    self._pass_back()
-            self._pass_back()
+                self._pass_back()
 
     def end(self) -> None:
-        """Take no more requests; those that were taken are answered."""
+        """Take no more requests; those that were taken are answered. libfuse must have answered all of its own."""
         self._ended = True
         trio.lowlevel.notify_closing(self._kernel)
+        trio.lowlevel.notify_closing(self._libfuse)
         self._idle.unpark_all()
 
     # -- turns ---------------------------------------------------------------------------------------------------
@@ -151,15 +152,15 @@ class FastPath:
                 if waits is not None:
                     await _telling(waits, self._give_turn)
             elif opcode not in _UNANSWERED:
+                if opcode == Opcode.INIT:
+                    self._init = unique
                 await self._pass_on(length)
         self._working -= 1
 
     async def _sleep(self) -> None:
         began = time.monotonic()
-        try:
+        with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._kernel)
-        except trio.ClosedResourceError:
-            return  # it has ended
         self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
 
     # -- requests: each is answered at once, or by what is returned ------------------------------------------------
@@ -168,7 +169,8 @@ class FastPath:
         try:
             content = self._handles[number].read_nowait(offset, size)
         except Exception as error:
-            return self._fail("read", unique, error)
+            self._fail("read", unique, error)
+            return None
         if content is None:
             return self._read_waiting(unique, number, offset, size)
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
@@ -186,7 +188,8 @@ class FastPath:
         try:
             written = self._handles[number].write_nowait(offset, data)
         except Exception as error:
-            return self._fail("write", unique, error)
+            self._fail("write", unique, error)
+            return None
         if written is None:
             return self._write_waiting(unique, number, offset, bytes(data))
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
@@ -209,7 +212,7 @@ class FastPath:
     def _fail(self, request: str, unique: int, error: Exception) -> None:
         self._send((ANSWER.pack(ANSWER.size, -self._errno_of(request, error), unique),))
 
-    def _send(self, answer: Sequence[bytes]) -> None:
+    def _send(self, answer: Sequence[bytes | memoryview]) -> None:
         try:
             os.writev(self._kernel, answer)
         except OSError as error:
@@ -219,11 +222,12 @@ class FastPath:
     # -- libfuse -------------------------------------------------------------------------------------------------
 
     async def _pass_on(self, length: int) -> None:
-        while True:
+        while not self._ended:
             try:
                 self._libfuse.send(memoryview(self._request)[:length])
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._libfuse)
+                with suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_writable(self._libfuse)
             else:
                 return
 
@@ -234,8 +238,7 @@ class FastPath:
             except BlockingIOError:
                 return
             answer = memoryview(self._answer)[:length]
-            if not self._initialised:  # INIT is the first request
-                self._initialised = True
+            if ANSWER.unpack_from(answer)[2] == self._init:
                 limit_writes(answer)
             self._send((answer,))
 
@@ -248,14 +251,13 @@ def _telling(waits: Waits, before: Callable[[], None]) -> Generator[Any, Any, No
     except StopIteration:
         return
     before()
-    while True:
-        try:
-            result = yield wanted
-        except BaseException as error:
-            resume, value = waits.throw, error
-        else:
-            resume, value = waits.send, result
-        try:
-            wanted = resume(value)
-        except StopIteration:
-            return
+    try:
+        while True:
+            try:
+                result = yield wanted
+            except BaseException as error:
+                wanted = waits.throw(error)
+            else:
+                wanted = waits.send(result)
+    except StopIteration:
+        return

@@ -37,5 +37,6 @@ _MAX_WRITE_AT = ANSWER.size + 20  # in the answer to INIT: of fuse_init_out
 
 def limit_writes(answer: bytearray | memoryview) -> None:
     """Have the kernel send no more than `MOST_DATA_BYTES` in a request; `answer` is libfuse's to INIT."""
-    (allowed,) = _MAX_WRITE.unpack_from(answer, _MAX_WRITE_AT)
-    _MAX_WRITE.pack_into(answer, _MAX_WRITE_AT, min(allowed, MOST_DATA_BYTES))
+    if len(answer) > _MAX_WRITE_AT:  # it is no error
+        (allowed,) = _MAX_WRITE.unpack_from(answer, _MAX_WRITE_AT)
+        _MAX_WRITE.pack_into(answer, _MAX_WRITE_AT, min(allowed, MOST_DATA_BYTES))

@@ -8,6 +8,8 @@ the unmount it gets its own back. Where that descriptor is not to be found, pyfu
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyfuse3
 import trio
@@ -22,7 +24,7 @@ log = logging.getLogger("hcpfs")
 
 
 class Session:
-    """One mount, of the process's only session."""
+    """One mount, the process's only one."""
 
     def __init__(self, operations: Operations, mountpoint: str, options: set[str]) -> None:
         """Mount. Raises RuntimeError when that fails."""
@@ -38,33 +40,36 @@ class Session:
             log.warning("libfuse's descriptor is not to be found, so that all requests take the slow path")
             await pyfuse3.main()
             return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            for end in (ours, theirs):
-                end.setblocking(False)
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_REQUEST_BYTES)
-            kernel = os.dup(self._descriptor)
-            os.set_blocking(kernel, False)
-            os.dup2(theirs.fileno(), self._descriptor, inheritable=False)
-            try:
-                await self._serve(FastPath(kernel, ours, self._operations.tree.handles, self._operations.errno_of, pyfuse3.terminate))
-            finally:
-                os.dup2(kernel, self._descriptor, inheritable=False)
-                os.close(kernel)  # an unmount while a copy is open would wait for an answer
-
-    async def _serve(self, fast_path: FastPath) -> None:
-        async with trio.open_nursery() as nursery:
-            passing_back = trio.CancelScope()
-            nursery.start_soon(fast_path.serve, passing_back)
-            try:
-                await pyfuse3.main()
-            finally:
-                fast_path.end()
-                passing_back.cancel()
+        with _taken_over(self._descriptor) as (kernel, libfuse):
+            tree = self._operations.tree
+            fast_path = FastPath(kernel, libfuse, tree.handles, self._operations.errno_of, terminate)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fast_path.serve)
+                try:
+                    await pyfuse3.main()
+                finally:
+                    fast_path.end()
 
     def close(self) -> None:
         """Unmount, if nobody has."""
         pyfuse3.close(unmount=True)
+
+
+@contextmanager
+def _taken_over(descriptor: int) -> Iterator[tuple[int, socket.socket]]:
+    """Within the block `descriptor` is one end of a socket. Gives what it was before, and the other end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with ours, theirs:
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_REQUEST_BYTES)
+        kernel = os.dup(descriptor)
+        try:
+            os.set_blocking(kernel, False)
+            os.dup2(theirs.fileno(), descriptor, inheritable=False)
+            yield kernel, ours
+        finally:
+            os.dup2(kernel, descriptor, inheritable=False)
+            os.close(kernel)  # with a copy open, the unmount would wait for an answer
 
 
 def terminate() -> None:

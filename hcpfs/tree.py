@@ -96,8 +96,8 @@ class Handle(Protocol):
     async def read_waiting(self, offset: int, length: int) -> bytes:
         """Read what could not be had without waiting."""
 
-    def write_nowait(self, offset: int, data: bytes) -> int | None:
-        """Write, where that needs no waiting, else None; short only at the end."""
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+        """Write, where that needs no waiting, else None; short only at the end. A view's memory is not kept."""
 
     async def write_waiting(self, offset: int, data: bytes) -> int:
         """Write what could not be written without waiting."""
@@ -112,7 +112,7 @@ class _ReadOnly:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         return None
 
-    def write_nowait(self, offset: int, data: bytes) -> int | None:
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
         return None
 
     async def write_waiting(self, offset: int, data: bytes) -> int:

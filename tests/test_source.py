@@ -34,14 +34,15 @@ LAYERS = [
         "hcpfs.aside",
         "hcpfs.background",
         "hcpfs.beneath",
-        "hcpfs.drain",
         "hcpfs.loops",
         "hcpfs.process",
+        "hcpfs.protocol",
         "hcpfs.record",
         "hcpfs.text",
     },
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
-    {"hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
+    {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
+    {"hcpfs.session"},
     {"hcpfs.mount", "hcpfs.recover"},
     {"hcpfs.cli"},
     {"hcpfs.__main__"},
@@ -87,7 +88,7 @@ def test_the_engine_knows_no_fuse_and_no_command_line() -> None:
         outside = {name.partition(".")[0] for name in _imports(path)}
         if module.partition(".")[0] == "cow":
             assert not outside & {"pyfuse3", "click", "rich", "hcpfs"}, module
-        elif module not in ("hcpfs.operations", "hcpfs.drain", "hcpfs.mount"):
+        elif module not in ("hcpfs.operations", "hcpfs.session"):
             assert "pyfuse3" not in outside, module
 
 

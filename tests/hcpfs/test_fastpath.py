@@ -1,0 +1,413 @@
+"""The fast path: what it answers itself and what it passes on, and that nobody has to wait for somebody else.
+
+The kernel and libfuse are the other ends of two sockets here, which keep messages whole as /dev/fuse does.
+"""
+
+import errno
+import math
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from hcpfs import fastpath
+from hcpfs.fastpath import FastPath
+from hcpfs.protocol import MOST_DATA_BYTES, Opcode
+
+GETATTR = 3  # one of those that libfuse answers
+HEADER = struct.Struct("=IIQQIIIHH")
+NUMBER = 7  # of the open file
+
+
+def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
+    return HEADER.pack(HEADER.size + len(body), opcode, unique, 1, 0, 0, 4242, 0, 0) + body
+
+
+def read(unique: int, offset: int, size: int, number: int = NUMBER) -> bytes:
+    return request(Opcode.READ, unique, struct.pack("=QQIIQII", number, offset, size, 0, 0, 0, 0))
+
+
+def write(unique: int, offset: int, data: bytes) -> bytes:
+    return request(Opcode.WRITE, unique, struct.pack("=QQIIQII", NUMBER, offset, len(data), 0, 0, 0, 0) + data)
+
+
+def fsync(unique: int) -> bytes:
+    return request(Opcode.FSYNC, unique, struct.pack("=QII", NUMBER, 0, 0))
+
+
+class File:
+    """An open file that can make everybody wait."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(os.urandom(8192))
+        self.nowait = True
+        self.goes_on = trio.Event()
+        self.waiting = 0
+        self.syncs = 0
+        self.error: Exception | None = None
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        if self.error is not None:
+            raise self.error
+        return bytes(self.content[offset : offset + length]) if self.nowait else None
+
+    async def read_waiting(self, offset: int, length: int) -> bytes:
+        await self._wait()
+        return bytes(self.content[offset : offset + length])
+
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+        if not self.nowait:
+            return None
+        self.content[offset : offset + len(data)] = data
+        return len(data)
+
+    async def write_waiting(self, offset: int, data: bytes) -> int:
+        await self._wait()
+        self.content[offset : offset + len(data)] = data
+        return len(data)
+
+    async def sync(self) -> None:
+        if not self.nowait:
+            await self._wait()
+        self.syncs += 1
+
+    async def _wait(self) -> None:
+        self.waiting += 1
+        await self.goes_on.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class Scene:
+    """A fast path at work, its kernel and its libfuse."""
+
+    def __init__(self) -> None:
+        kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+        self.kernel, self.at_kernel = socket.socketpair(socket.AF_UNIX, kind)
+        self.libfuse, self.at_libfuse = socket.socketpair(socket.AF_UNIX, kind)
+        for end in (self.kernel, self.at_kernel, self.libfuse, self.at_libfuse):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        self.file = File()
+        self.unmounted = trio.Event()
+        self.path = FastPath(
+            self.at_kernel.fileno(), self.at_libfuse, {NUMBER: self.file}, self._errno_of, self.unmounted.set
+        )
+        self.failed: list[tuple[str, Exception]] = []
+
+    def _errno_of(self, name: str, error: Exception) -> int:
+        self.failed.append((name, error))
+        return errno.ENOSPC
+
+    async def answer(self, end: socket.socket | None = None) -> tuple[int, int, bytes]:
+        """The next one: the unique number, the error, the rest."""
+        message = await self.message(self.kernel if end is None else end)
+        length, error, unique = struct.unpack_from("=IiQ", message)
+        assert length == len(message)
+        return unique, error, message[16:]
+
+    async def message(self, end: socket.socket) -> bytes:
+        with trio.fail_after(20):
+            while True:
+                try:
+                    return end.recv(4 << 20)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(end)
+
+    def is_silent(self, end: socket.socket) -> bool:
+        try:
+            end.recv(1)
+        except BlockingIOError:
+            return True
+        return False
+
+    def close(self) -> None:
+        for end in (self.kernel, self.at_kernel, self.libfuse, self.at_libfuse):
+            end.close()
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[Scene]:
+    scene = Scene()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scene.path.serve)
+            yield scene
+            scene.path.end()
+    finally:
+        scene.close()
+
+
+def shows(test: Callable[[Scene], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with serving() as scene:
+                await test(scene)
+
+    trio.run(main)
+
+
+def test_reads_writes_and_syncs_are_answered_here() -> None:
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(11, 100, 50))
+        assert await scene.answer() == (11, 0, bytes(scene.file.content[100:150]))
+        scene.kernel.send(write(12, 8000, b"x" * 100))
+        assert await scene.answer() == (12, 0, struct.pack("=II", 100, 0))
+        assert scene.file.content[8000:8100] == b"x" * 100
+        scene.kernel.send(fsync(13))
+        assert await scene.answer() == (13, 0, b"")
+        assert scene.file.syncs == 1
+        assert scene.is_silent(scene.libfuse)
+
+    shows(test)
+
+
+def test_the_others_are_passed_on_whole_and_so_are_their_answers() -> None:
+    async def test(scene: Scene) -> None:
+        asked = request(GETATTR, 21, os.urandom(5000))
+        scene.kernel.send(asked)
+        assert await scene.message(scene.libfuse) == asked
+        for answer in (struct.pack("=IiQ", 16 + 100_000, 0, 1) + bytes(100_000), struct.pack("=IiQ", 16, -2, 21)):
+            scene.libfuse.send(answer)
+            assert await scene.message(scene.kernel) == answer
+
+    shows(test)
+
+
+def test_libfuse_gets_all_requests_also_when_it_is_slow() -> None:
+    async def test(scene: Scene) -> None:
+        scene.at_libfuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for unique in range(200):
+            scene.kernel.send(request(GETATTR, unique, bytes(100)))
+        await trio.testing.wait_all_tasks_blocked()
+        found = [struct.unpack_from("=8xQ", await scene.message(scene.libfuse))[0] for _ in range(200)]
+        assert found == list(range(200))
+
+    shows(test)
+
+
+def test_what_needs_no_answer_gets_none() -> None:
+    async def test(scene: Scene) -> None:
+        for opcode in (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT):
+            scene.kernel.send(request(opcode, 31, bytes(16)))
+        scene.kernel.send(read(32, 0, 1))
+        assert (await scene.answer())[0] == 32
+        assert scene.is_silent(scene.libfuse)
+
+    shows(test)
+
+
+def test_the_kernel_is_not_told_to_send_more_than_fits() -> None:
+    """The answer to INIT, with a libfuse that would take 16 MiB, and one that takes 128 KiB."""
+
+    async def test(scene: Scene) -> None:
+        for asked, told in ((16 << 20, MOST_DATA_BYTES), (128 << 10, 128 << 10)):
+            scene.kernel.send(request(Opcode.INIT, 1, bytes(64)))
+            assert len(await scene.message(scene.libfuse)) == 104
+            scene.libfuse.send(struct.pack("=IiQIIIIHHI", 80, 0, 1, 7, 38, 131072, 0, 12, 9, asked) + bytes(40))
+            answer = await scene.message(scene.kernel)
+            assert struct.unpack_from("=HHI", answer, 32) == (12, 9, told)
+            assert len(answer) == 80
+
+    shows(test)
+
+
+def test_an_error_becomes_the_errno() -> None:
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(41, 0, 1, number=NUMBER + 1))
+        assert await scene.answer() == (41, -errno.ENOSPC, b"")
+        scene.file.error = OSError("a bad sector")
+        scene.kernel.send(read(42, 0, 1))
+        assert await scene.answer() == (42, -errno.ENOSPC, b"")
+        scene.file.nowait = False
+        scene.file.goes_on.set()
+        scene.kernel.send(write(43, 0, b"x"))
+        assert await scene.answer() == (43, -errno.ENOSPC, b"")
+        scene.kernel.send(fsync(44))
+        assert await scene.answer() == (44, -errno.ENOSPC, b"")
+        assert [name for name, _ in scene.failed] == ["read", "read", "write", "fsync"]
+        scene.file.error = None
+        scene.kernel.send(fsync(45))
+        assert await scene.answer() == (45, 0, b"")
+
+    shows(test)
+
+
+def test_a_request_that_waits_keeps_no_other_waiting_and_loses_nothing_to_it() -> None:
+    async def test(scene: Scene) -> None:
+        before = bytes(scene.file.content)
+        scene.file.nowait = False
+        scene.kernel.send(write(51, 0, b"first"))
+        scene.kernel.send(fsync(52))
+        scene.kernel.send(read(53, 100, 50))
+        await trio.testing.wait_all_tasks_blocked()
+        assert scene.file.waiting == 3
+        scene.file.nowait = True
+        for unique in range(60, 90):
+            scene.kernel.send(write(unique, 4096, b"later" * 20))
+            assert (await scene.answer())[0] == unique
+        scene.file.goes_on.set()
+        answers = {unique: rest for unique, error, rest in [await scene.answer() for _ in range(3)] if not error}
+        assert answers == {51: struct.pack("=II", 5, 0), 52: b"", 53: before[100:150]}
+        assert scene.file.content[:5] == b"first"
+
+    shows(test)
+
+
+def test_no_more_tasks_wait_than_allowed_and_the_rest_is_served_after_them() -> None:
+    async def test(scene: Scene) -> None:
+        scene.file.nowait = False
+        count = 3 * fastpath.MOST_TASKS
+        for unique in range(count):
+            scene.kernel.send(read(unique, 0, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert scene.file.waiting == fastpath.MOST_TASKS
+        scene.file.goes_on.set()
+        assert {(await scene.answer())[0] for _ in range(count)} == set(range(count))
+
+    shows(test)
+
+
+def test_others_run_after_so_much_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without end, that take a quarter of the time each."""
+    clock = _Clock()
+    monkeypatch.setattr(fastpath, "time", clock)
+    monkeypatch.setattr(fastpath, "MOST_SECONDS", 4 * _Clock.step)
+
+    async def test(scene: Scene) -> None:
+        requests, turns = 0, 0
+
+        def read_nowait(offset: int, length: int) -> bytes:
+            nonlocal requests
+            requests += 1
+            scene.kernel.send(read(requests, 0, 1))
+            return b"x"
+
+        monkeypatch.setattr(scene.file, "read_nowait", read_nowait)
+        scene.kernel.send(read(0, 0, 1))
+        while requests < 1000:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+            while not scene.is_silent(scene.kernel):
+                pass
+        assert 1000 / 6 < turns < 1000 / 2
+
+    shows(test)
+
+
+class _Clock:
+    """Stands still but for a step a look. At the time `due`, if any, a request arrives."""
+
+    step = 0.001
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.due = math.inf
+        self.arrive: Callable[[], object] = lambda: None
+
+    def monotonic(self) -> float:
+        self.now += self.step
+        if self.now >= self.due:
+            self.due = math.inf
+            self.arrive()
+        return self.now
+
+
+def test_who_asks_again_soon_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    sleeps: list[float] = []  # when
+    lasting = 0.0  # seconds, of a sleep
+    real = trio.lowlevel.wait_readable
+
+    async def wait_readable(what: int | socket.socket) -> None:
+        if isinstance(what, int):
+            sleeps.append(clock.now)
+        await real(what)
+        clock.now += lasting
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    monkeypatch.setattr(fastpath, "time", clock)
+    monkeypatch.setattr(fastpath, "MOST_SECONDS", 3600.0)
+    monkeypatch.setattr(fastpath, "PATIENCE_SECONDS", 1.0)
+
+    async def test(scene: Scene) -> None:
+        nonlocal lasting
+
+        async def ask_when_all_sleep() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            scene.kernel.send(read(1, 0, 1))
+            await scene.answer()
+            await trio.testing.wait_all_tasks_blocked()
+
+        clock.arrive = lambda: scene.kernel.send(read(2, 0, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(sleeps) == 1, "at first it sleeps"
+        clock.due = clock.now + 0.5
+        woken = clock.now
+        await ask_when_all_sleep()
+        assert (await scene.answer())[0] == 2, "the next one comes in time"
+        assert len(sleeps) == 2
+        assert sleeps[-1] - woken > 1.5, "and the one after it does not"
+        lasting = 5.0
+        woken = clock.now
+        await ask_when_all_sleep()
+        assert len(sleeps) == 3
+        assert sleeps[-1] - woken < 5.5, "after a long sleep nobody stays awake for another"
+
+    shows(test)
+
+
+def test_at_the_end_what_was_taken_is_answered() -> None:
+    async def main() -> None:
+        scene = Scene()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(scene.path.serve)
+                scene.file.nowait = False
+                scene.kernel.send(read(71, 0, 1))
+                await trio.testing.wait_all_tasks_blocked()
+                scene.libfuse.send(struct.pack("=IiQ", 16, 0, 72))
+                scene.path.end()
+                scene.kernel.send(read(73, 0, 1))
+                scene.file.goes_on.set()
+            assert {(await scene.answer())[0] for _ in range(2)} == {71, 72}
+            assert scene.is_silent(scene.kernel), "what came later was not taken"
+        scene.close()
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["while it waits", "while it works"])
+def test_the_unmount_is_told(busy: bool) -> None:
+    async def test(scene: Scene) -> None:
+        if busy:
+            scene.kernel.send(read(81, 0, 1))
+        else:
+            await trio.testing.wait_all_tasks_blocked()
+        scene.kernel.shutdown(socket.SHUT_WR)
+        await scene.unmounted.wait()
+
+    shows(test)
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who had asked was interrupted: the kernel says ENOENT then, which a socket does not."""
+    real = os.writev
+
+    def writev(fd: int, parts: list[bytes]) -> int:
+        if struct.unpack_from("=8xQ", parts[0]) == (91,):
+            raise OSError(errno.ENOENT, "gone")
+        return real(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(91, 0, 1))
+        scene.kernel.send(read(92, 0, 1))
+        assert (await scene.answer())[0] == 92
+
+    shows(test)
