@@ -114,10 +114,13 @@ def test_i2_i4_a_read_that_is_overtaken_by_a_write_does_not_give_the_new_bytes(e
         go_on.wait()
         return real(run)
 
-    origin.read_chunks = read_chunks
+    def pread_nowait(length: int, offset: int) -> bytes:
+        raise BlockingIOError
+
+    origin.read_chunks, origin.device.pread_nowait = read_chunks, pread_nowait
     with ThreadPoolExecutor() as threads:
         read = threads.submit(engine.call, snapshot.images[0].read, 0, 4096)
-        started.wait()
+        assert started.wait(60)
         try:
             engine.call(origin.write, 0, b"x" * 4096)
             engine.call(origin.sync)
