@@ -55,21 +55,25 @@ class _Generation:
 
     def __init__(self) -> None:
         self.chunks: dict[int, Content] = {}
-        self.kept_chunks = 0  #: of the writes that the views are of, also where they were written over since
+        self.weight = 0  #: what it takes in memory, in chunks; twice that at most
+        self._kept_chunks = 0  #: of the writes that the views are of, also where they were written over since
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
         self.is_kept = True  #: whether, after an error, it is in memory yet
 
-    @property
-    def weight(self) -> int:
-        """What it takes in memory, in chunks; twice that at most."""
-        return max(len(self.chunks), self.kept_chunks)
-
     def put(self, offset: int, data: bytes) -> None:
         if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES:
             self.chunks[offset // CHUNK_BYTES] = data
-            return
+        else:
+            self._put_long(offset, data)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        count = len(self.chunks)
+        self.weight = count if count > self._kept_chunks else self._kept_chunks
+
+    def _put_long(self, offset: int, data: bytes) -> None:
         head, body, tail = split(offset, len(data))
         view = memoryview(data)
         if head:
@@ -77,7 +81,7 @@ class _Generation:
         if body:
             first, end = (offset + head) // CHUNK_BYTES, head + body
             self.chunks |= enumerate([view[at : at + CHUNK_BYTES] for at in range(head, end, CHUNK_BYTES)], first)
-            self.kept_chunks += chunks_of(len(data))
+            self._kept_chunks += chunks_of(len(data))
         if tail:
             self._put_part(offset + head + body, view[head + body :])
 
@@ -97,6 +101,7 @@ class _Generation:
         self.chunks[chunk] = older
         for start, data in () if newer is None else newer.pieces():
             self._put_part(chunk * CHUNK_BYTES + start, data)
+        self._weigh()
 
     def pieces(self, run: Run) -> Iterator[tuple[int, Whole]]:
         """What it has of a run: offsets and bytes."""

@@ -171,8 +171,10 @@ class Layer:
             here = (SEGMENT_CHUNKS - place) * CHUNK_BYTES
             view = memoryview(data)
             return self.write_data(first, view[:here]) + self.write_data(first + SEGMENT_CHUNKS - place, view[here:])
-        self._file(segment, create=True).pwrite(data, place * CHUNK_BYTES)
-        self._note_unsynced(segment)
+        file = self._files.get(segment) or self._file(segment, create=True)
+        file.pwrite(data, place * CHUNK_BYTES)
+        if segment not in self._unsynced:  # when it is, the write before this came before the sync
+            self._note_unsynced(segment)
         return self.checksums(first, data)
 
     def write_chunks(self, first: int, chunks: Sequence[bytes | memoryview]) -> bytes:
@@ -188,9 +190,8 @@ class Layer:
         return self.checksums_of(first, chunks)
 
     def _note_unsynced(self, segment: int) -> None:
-        if segment not in self._unsynced:  # when it is, the write before this came before the sync
-            with self._opening:
-                self._unsynced.add(segment)
+        with self._opening:
+            self._unsynced.add(segment)
 
     def write_sums(self, first: int, sums: bytes) -> None:
         """Put checksums into their slots. Durable after a checkpoint; until then the journal has them."""
