@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from xxhash import xxh3_128
-
 from cow.device import Directory
 from cow.errors import CowError, RefusedError, StoreFullError, without_surrogates
+from cow.rowsum import RowSum
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "catalog.sqlite"
 DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
@@ -61,17 +60,14 @@ CREATE TABLE layers (
     role TEXT NOT NULL CHECK (role IN ('preserved', 'delta')),
     generation INTEGER NOT NULL DEFAULT 0
 );
+CREATE INDEX layers_by_snapshot ON layers (snapshot);
+CREATE TABLE checksum (
+    digest BLOB NOT NULL
+);
 """
 
-
-# What the checksum covers, and in which order.
-_SEALED = {
-    "store": "WHERE key != 'digest'",
-    "origins": "",
-    "snapshots": "",
-    "evidence": "",
-    "layers": "",
-}
+# All that says what belongs to what: SQLite has no checksums, and a flipped bit there is a wrong answer.
+_SUMMED = ("store", "origins", "snapshots", "evidence", "layers")
 
 
 class CatalogError(CowError):
@@ -146,7 +142,7 @@ class Catalog:
         """With `repair`, where the contents do not match their checksum, all snapshots are given up; see `repaired`."""
         self.repaired = ""  #: a sentence on what was given up
         self._path = os.path.join(directory.label, FILE_NAME)
-        self._lock = threading.Lock()  #: guards `_connection`
+        self._lock = threading.Lock()  #: guards `_connection` and `_sum`
         present = set(directory.names())
         # SQLite opens its files by path, and follows symbolic links. So each of them is opened here before, through the
         # directory's descriptor, which refuses what is not a plain file; that they are ours alone was seen when the
@@ -155,6 +151,7 @@ class Catalog:
             if name == FILE_NAME or name in present:
                 directory.open(name, create=True).close()
         self._connection = directory.io.connect(self._path)
+        self._sum = RowSum(self._connection, _SUMMED)
         try:
             self._open(repair, any(name.startswith("journal.") for name in present))
             if not directory.is_at_its_path:
@@ -191,6 +188,7 @@ class Catalog:
                         ("clean", 1),
                     ],
                 )
+                self._sum.make_anew()
         found = self.setting("format")
         if found != FORMAT:
             raise RefusedError(
@@ -199,12 +197,12 @@ class Catalog:
             )
 
         with self._transaction() as do:
-            sealed = do.execute("SELECT value FROM store WHERE key = 'digest'").fetchone()
-            intact = sealed is not None and sealed[0] == _digest(do)
+            intact = self._sum.is_right()
             # That the indexes say the same as the rows; the checksum is over the rows alone.
             intact = intact and do.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
         if not intact:
             self._mend(repair)
+        self._sum.follow()
 
     def _mend(self, repair: bool) -> None:
         sentence = f"the contents of {self._path} do not match their checksum: it was edited, or is damaged"
@@ -212,23 +210,17 @@ class Catalog:
             raise RefusedError(f"{sentence}; `hcpfs verify --repair` gives up its snapshots and makes the store usable")
         with self._transaction() as do:
             do.execute("UPDATE snapshots SET state = ?, reason = ?", (State.INVALID, sentence))
-            self._seal(do)
+            self._sum.make_anew()
         self.repaired = sentence
-
-    @staticmethod
-    def _seal(do: sqlite3.Connection) -> None:
-        """Put the checksum of the contents beside them."""
-        do.execute("INSERT OR REPLACE INTO store VALUES ('digest', ?)", (_digest(do),))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                before = self._connection.total_changes
+                self._sum.begin()
                 yield self._connection
-                if self._connection.total_changes != before:
-                    self._seal(self._connection)
+                self._sum.write()
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
                 if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # errors of the module have none
@@ -393,15 +385,6 @@ class Catalog:
             gone = _release_layers(do, snapshot, heir)
             do.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
             return gone
-
-
-def _digest(do: sqlite3.Connection) -> bytes:
-    """A checksum of all that says what belongs to what: SQLite has none, and a flipped bit there is a wrong answer."""
-    digest = xxh3_128()
-    for table, which in _SEALED.items():
-        for row in do.execute(f"SELECT * FROM {table} NOT INDEXED {which} ORDER BY rowid"):
-            digest.update(repr((table, *row)).encode("utf-8", "backslashreplace"))
-    return digest.digest()
 
 
 def _set_state(do: sqlite3.Connection, snapshot: int, state: State, reason: str) -> None:

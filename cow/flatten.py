@@ -90,8 +90,8 @@ class Flattener:
 
         None when nothing is to be merged, save for the crowded snapshots.
         """
-        for group in origin.groups if not self._is_doubted() else ():
-            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded:
+        for group in origin.groups:
+            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._is_doubted():
                 # Old bytes go into the newest layer at any moment.
                 usable = [
                     one

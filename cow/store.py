@@ -95,6 +95,8 @@ class Store:
         self._layers_directory = layers_directory
         self._layers: dict[int, Layer] = {}
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
+        self._named: dict[bytes, Snapshot] = {}  #: the same by name
+        self._abandoned: set[Snapshot] = set()  #: those of them that could not be taken
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
         self._states: list[Snapshot] = []  #: whose state the catalog has to be told
@@ -128,11 +130,13 @@ class Store:
 
     def find(self, name: bytes) -> Snapshot | None:
         """The snapshot of that name."""
-        return next((one for one in self.snapshots if one.name == name), None)
+        found = self._named.get(name)
+        return found if found is not None and found.exists else None
 
     def by_id(self, number: int) -> Snapshot | None:
         """The snapshot of that id."""
-        return next((one for one in self.snapshots if one.id == number), None)
+        found = self._snapshots.get(number)
+        return found if found is not None and found.exists else None
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -168,6 +172,7 @@ class Store:
         except BaseException:
             if snapshot is not None:
                 snapshot.abandoned = True
+                self._abandoned.add(snapshot)
             with trio.CancelScope(shield=True):
                 await self._remove_abandoned()
             raise
@@ -175,10 +180,11 @@ class Store:
 
     async def _remove_abandoned(self) -> None:
         """Take back snapshots that could not be taken, also those where an error kept us from it before."""
-        for snapshot in [one for one in self._snapshots.values() if one.abandoned]:
+        for snapshot in list(self._abandoned):
             async with self._layout:
                 if snapshot.id in self._snapshots:
                     await self._remove(snapshot)
+            self._abandoned.discard(snapshot)
 
     async def _finish(self, snapshot: Snapshot, evidence: Evidence) -> None:
         if snapshot.row.state != State.PENDING:
@@ -190,7 +196,7 @@ class Store:
         self._flattener.wake()
 
     def _check_name_is_free(self, name: bytes) -> None:
-        if any(one.name == name for one in self._snapshots.values()):
+        if name in self._named:
             raise NameTakenError(f"there is a snapshot {printable(name)} already: choose another name")
 
     async def _open_epoch(self, name: bytes) -> Snapshot:
@@ -230,7 +236,7 @@ class Store:
         if self._tasks is not None:
             for image in images:
                 self._tasks.start_soon(image.run)
-        self._snapshots[row.id] = Snapshot(row, images)
+        self._snapshots[row.id] = self._named[row.name] = Snapshot(row, images)
         return self._snapshots[row.id]
 
     async def rename_snapshot(self, old: bytes, new: bytes) -> None:
@@ -244,6 +250,7 @@ class Store:
             self._check_writable()
             await trio.to_thread.run_sync(self._catalog.rename_snapshot, snapshot.id, new)
             snapshot.row.name = new
+            self._named[new] = self._named.pop(old)
 
     async def delete_snapshot(self, name: bytes) -> None:
         """Delete a snapshot, durably; its space comes back soon after. # I5
@@ -280,7 +287,7 @@ class Store:
         for image in snapshot.images:
             image.stop()
         self._release(snapshot, heir, gone)
-        del self._snapshots[snapshot.id]
+        del self._snapshots[snapshot.id], self._named[snapshot.name]
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""
@@ -416,7 +423,7 @@ class Store:
 
     async def _take_fingerprints(self) -> None:
         """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
-        newest = max((one.id for one in self._snapshots.values() if one.row.state in _TRUSTED), default=0)
+        newest = next((one.id for one in reversed(self._snapshots.values()) if one.row.state in _TRUSTED), 0)
         for origin in self.origins if newest and not self.read_only else ():
             if origin.fingerprint_of != newest:
                 fingerprint = await trio.to_thread.run_sync(origin.fingerprint)

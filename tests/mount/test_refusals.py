@@ -134,7 +134,7 @@ def test_a_store_of_another_format(sandbox: Sandbox, where: list[object]) -> Non
     with sqlite3.connect(store / "catalog.sqlite") as catalog:
         catalog.execute("UPDATE store SET value = 99 WHERE key = 'format'")
     catalog.close()
-    assert "has format 99, and this hcpfs knows 2 only" in sandbox.refusal(disk, where[0], "--store", store)
+    assert "has format 99, and this hcpfs knows 3 only" in sandbox.refusal(disk, where[0], "--store", store)
 
 
 def test_a_catalog_of_random_bytes(sandbox: Sandbox, where: list[object]) -> None:
