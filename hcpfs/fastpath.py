@@ -10,13 +10,16 @@ Who has the turn reads requests. A request that has to wait for something makes 
 When there is no request, the next one is waited for awake for a moment: for those who send one at a time, to sleep
 between two and to be woken takes both sides longer than the request does. When none comes in that time, nobody is
 waited for in this way until requests follow each other closely again.
+
+When requests queue up, answers are held until there are a few: each wakes somebody, and to wake one who sleeps takes
+longer than all the rest of an answer, while those that follow at once find him awake.
 """
 
 import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
 from types import coroutine
 from typing import Any
@@ -36,6 +39,7 @@ from hcpfs.tree import Handle
 
 MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
+MOST_HELD = 8  # answers
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -75,6 +79,9 @@ class FastPath:
         self._taken = False  #: whether somebody has the turn
         self._ended = False
         self._patience = 0.0
+        self._until = 0.0  #: when trio is to be visited
+        self._held: list[Sequence[bytes | memoryview]] = []  #: answers that are not sent yet
+        self._holds = False  #: whether an answer may be held
 
     async def serve(self) -> None:
         """Answer requests, and pass libfuse's answers back, until `end`."""
@@ -118,50 +125,72 @@ class FastPath:
 
     async def _take_requests(self, turn: int) -> None:
         """Answer requests until the turn was given away, or there are no more."""
+        while self._turn == turn and not self._ended:
+            try:
+                next_thing = self._answer_ready()
+            finally:
+                self._send_held()
+            await next_thing
+        if self._turn != turn:
+            self._working -= 1
+
+    def _answer_ready(self) -> Awaitable[object]:
+        """Answer the requests that are ready, and return what has to be awaited before the next."""
         kernel, request, into = self._kernel, self._request, [self._request]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
         answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
-        until, impatient = monotonic() + MOST_SECONDS, 0.0
-        while self._turn == turn:
+        impatient = 0.0
+        while True:
             now = monotonic()
-            if now >= until:
-                await trio.lowlevel.checkpoint()
-                until = monotonic() + MOST_SECONDS
-            if self._ended:
-                return
+            if now >= self._until or self._ended:
+                return self._visit()
             try:
-                if not readv(kernel, into):
-                    return self._on_unmount()
+                length = readv(kernel, into)
             except BlockingIOError:
+                self._send_held()
                 impatient = impatient or now + (0.0 if self._working else self._patience)
                 if now >= impatient:
-                    await self._sleep()
-                    until, impatient = monotonic() + MOST_SECONDS, 0.0
+                    return self._sleep()
                 continue
             except OSError as error:
-                if error.errno == errno.ENODEV:
-                    return self._on_unmount()
                 if error.errno == errno.ENOENT:
                     continue  # who had asked was interrupted meanwhile
-                raise
+                if error.errno != errno.ENODEV:
+                    raise
+                length = 0
+            if not length:
+                return self._end_of_session()
+            self._holds = not impatient  # the one before was answered, and this one was there already
             impatient = 0.0
             length, opcode, unique, number, offset, size = unpack(request)
             answer = answered_here(opcode)
             if answer is not None:
                 waits = answer(unique, number, offset, size)
                 if waits is not None:
-                    await _telling(waits, self._give_turn)
+                    return _telling(waits, self._give_turn)
             elif opcode not in _UNANSWERED:
                 if opcode == Opcode.INIT:
                     self._init = unique
-                await self._pass_on(length)
-        self._working -= 1
+                if not self._pass_on(length):
+                    return self._pass_on_later(length)  # the turn is kept, so that the buffer is ours
+
+    async def _visit(self) -> None:
+        """Have everything else run that can."""
+        await trio.lowlevel.checkpoint()
+        self._until = time.monotonic() + MOST_SECONDS
 
     async def _sleep(self) -> None:
+        """Sleep until there is a request."""
         began = time.monotonic()
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._kernel)
-        self._patience = PATIENCE_SECONDS if time.monotonic() - began < PATIENCE_SECONDS else 0.0
+        now = time.monotonic()
+        self._patience = PATIENCE_SECONDS if now - began < PATIENCE_SECONDS else 0.0
+        self._until = now + MOST_SECONDS
+
+    async def _end_of_session(self) -> None:
+        self._ended = True
+        self._on_unmount()
 
     # -- requests: each is answered at once, or by what is returned ------------------------------------------------
 
@@ -213,23 +242,33 @@ class FastPath:
         self._send((ANSWER.pack(ANSWER.size, -self._errno_of(request, error), unique),))
 
     def _send(self, answer: Sequence[bytes | memoryview]) -> None:
-        try:
-            os.writev(self._kernel, answer)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
+        self._held.append(answer)
+        if not self._holds or len(self._held) >= MOST_HELD:
+            self._send_held()
+
+    def _send_held(self) -> None:
+        for answer in self._held:
+            try:
+                os.writev(self._kernel, answer)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+        self._held.clear()
+        self._holds = False
 
     # -- libfuse -------------------------------------------------------------------------------------------------
 
-    async def _pass_on(self, length: int) -> None:
-        while not self._ended:
-            try:
-                self._libfuse.send(memoryview(self._request)[:length])
-            except BlockingIOError:
-                with suppress(trio.ClosedResourceError):
-                    await trio.lowlevel.wait_writable(self._libfuse)
-            else:
-                return
+    def _pass_on(self, length: int) -> bool:
+        try:
+            self._libfuse.send(memoryview(self._request)[:length])
+        except BlockingIOError:
+            return False
+        return True
+
+    async def _pass_on_later(self, length: int) -> None:
+        while not self._ended and not self._pass_on(length):
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_writable(self._libfuse)
 
     def _pass_back(self) -> None:
         while True:
