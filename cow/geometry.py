@@ -5,7 +5,6 @@ engine works on runs; nothing but this module divides by the chunk size.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from pyroaring import BitMap64
@@ -62,29 +61,6 @@ def split(offset: int, length: int) -> Split:
     head = min(-offset % CHUNK_BYTES, length)
     tail = (length - head) % CHUNK_BYTES
     return Split(head, length - head - tail, tail)
-
-
-def held_in(chunks: BitMap64, run: Run) -> list[Run]:
-    """The parts of `run` that are in `chunks`, in order."""
-    present = chunks.range_cardinality(run.first, run.end)
-    if present == 0:
-        return []
-    if present == run.chunks:
-        return [run]
-    return list(runs_of(BitMap64(islice(chunks.iter_equal_or_larger(run.first), present))))
-
-
-def missing_from(chunks: BitMap64, run: Run) -> list[Run]:
-    """The parts of `run` that are not in `chunks`, in order."""
-    missing = []
-    at = run.first
-    for held in held_in(chunks, run):
-        if held.first > at:
-            missing.append(Run(at, held.first - at))
-        at = held.end
-    if at < run.end:
-        missing.append(Run(at, run.end - at))
-    return missing
 
 
 def runs_of(chunks: BitMap64) -> Iterator[Run]:

@@ -10,14 +10,14 @@ apart from damage.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 from pyroaring import BitMap64
 
 from cow.behind import Behind, Contents, Part, Untaken, Whole, contents_of, overlaid, rows
-from cow.chain import Piece, holder_of, resolve
+from cow.chain import Parts, Piece, gather, holder_of, joined, resolve
 from cow.commits import Commits
 from cow.errors import (
     CowError,
@@ -149,8 +149,8 @@ class Image:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """As `read`, where that needs no waiting and nothing is amiss; else None."""
+    def read_nowait(self, offset: int, length: int) -> bytes | Parts | None:
+        """As `read`, perhaps in parts, where that needs no waiting and nothing is amiss; else None."""
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length > CHUNK_BYTES:
             return self._read_run_nowait(offset, length)
@@ -165,7 +165,7 @@ class Image:
         data = layer.read_chunk_nowait(chunk)
         return data if data is None or length == CHUNK_BYTES else data[start : start + length]
 
-    def _read_run_nowait(self, offset: int, length: int) -> bytes | None:
+    def _read_run_nowait(self, offset: int, length: int) -> bytes | Parts | None:
         """The same of an extent that is not all in one chunk."""
         if offset + length > self.size_bytes:
             return None
@@ -173,11 +173,13 @@ class Image:
         if self._behind.chunks and self._behind.holds(run):
             return None
         try:
-            data = self._gather(resolve(self.layers(), run), nowait=True)
+            parts = self._gather(resolve(self.layers(), run), nowait=True)
         except (BlockingIOError, CowError):
             return None
-        start = offset - run.first * CHUNK_BYTES
-        return data if len(data) == length else data[start : start + length]
+        if length == run.length:
+            return parts
+        start = offset - run.offset
+        return joined(parts)[start : start + length]
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4
@@ -186,7 +188,7 @@ class Image:
         when a disk fails.
         """
         at_once = self.read_nowait(offset, length)
-        return at_once if at_once is not None else await self.read_waiting(offset, length)
+        return joined(at_once) if at_once is not None else await self.read_waiting(offset, length)
 
     async def read_waiting(self, offset: int, length: int) -> bytes:
         """As `read`, for what cannot be had without waiting."""
@@ -233,47 +235,23 @@ class Image:
             layers = self.layers()
             found = resolve(layers, run)
             try:
-                return self._gather(found, nowait=True)
+                return joined(self._gather(found, nowait=True))
             except BlockingIOError:
                 pass
             with pinned([piece.layer for piece in found if piece.layer is not None]):
-                data = await trio.to_thread.run_sync(self._gather, found)
+                data = joined(await trio.to_thread.run_sync(self._gather, found))
             # A chunk that was read from the device may have been preserved and overwritten meanwhile. The set is
             # changed before the device is, so if it is still missing from all layers, the bytes are the old ones. # I2
             if not self._overtaken(found):
                 return data
 
-    def _gather(self, found: list[Piece], nowait: bool = False) -> bytes:
+    def _gather(self, found: list[Piece], nowait: bool = False) -> Parts:
         if self.doubted_from is not None and any(self._is_doubted(piece.layer) for piece in found):
             raise SuspectError(
                 "the device was changed while hcpfs was not running, so what this snapshot reads from it may be wrong: "
                 "mount with -o read_suspect to read it all the same"
             )
-        if len(found) == 1:
-            layer, run = found[0]
-            return self.origin.read_chunks(run, nowait=nowait) if layer is None else layer.read(run, nowait=nowait)
-        runs: dict[Layer | None, list[Run]] = {}
-        for layer, run in found:
-            runs.setdefault(layer, []).append(run)
-        parts = {
-            layer: self._read_device(mine, nowait) if layer is None else layer.read_runs(mine, nowait=nowait)
-            for layer, mine in runs.items()
-        }
-        return b"".join([next(parts[layer]) for layer, _ in found])
-
-    def _read_device(self, runs: list[Run], nowait: bool) -> Iterator[bytes | memoryview]:
-        """Runs of the device, ascending: all with one call where they are most of what they span."""
-        first, end = runs[0].first, runs[-1].end
-        if len(runs) > 1 and 2 * sum([run.chunks for run in runs]) >= end - first:
-            try:
-                view = memoryview(self.origin.read_chunks(Run(first, end - first), nowait=nowait))
-            except BlockingIOError:
-                raise
-            except OSError:
-                pass  # perhaps of a sector between them that nobody needs
-            else:
-                return (view[(run.first - first) * CHUNK_BYTES : (run.end - first) * CHUNK_BYTES] for run in runs)
-        return (self.origin.read_chunks(run, nowait=nowait) for run in runs)
+        return gather(found, self.origin.read_chunks, nowait=nowait)
 
     def _is_doubted(self, layer: Layer | None) -> bool:
         return layer is None or (layer is not self.delta and layer.id >= (self.doubted_from or 0))

@@ -246,8 +246,9 @@ class Layer:
         start = runs[0].first
         sums = self._expected(Run(start, runs[-1].end - start), nowait)
         for run in runs:
-            mine = sums[(run.first - start) * SUM_BYTES : (run.end - start) * SUM_BYTES]
-            yield self._checked(run, self._read_data(run, nowait), mine)
+            first, chunks = run
+            at = (first - start) * SUM_BYTES
+            yield self._checked(run, self._read_data(run, nowait), sums[at : at + chunks * SUM_BYTES])
 
     def _check_readable(self, nowait: bool) -> None:
         if self.damage is not None:
@@ -270,7 +271,9 @@ class Layer:
         segment, place = divmod(first, SEGMENT_CHUNKS)
         try:
             if place + chunks <= SEGMENT_CHUNKS:
-                data = self._read_part(self._file(segment), chunks * CHUNK_BYTES, place * CHUNK_BYTES, nowait)
+                file = self._files.get(segment) or self._file(segment)
+                read = file.pread_nowait if nowait else file.pread
+                data = read(chunks * CHUNK_BYTES, place * CHUNK_BYTES)
             else:
                 data = b"".join(
                     self._read_part(self._file(one), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)

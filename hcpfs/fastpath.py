@@ -202,7 +202,11 @@ class FastPath:
             return None
         if content is None:
             return self._read_waiting(unique, number, offset, size)
-        self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
+        if isinstance(content, list):
+            length = sum(map(len, content))
+            self._send([ANSWER.pack(ANSWER.size + length, 0, unique), *content])
+        else:
+            self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
         return None
 
     async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:

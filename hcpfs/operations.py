@@ -29,6 +29,7 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from cow.chain import joined
 from cow.errors import CowError, NotFoundError
 from hcpfs.tree import Access, Attributes, NotPermittedError, Tree
 
@@ -178,7 +179,7 @@ class Operations(pyfuse3.Operations):
         try:
             handle = self._handles[fh]
             data = handle.read_nowait(off, size)
-            return data if data is not None else await handle.read_waiting(off, size)
+            return joined(data) if data is not None else await handle.read_waiting(off, size)
         except Exception as error:
             raise self.answer("read", error) from error
 

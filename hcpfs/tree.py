@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
+from cow.chain import Parts
 from cow.errors import CowError, NotFoundError, SnapshotBusyError
 from cow.image import Image
 from cow.opening import Opened
@@ -90,8 +91,8 @@ class Entry(NamedTuple):
 class Handle(Protocol):
     """An open file."""
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """Read, where that needs no waiting, else None; short only at the end."""
+    def read_nowait(self, offset: int, length: int) -> bytes | Parts | None:
+        """Read, perhaps in parts, where that needs no waiting, else None; short only at the end."""
 
     async def read_waiting(self, offset: int, length: int) -> bytes:
         """Read what could not be had without waiting."""

@@ -3,7 +3,9 @@
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -12,26 +14,41 @@ from hypothesis import strategies as st
 from pyroaring import BitMap64
 from trio.testing import wait_all_tasks_blocked
 
-from cow.chain import resolve
+from cow.chain import holder_of, resolve
 from cow.device import Directory, OriginDevice
 from cow.errors import DamagedError, HoldTimeoutError, QuotaError, SyncError
 from cow.fingerprint import Comparison, compare, digests, sampled
 from cow.gate import Gate
-from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering, held_in, missing_from, runs_of, split
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering, runs_of, split
 from cow.layer import SEGMENT_CHUNKS, Layer
 from cow.space import Space
 
 CHUNK_SETS = st.sets(st.integers(0, 60))
 
 
-@given(CHUNK_SETS, st.integers(0, 50), st.integers(1, 30))
-def test_held_and_missing_runs_are_the_set_and_its_complement(chunks: set[int], first: int, count: int) -> None:
-    run, bitmap = Run(first, count), BitMap64(chunks)
-    inside = set(range(first, first + count))
-    assert {c for part in held_in(bitmap, run) for c in range(part.first, part.end)} == chunks & inside
-    assert {c for part in missing_from(bitmap, run) for c in range(part.first, part.end)} == inside - chunks
-    assert list(runs_of(bitmap)) == held_in(bitmap, Run(0, 61))
-    assert chunks_in(runs_of(bitmap)) == bitmap
+def _holding(chunks: set[int]) -> Layer:
+    layer = Layer(cast(Directory, None), 1, 100)  # whose files nobody opens
+    layer.held = BitMap64(chunks)
+    return layer
+
+
+@given(CHUNK_SETS)
+def test_runs_are_the_set_and_apart_from_each_other(chunks: set[int]) -> None:
+    runs = list(runs_of(BitMap64(chunks)))
+    assert [chunk for run in runs for chunk in range(run.first, run.end)] == sorted(chunks)
+    assert all(run.end < later.first for run, later in pairwise(runs))
+    assert chunks_in(runs) == BitMap64(chunks)
+
+
+@given(st.lists(CHUNK_SETS, max_size=3), st.integers(0, 50), st.integers(2, 30))
+def test_a_run_is_read_where_the_first_layer_has_it(sets: list[set[int]], first: int, count: int) -> None:
+    layers = [_holding(chunks) for chunks in sets]
+    found = resolve(layers, Run(first, count))
+    assert [chunk for _, run in found for chunk in range(run.first, run.end)] == list(range(first, first + count))
+    for layer, run in found:
+        for chunk in range(run.first, run.end):
+            assert layer is next((one for one in layers if chunk in one.held), None)
+            assert layer is holder_of(layers, chunk)
 
 
 @given(st.integers(0, 20000), st.integers(1, 20000))
