@@ -131,6 +131,7 @@ class Origin:
             data = data[: self.size_bytes - offset]
         if not data:
             return 0
+        run = covering(offset, len(data))
         await self._gate.enter()
         try:
             if self._is_put_behind(offset, len(data)):
@@ -138,7 +139,7 @@ class Origin:
                 self._behind.put(offset, data)
             else:
                 if not self._write_behind:
-                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))
+                    await self._preserver.preserve(self, chunks_in([run]))
                 if not self.device.pwrite_nowait(data, offset):
                     await trio.to_thread.run_sync(self.device.pwrite, data, offset)
             self.modified_ns = time.time_ns()

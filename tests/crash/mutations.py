@@ -169,8 +169,14 @@ ORDER = [
     Edit(
         "a write passes by an older one in the buffer",
         "origin:Origin._is_put_behind",
-        "(self._behind.holds(run) or not self._is_preserved(run))",
-        "not self._is_preserved(run)",
+        "self._behind.has(chunk) or ",
+        "",
+    ),
+    Edit(
+        "a long write passes by an older one in the buffer",
+        "origin:Origin._is_put_behind",
+        "self._behind.holds(covering(offset, length)) or ",
+        "",
     ),
     Edit(
         "reads of the live image pass over the buffer",
@@ -181,12 +187,18 @@ ORDER = [
     Edit(
         "reads of the live image that need no waiting pass over the buffer",
         "origin:Origin.read_nowait",
-        "behind.chunks and behind.holds(covering(offset, length))",
+        "self._behind.chunks and self._behind.holds(covering(offset, length))",
         "False",
     ),
     Edit(
         "reads of an image that need no waiting pass over the buffer",
         "image:Image.read_nowait",
+        " or self._behind.has(chunk)",
+        "",
+    ),
+    Edit(
+        "long reads of an image that need no waiting pass over the buffer",
+        "image:Image._read_run_nowait",
         "self._behind.chunks and self._behind.holds(run)",
         "False",
     ),
@@ -199,8 +211,8 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "origin:Origin.write_nowait",
-        "not (self._write_behind or self._is_preserved(run))",
-        "False",
+        "self._write_behind or self._is_preserved(offset, length)",
+        "True",
     ),
     Edit(
         "an image asks the layers that served it once",
@@ -344,6 +356,12 @@ ORDER = [
 
 CHECKS = [
     Edit("chunks are not checked", "layer:Layer._checked", "        if found != sums:\n", "        if False:\n"),
+    Edit(
+        "a chunk by itself is not checked",
+        "layer:Layer.read_chunk_nowait",
+        "data if xxh3_64_digest(data, self._seed_of(chunk)) == expected else None",
+        "data",
+    ),
     Edit("checksums know no place", "layer:Layer._seed_of", "(self._seed + chunk) & _MASK_64", "7"),
     Edit("maps are not checked", "layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
     Edit(
