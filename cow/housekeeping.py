@@ -99,7 +99,7 @@ class Housekeeping:
         """
         failures: list[Exception] = []
         fill_up: Callable[[], Awaitable[None]] = functools.partial(self._fill_up, closing)
-        chores = [self._save, self.sweep, self._punch, *self._more, fill_up, self._space.measure]
+        chores = [self._save, self.sweep, self._punch, *self._more, fill_up, self._space.keep_up]
         for chore in chores:
             try:
                 await chore()
@@ -119,7 +119,8 @@ class Housekeeping:
             self._checkpoints = []
             try:
                 async with self._files:
-                    await self._commits.save(checkpoint)
+                    with self._space.changing_layers():
+                        await self._commits.save(checkpoint)
             except BaseException as error:
                 self._checkpoints.insert(0, checkpoint)
                 if (
@@ -137,7 +138,7 @@ class Housekeeping:
                 self._is_kept_waiting = True
                 continue
             if layer.id in self._layers():
-                with pinned([layer]):
+                with self._space.changing_layers(), pinned([layer]):
                     try:
                         await trio.to_thread.run_sync(layer.punch, chunks)
                     except OSError as error:
@@ -161,7 +162,8 @@ class Housekeeping:
                 if layer.pins:
                     self._is_kept_waiting = True
                     continue
-                await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                with self._space.changing_layers():
+                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
                 del self._dropped[name]
 
     async def hold_back(self) -> None:
