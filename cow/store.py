@@ -15,6 +15,7 @@ States of a snapshot, and who makes each step:
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
@@ -456,9 +457,11 @@ class Store:
         Raises RefusedError when the catalog does not make sense.
         """
         self._layers = layers
-        layer_rows = self._catalog.layers()
+        rows_of: defaultdict[int, list[LayerRow]] = defaultdict(list)  # by snapshot
+        for layer_row in self._catalog.layers():
+            rows_of[layer_row.snapshot].append(layer_row)
         for row in self._catalog.snapshots():
-            own = [layer for layer in layer_rows if layer.snapshot == row.id]
+            own = rows_of[row.id]
             if row.state != State.INVALID:
                 for origin in self.origins:
                     self._load_group(origin, row, own)
@@ -466,7 +469,8 @@ class Store:
             deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
             deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
             self._add(row, deltas)
-        for snapshot in self._snapshots.values():
+        something_is_lost = any(layer.lost for layer in layers.values())  # else no image has to ask its layers
+        for snapshot in self._snapshots.values() if something_is_lost else ():
             count = sum(run.chunks for image in snapshot.images for run in image.lost())
             if count:
                 self._mark_damaged(snapshot, f"{count} chunks were lost; they read EIO, and the rest stays readable")
