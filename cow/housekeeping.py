@@ -23,29 +23,23 @@ RETRY_SECONDS = 1.0  # for what was in use
 
 
 class Housekeeping:
-    """Trio thread only.
-
-    `layers` gives the store's layers by id; `more` are further chores, done with the others. `on_unsavable` gives up
-    what needs a layer that could not be saved for long.
-    """
+    """Trio thread only. `layers` are the store's, by id."""
 
     def __init__(
         self,
         layers_directory: Directory,
         space: Space,
-        layers: Callable[[], Mapping[int, Layer]],
-        more: Sequence[Callable[[], Awaitable[None]]],
-        on_unsavable: Callable[[Layer, Exception], Awaitable[None]],
+        layers: Mapping[int, Layer],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._layers_directory = layers_directory
         self.label = layers_directory.label  #: of the store's layers, for messages
         self._space = space
         self._layers = layers
-        self._more = more
-        self._on_unsavable = on_unsavable
         self._on_trouble = on_trouble
         self._commits: Commits
+        self._more: Sequence[Callable[[], Awaitable[None]]]
+        self._on_unsavable: Callable[[Layer, Exception], Awaitable[None]]
         self._checkpoints: list[Checkpoint] = []
         self._punches: list[tuple[Layer, BitMap64]] = []
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
@@ -54,9 +48,18 @@ class Housekeeping:
         self._is_kept_waiting = False  #: whether something was not done, as a thread was using its layer
         self._told_of_punching = False
 
-    def serve(self, commits: Commits) -> None:
-        """Take over the commits whose checkpoints are saved here. Called once."""
-        self._commits = commits
+    def serve(
+        self,
+        commits: Commits,
+        more: Sequence[Callable[[], Awaitable[None]]],
+        on_unsavable: Callable[[Layer, Exception], Awaitable[None]],
+    ) -> None:
+        """Take over the commits whose checkpoints are saved here. Called once.
+
+        `more` are further chores, done with the others. `on_unsavable` gives up what needs a layer that could not be
+        saved for long.
+        """
+        self._commits, self._more, self._on_unsavable = commits, more, on_unsavable
 
     def keep_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Have a checkpoint saved."""
@@ -137,7 +140,7 @@ class Housekeeping:
             if layer.pins:  # who reads there may have looked before the chunks were moved to another layer
                 self._is_kept_waiting = True
                 continue
-            if layer.id in self._layers():
+            if layer.id in self._layers:
                 with self._space.changing_layers(), pinned([layer]):
                     try:
                         await trio.to_thread.run_sync(layer.punch, chunks)

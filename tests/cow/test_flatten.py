@@ -390,7 +390,7 @@ def test_i8_room_is_made_only_once_no_files_are_in_use(
     stop.reached.wait()
     names = {layer.name for layer in stop.layers}
     with ThreadPoolExecutor() as threads:
-        made = threads.submit(engine.call, engine.store._make_room)
+        made = threads.submit(engine.call, engine.store._removal.make_room)
         wait_until(lambda: not _image(engine, b"base").is_usable, what="the end of the snapshot")
         assert not made.done()
         stop.go_on.set()
@@ -486,7 +486,7 @@ def test_i4_lost_chunks_stay_lost(start: Callable[..., Engine]) -> None:
     layers = _layers(engine, b"base")
     chunks = BitMap64([layers[3].held.max(), layers[6].held.max()])
     for layer in (layers[3], layers[6]):
-        engine.call(engine.store.lose, layer, layer.held & chunks)
+        engine.call(engine.store.damage.lose, layer, layer.held & chunks)
     lost = _image(engine, b"base").lost()
     assert sum(run.chunks for run in lost) == 2
     _flatten(engine, 1)

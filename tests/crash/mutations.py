@@ -275,7 +275,7 @@ ORDER = [
     Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
     Edit(
         "the catalog hands the layers of a deleted snapshot to nobody",
-        "store:Store._remove",
+        "removal:Removal.delete",
         "self._catalog.delete_snapshot, snapshot.id, heir)",
         "self._catalog.delete_snapshot, snapshot.id, None)",
     ),
