@@ -144,14 +144,14 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
         "                    self.device.pwrite(data, offset)\n"
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
         "                    pass\n",
     ),
     Edit(
@@ -167,10 +167,16 @@ ORDER = [
         "",
     ),
     Edit(
-        "a write passes by an older one in the buffer",
+        "a write in a chunk passes by an older one in the buffer",
         "origin:Origin._is_put_behind",
-        "(self._behind.holds(run) or not self._is_preserved(run))",
-        "not self._is_preserved(run)",
+        "self._behind.has(chunk) or ",
+        "",
+    ),
+    Edit(
+        "a write of several chunks passes by an older one in the buffer",
+        "origin:Origin._is_put_behind",
+        "self._behind.holds(covering(offset, length)) or ",
+        "",
     ),
     Edit(
         "reads of the live image pass over the buffer",
@@ -181,12 +187,18 @@ ORDER = [
     Edit(
         "reads of the live image that need no waiting pass over the buffer",
         "origin:Origin.read_nowait",
-        "behind.chunks and behind.holds(covering(offset, length))",
+        "self._behind.chunks and self._behind.holds(covering(offset, length))",
         "False",
     ),
     Edit(
-        "reads of an image that need no waiting pass over the buffer",
+        "reads in a chunk of an image that need no waiting pass over the buffer",
         "image:Image.read_nowait",
+        "self._behind.has(chunk)",
+        "False",
+    ),
+    Edit(
+        "reads of several chunks of an image that need no waiting pass over the buffer",
+        "image:Image._read_run_nowait",
         "self._behind.chunks and self._behind.holds(run)",
         "False",
     ),
@@ -199,8 +211,8 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "origin:Origin.write_nowait",
-        "not (self._write_behind or self._is_preserved(run))",
-        "False",
+        "self._write_behind or self._is_preserved(offset, length)",
+        "True",
     ),
     Edit(
         "an image asks the layers that served it once",
