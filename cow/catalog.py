@@ -139,7 +139,10 @@ class Catalog:
     """
 
     def __init__(self, directory: Directory, *, repair: bool = False) -> None:
-        """With `repair`, where the contents do not match their checksum, all snapshots are given up; see `repaired`."""
+        """With `repair`, where the contents do not match their checksum, all snapshots are given up; see `repaired`.
+
+        Rows that belong to one that is gone are removed then.
+        """
         self.repaired = ""  #: a sentence on what was given up
         self._path = os.path.join(directory.label, FILE_NAME)
         self._lock = threading.Lock()  #: guards `_connection` and `_sum`
@@ -210,6 +213,9 @@ class Catalog:
             raise RefusedError(f"{sentence}; `hcpfs verify --repair` gives up its snapshots and makes the store usable")
         with self._transaction() as do:
             do.execute("UPDATE snapshots SET state = ?, reason = ?", (State.INVALID, sentence))
+            # What belongs to a row that is gone would be taken for part of the catalog, and belongs to nothing.
+            for table, row, _, _ in do.execute("PRAGMA foreign_key_check").fetchall():
+                do.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
             self._sum.make_anew()
         self.repaired = sentence
 

@@ -121,6 +121,14 @@ class Io:
         """What all that is below a directory takes on the file system."""
         return sum(status.st_blocks * 512 for _, status in self.entries_below(fd))
 
+    def allocated_here(self, fd: int) -> int:
+        """What the entries of a directory take on the file system, without what is below them."""
+        total = 0
+        for name in os.listdir(fd):
+            with suppress(FileNotFoundError):  # removed while we looked
+                total += os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
+        return total
+
 
 SYSTEM = Io()
 
@@ -391,6 +399,10 @@ class Directory:
     def allocated_bytes(self) -> int:
         """What all files below take on the file system."""
         return self._io.allocated_bytes(self.fd)
+
+    def allocated_here(self) -> int:
+        """What its entries take on the file system, without what is below them."""
+        return self._io.allocated_here(self.fd)
 
     def lock(self, name: str) -> File:
         """Take the lock file `name` for this process until it is closed. Raises BlockingIOError when it is taken."""

@@ -35,8 +35,8 @@ REST = 4.0  # after each piece, as a multiple of the time that it took
 class Flattener:
     """Trio thread only. `run` may be cancelled anywhere.
 
-    `layout` guards the origins' groups and the store's layers, which `layers` gives by id. Nothing is merged while
-    `is_doubted()`: then it counts which layers are older than the doubt.
+    `layout` guards the origins' groups and `layers`, the store's by id. Nothing is merged while `is_doubted()`: then
+    it counts which layers are older than the doubt.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Flattener:
         housekeeping: Housekeeping,
         layout: trio.Lock,
         origins: Sequence[Origin],
-        layers: Callable[[], MutableMapping[int, Layer]],
+        layers: MutableMapping[int, Layer],
         is_doubted: Callable[[], bool],
         on_trouble: Callable[[str], None],
     ) -> None:
@@ -176,7 +176,7 @@ class Flattener:
             self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
             await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
             origin.remove_layer(source)
-            self._housekeeping.drop(self._layers().pop(source.id))
+            self._housekeeping.drop(self._layers.pop(source.id))
             self._failed.remove(source.id)
 
 

@@ -23,29 +23,23 @@ RETRY_SECONDS = 1.0  # for what was in use
 
 
 class Housekeeping:
-    """Trio thread only.
-
-    `layers` gives the store's layers by id; `more` are further chores, done with the others. `on_unsavable` gives up
-    what needs a layer that could not be saved for long.
-    """
+    """Trio thread only. `layers` are the store's, by id."""
 
     def __init__(
         self,
         layers_directory: Directory,
         space: Space,
-        layers: Callable[[], Mapping[int, Layer]],
-        more: Sequence[Callable[[], Awaitable[None]]],
-        on_unsavable: Callable[[Layer, Exception], Awaitable[None]],
+        layers: Mapping[int, Layer],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._layers_directory = layers_directory
         self.label = layers_directory.label  #: of the store's layers, for messages
         self._space = space
         self._layers = layers
-        self._more = more
-        self._on_unsavable = on_unsavable
         self._on_trouble = on_trouble
         self._commits: Commits
+        self._more: Sequence[Callable[[], Awaitable[None]]]
+        self._on_unsavable: Callable[[Layer, Exception], Awaitable[None]]
         self._checkpoints: list[Checkpoint] = []
         self._punches: list[tuple[Layer, BitMap64]] = []
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
@@ -54,9 +48,18 @@ class Housekeeping:
         self._is_kept_waiting = False  #: whether something was not done, as a thread was using its layer
         self._told_of_punching = False
 
-    def serve(self, commits: Commits) -> None:
-        """Take over the commits whose checkpoints are saved here. Called once."""
-        self._commits = commits
+    def serve(
+        self,
+        commits: Commits,
+        more: Sequence[Callable[[], Awaitable[None]]],
+        on_unsavable: Callable[[Layer, Exception], Awaitable[None]],
+    ) -> None:
+        """Take over the commits whose checkpoints are saved here. Called once.
+
+        `more` are further chores, done with the others. `on_unsavable` gives up what needs a layer that could not be
+        saved for long.
+        """
+        self._commits, self._more, self._on_unsavable = commits, more, on_unsavable
 
     def keep_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Have a checkpoint saved."""
@@ -99,7 +102,7 @@ class Housekeeping:
         """
         failures: list[Exception] = []
         fill_up: Callable[[], Awaitable[None]] = functools.partial(self._fill_up, closing)
-        chores = [self._save, self.sweep, self._punch, *self._more, fill_up, self._space.measure]
+        chores = [self._save, self.sweep, self._punch, *self._more, fill_up, self._space.keep_up]
         for chore in chores:
             try:
                 await chore()
@@ -119,7 +122,8 @@ class Housekeeping:
             self._checkpoints = []
             try:
                 async with self._files:
-                    await self._commits.save(checkpoint)
+                    with self._space.changing_layers():
+                        await self._commits.save(checkpoint)
             except BaseException as error:
                 self._checkpoints.insert(0, checkpoint)
                 if (
@@ -136,8 +140,8 @@ class Housekeeping:
             if layer.pins:  # who reads there may have looked before the chunks were moved to another layer
                 self._is_kept_waiting = True
                 continue
-            if layer.id in self._layers():
-                with pinned([layer]):
+            if layer.id in self._layers:
+                with self._space.changing_layers(), pinned([layer]):
                     try:
                         await trio.to_thread.run_sync(layer.punch, chunks)
                     except OSError as error:
@@ -161,7 +165,8 @@ class Housekeeping:
                 if layer.pins:
                     self._is_kept_waiting = True
                     continue
-                await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                with self._space.changing_layers():
+                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
                 del self._dropped[name]
 
     async def hold_back(self) -> None:

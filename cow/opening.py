@@ -73,7 +73,7 @@ async def open_store(
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
-        space = Space(directory, quota_bytes, on_trouble)
+        space = Space(directory, layers_directory, quota_bytes, on_trouble)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, stack)

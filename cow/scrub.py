@@ -135,7 +135,7 @@ class OpenScrub:
             ]
             found += [Finding(sentence, self._repair) for sentence in describe(origin.name, layer, bad, chains)]
             if self._repair:
-                await self._store.lose(layer, bad)
+                await self._store.damage.lose(layer, bad)
         return found
 
 

@@ -3,13 +3,17 @@
 The figure in use is a measurement plus an upper bound of what was promised since, so it errs on the safe side; before
 anything is refused it is measured anew.
 
+There may be thousands of layers, so their files are not all looked at each time. What is written into them is promised
+before; what else changes in them is noted with `changing_layers`. What grows without a promise is looked at each time:
+the files beside them (the catalog, the journal, the reserve), and how many layers have a directory.
+
 A file `reserve` holds space back for what must not fail when the disk is full: recording that a snapshot was given up,
 a journal file, a clean stop. It is let go for those moments only.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
@@ -22,7 +26,9 @@ RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
+MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
+MEASURE_SECONDS = 5.0  # for so long the promises do for the layers, where there is plenty of room
 WARNING_PERCENTS = (80, 90, 95)
 REARM_PERCENT = 10  # below a warning's mark: from there on it is given again; merging layers makes the figure sway
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
@@ -32,20 +38,31 @@ MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest 
 class Space:
     """The store's space. `quota_bytes` None means: whatever the file system has.
 
-    `on_warning` gets a sentence when the store fills up beyond one of `WARNING_PERCENTS`.
+    `layers_directory` is the one directory below `directory`. `on_warning` gets a sentence when the store fills up
+    beyond one of `WARNING_PERCENTS`.
     """
 
-    def __init__(self, directory: Directory, quota_bytes: int | None, on_warning: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        layers_directory: Directory,
+        quota_bytes: int | None,
+        on_warning: Callable[[str], None],
+    ) -> None:
         if quota_bytes is not None and quota_bytes < LEAST_QUOTA_BYTES:
             raise RefusedError(f"a quota of {quota_bytes} bytes is too small: give at least {LEAST_QUOTA_BYTES >> 20}M")
         self.quota_bytes = quota_bytes
         self._directory = directory
+        self._layers_directory = layers_directory
         self._on_warning = on_warning
         self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
         self.let_go()
-        self._measured = directory.allocated_bytes()
-        self._promised = 0  #: written since the measurement began, at most
+        self._beside_layers = directory.allocated_here()
+        self._layers, self._in_layers = self._count_layers()
+        self._new_layers = 0  #: whose directories came since the layers were measured
+        self._measure_from = 0.0  #: until then the layers are not measured anew without need
+        self._promised = 0  #: written into the layers since they began to be measured, at most
         self._measuring = trio.Lock()  #: two at once would take the same promises back twice
         self._open = 0  #: about to be written, at most
         self.waiting_chunks = 0  #: of snapshots' own writes, in memory
@@ -55,7 +72,8 @@ class Space:
     @property
     def used_bytes(self) -> int:
         """What the store takes, at most."""
-        return self._measured + self._promised + self._open + self.waiting_chunks * MOST_BYTES_PER_CHUNK
+        measured = self._beside_layers + self._in_layers + self._new_layers * MOST_BYTES_PER_DIRECTORY
+        return measured + self._promised + self._open + self.waiting_chunks * MOST_BYTES_PER_CHUNK
 
     @property
     def available_bytes(self) -> int:
@@ -76,11 +94,46 @@ class Space:
     async def measure(self) -> None:
         """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
         async with self._measuring:
-            promised = self._promised
-            self._measured = await trio.to_thread.run_sync(self._directory.allocated_bytes)
-            self._promised -= promised
-            self._plenty = -1
+            await self._look_beside_layers()
+            await self._measure_layers()
         self._warn()
+
+    async def keep_up(self) -> None:
+        """Count anew what may have changed: the layers where they did, after a while, and when space is scarce."""
+        async with self._measuring:
+            await self._look_beside_layers()
+            if time.monotonic() >= self._measure_from or self.used_percent >= WARNING_PERCENTS[0]:
+                await self._measure_layers()
+        self._warn()
+
+    @contextmanager
+    def changing_layers(self) -> Iterator[None]:
+        """Around what makes layers take more or less than what was promised: `keep_up` counts them the next time."""
+        try:
+            yield
+        finally:
+            self._measure_from = 0.0
+
+    async def _look_beside_layers(self) -> None:
+        self._beside_layers = await trio.to_thread.run_sync(self._directory.allocated_here)
+        present = await trio.to_thread.run_sync(self._layers_directory.names)
+        self._new_layers = max(0, len(present) - self._layers)
+
+    async def _measure_layers(self) -> None:
+        promised = self._promised
+        self._measure_from = time.monotonic() + MEASURE_SECONDS  # now, as layers may change while they are counted
+        try:
+            self._layers, self._in_layers = await trio.to_thread.run_sync(self._count_layers)
+        except BaseException:
+            self._measure_from = 0.0
+            raise
+        self._new_layers = 0
+        self._promised -= promised
+        self._plenty = -1
+
+    def _count_layers(self) -> tuple[int, int]:
+        """How many layers have a directory, and what they take. Blocks."""
+        return len(self._layers_directory.names()), self._layers_directory.allocated_bytes()
 
     def _warn(self) -> None:
         percent = self.used_percent

@@ -1,28 +1,30 @@
-"""The store: takes, renames and drops snapshots, gives them up when it must, closes clean.
+"""The store: what there is, taking, renaming and deleting snapshots, loading them, and the clean close.
 
 It is opened by cow/opening.py. What it gives out (`Store.origins`, `Store.snapshots`, their images) is used on the
 trio thread of the caller.
 
 States of a snapshot, and who makes each step:
 
-    (none) --create_snapshot--> pending --create_snapshot--> valid --read of a bad chunk--> damaged
+    (none) --create_snapshot--> pending --create_snapshot--> valid
     pending --recovery, or an error in create_snapshot--> (none)
-    valid --chunks lost--> damaged
-    valid, damaged --the device was changed while nobody looked--> suspect
-    valid, damaged, suspect --no room, or nothing can be recorded--> invalid
+    valid --read of a bad chunk, or chunks lost (cow/damage.py)--> damaged
+    valid, damaged --the device was changed while nobody looked: suspect--> suspect
+    valid, damaged, suspect --no room, or nothing can be recorded (cow/removal.py)--> invalid
     all but pending --delete_snapshot--> (none)
 """
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 
 import trio
-from pyroaring import BitMap64
 
 from cow.catalog import DOUBTED_FROM, Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
 from cow.commits import Commits
+from cow.damage import Damage
 from cow.device import Directory, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import (
@@ -37,15 +39,14 @@ from cow.errors import (
 )
 from cow.flatten import Flattener
 from cow.gate import Gate
-from cow.geometry import runs_of
 from cow.housekeeping import Housekeeping
 from cow.image import Image
-from cow.journal import Journal, Kind, Record
+from cow.journal import Journal
 from cow.layer import Layer
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
 from cow.preserver import OnFull, Preserver
-from cow.recovery import heir_of
+from cow.removal import Removal
 from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
@@ -87,39 +88,36 @@ class Store:
         self._write_behind = write_behind
         self._tasks: trio.Nursery | None = None  #: of `run`
         self._read_suspect = read_suspect
-        self._elsewhere = elsewhere
         self.origins = Origins()
         self.path = directory.label
         self._on_trouble = on_trouble
         self._catalog = catalog
         self._layers_directory = layers_directory
-        self._layers: dict[int, Layer] = {}
+        self._layers: dict[int, Layer] = {}  #: by id; guarded by `_layout`
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._named: dict[bytes, Snapshot] = {}  #: the same by name
         self._abandoned: set[Snapshot] = set()  #: those of them that could not be taken
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
-        self._states: list[Snapshot] = []  #: whose state the catalog has to be told
-        chores = [self._record_states, self._take_fingerprints]
-        self.housekeeping = Housekeeping(
-            layers_directory, space, lambda: self._layers, chores, self._give_up_readers, on_trouble
-        )
+        self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
         self._commits = Commits(
-            journal,
-            lambda: self._layers.values(),
-            self.housekeeping.keep_checkpoint,
-            space.let_go,
-            catalog.record_saved,
+            journal, self._layers.values, self.housekeeping.keep_checkpoint, space.let_go, catalog.record_saved,
             self._settled,
-        )
-        self.housekeeping.serve(self._commits)
+        )  # fmt: skip
         self._flattener = Flattener(
-            catalog, self._commits, space, self.housekeeping, self._layout, self.origins, lambda: self._layers,
+            catalog, self._commits, space, self.housekeeping, self._layout, self.origins, self._layers,
             lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), on_trouble,
         )  # fmt: skip
+        self.damage = Damage(catalog, self._commits, self.housekeeping, self._layout, self._snapshots, on_trouble)
+        self._removal = Removal(
+            catalog, space, self.housekeeping, self._flattener, elsewhere, self._layout, self._snapshots, self._layers,
+            on_trouble,
+        )  # fmt: skip
         self._preserver = Preserver(
-            self._commits, on_full, space.room, self._make_room, self._give_up, self._lost_chunks
+            self._commits, on_full, space.room, self._removal.make_room, self._removal.give_up, self.damage.mark
         )
+        chores = [self.damage.record, self._take_fingerprints]
+        self.housekeeping.serve(self._commits, chores, self._removal.give_up_readers)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -215,9 +213,6 @@ class Store:
             self._layers[row.id] = Layer(self._layers_directory, row.id, chunks[row.origin])
 
     def _add(self, row: SnapshotRow, deltas: dict[int, Layer]) -> Snapshot:
-        async def on_damage(sentence: str) -> None:
-            await self._damaged(row.id, sentence)
-
         images = [
             Image(
                 origin,
@@ -226,7 +221,7 @@ class Store:
                 deltas[origin.id],
                 self._commits,
                 self.space,
-                on_damage,
+                partial(self.damage.found, row.id),
                 self._on_trouble,
                 doubted_from=None if self._read_suspect else row.doubted_from,
                 write_behind=self._write_behind,
@@ -277,59 +272,8 @@ class Store:
             raise ReadOnlyError("mounted read-only: mount without the option ro to change snapshots")
 
     async def _remove(self, snapshot: Snapshot) -> None:
-        snapshot.leaving = True
-        heir = self._heir_of(snapshot)
-        try:
-            gone = await self._with_reserve(self._catalog.delete_snapshot, snapshot.id, heir)
-        except BaseException:
-            snapshot.leaving = False
-            raise
-        for image in snapshot.images:
-            image.stop()
-        self._release(snapshot, heir, gone)
+        await self._removal.delete(snapshot)
         del self._snapshots[snapshot.id], self._named[snapshot.name]
-
-    async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
-        """Make a change of the catalog that frees space, with the reserve if the disk is full."""
-        try:
-            return await trio.to_thread.run_sync(change, *arguments)
-        except StoreFullError:
-            await trio.to_thread.run_sync(self.space.let_go)
-            return await trio.to_thread.run_sync(change, *arguments)
-
-    def _heir_of(self, snapshot: Snapshot) -> int | None:
-        return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
-
-    def _release(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int]) -> None:
-        """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
-        if snapshot.usable:
-            for image in snapshot.images:
-                self.housekeeping.punch_later(image.origin.release(snapshot.id, heir))
-        for number in gone:
-            self.housekeeping.drop(self._layers.pop(number))
-        self.housekeeping.wake()
-        self._flattener.wake()
-
-    async def _damaged(self, number: int, sentence: str) -> None:
-        snapshot = self._snapshots.get(number)
-        if snapshot is not None and self._mark_damaged(snapshot, sentence):
-            await self._record_states()
-
-    def _mark_damaged(self, snapshot: Snapshot, sentence: str) -> bool:
-        if snapshot.row.state != State.VALID:
-            return False
-        snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
-        self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
-        self._states.append(snapshot)
-        self.housekeeping.wake()
-        return True
-
-    def _lost_chunks(self, numbers: Sequence[int], sentence: str) -> None:
-        """That chunks are lost is in the journal; what the catalog says of the snapshots follows."""
-        for number in numbers:
-            snapshot = self._snapshots.get(number)
-            if snapshot is not None:
-                self._mark_damaged(snapshot, sentence)
 
     def is_in_use(self, layer: Layer) -> bool:
         """Whether the layer still belongs to some snapshot."""
@@ -342,78 +286,6 @@ class Store:
         image = next((one for one in images if one.delta is layer), None)
         async with image.settled() if image is not None else nullcontext():
             yield
-
-    async def lose(self, layer: Layer, lost: BitMap64) -> None:
-        """Record that chunks of a layer cannot be used: reading them is EIO from then on, durably."""
-        affected = [one for one in self.snapshots if one.reads(layer, lost)]
-        record = Record(Kind.LOST, layer.id, time.time_ns(), list(runs_of(lost)))
-        await self._commits.commit([record], lambda: layer.lose(lost))
-        sentence = f"{len(lost)} chunks were found damaged and given up; they read EIO, and the rest stays readable"
-        self._lost_chunks([one.id for one in affected], sentence)
-
-    async def _record_states(self) -> None:
-        async with self._layout:
-            while self._states:
-                row = self._states[0].row
-                if row.id in self._snapshots:
-                    await trio.to_thread.run_sync(self._catalog.set_state, row.id, row.state, row.reason)
-                self._states.pop(0)  # others are put behind it meanwhile
-
-    # -- when there is no room, or the store fails ---------------------------------------------------------------
-
-    async def _make_room(self) -> bool:
-        """Give up one snapshot: the policy drop-oldest.
-
-        The oldest that is not open goes first, then the oldest that is. One whose end would free nothing, as an older
-        one needs all that it has, is passed over: it would be lost for nothing.
-        """
-        usable = [one for one in self._snapshots.values() if one.usable and not one.leaving]
-        if not usable:
-            return False
-        least_wanted = min(usable, key=lambda one: (not one.frees_something(self._heir_of(one)), one.is_open, one.id))
-        await self._give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
-        try:
-            async with self._flattener.moving:  # no files are removed while they are in use
-                await self.housekeeping.sweep()
-            await self.housekeeping.hold_back()
-            await self.space.measure()
-        except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
-            self._on_trouble(f"what the snapshot took could not be given back at once: {error}")
-        return True
-
-    async def _give_up_readers(self, layer: Layer, error: Exception) -> None:
-        """Give up the snapshots that read a layer which cannot be saved: the journal must not grow for ever. # I6"""
-        readers = [one.id for one in self._snapshots.values() if one.usable and one.asks(layer)]
-        await self._give_up(readers, f"what is known of its chunks could not be saved for long: {error}")
-
-    async def _give_up(self, numbers: Sequence[int], reason: str) -> None:
-        """Make snapshots invalid, durably, so that the origin can go on. # I8"""
-        async with self._layout:
-            for number in numbers:
-                snapshot = self._snapshots.get(number)
-                if snapshot is None or not snapshot.usable:
-                    continue
-                heir = self._heir_of(snapshot)
-                try:
-                    gone = await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
-                except (CowError, OSError) as error:
-                    await self._give_up_elsewhere(f"{reason}; nor could that be recorded in the store: {error}", error)
-                    return
-                self._gave_up(snapshot, heir, gone, reason)
-
-    def _gave_up(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int], reason: str) -> None:
-        self._release(snapshot, heir, gone)
-        snapshot.row.state, snapshot.row.reason = State.INVALID, reason
-        self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
-
-    async def _give_up_elsewhere(self, reason: str, error: Exception) -> None:
-        """The store takes no more writes: give up all snapshots, and record it in the second place."""
-        if self._elsewhere is None:
-            raise error
-        await trio.to_thread.run_sync(self._elsewhere.record, max(self._snapshots))
-        for snapshot in list(self._snapshots.values()):
-            if snapshot.usable:
-                self._gave_up(snapshot, None, [], reason)
 
     # -- housekeeping --------------------------------------------------------------------------------------------
 
@@ -455,10 +327,12 @@ class Store:
 
         Raises RefusedError when the catalog does not make sense.
         """
-        self._layers = layers
-        layer_rows = self._catalog.layers()
+        self._layers.update(layers)
+        rows_of: defaultdict[int, list[LayerRow]] = defaultdict(list)  # by snapshot
+        for layer_row in self._catalog.layers():
+            rows_of[layer_row.snapshot].append(layer_row)
         for row in self._catalog.snapshots():
-            own = [layer for layer in layer_rows if layer.snapshot == row.id]
+            own = rows_of[row.id]
             if row.state != State.INVALID:
                 for origin in self.origins:
                     self._load_group(origin, row, own)
@@ -466,10 +340,11 @@ class Store:
             deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
             deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
             self._add(row, deltas)
-        for snapshot in self._snapshots.values():
+        something_is_lost = any(layer.lost for layer in layers.values())  # else no image has to ask its layers
+        for snapshot in self._snapshots.values() if something_is_lost else ():
             count = sum(run.chunks for image in snapshot.images for run in image.lost())
             if count:
-                self._mark_damaged(snapshot, f"{count} chunks were lost; they read EIO, and the rest stays readable")
+                self.damage.mark([snapshot.id], f"{count} chunks were lost; they read EIO, and the rest stays readable")
         self.housekeeping.wake()
 
     def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:

@@ -25,6 +25,7 @@ LAYERS = [
     {"cow.origin"},
     {"cow.flatten", "cow.image", "cow.origins"},
     {"cow.snapshot"},
+    {"cow.damage", "cow.removal"},
     {"cow.store"},
     {"cow.opening"},
     {"cow.scrub"},

@@ -416,7 +416,7 @@ def test_a_part_of_a_chunk_that_cannot_be_read_fails_the_writer_and_no_other_wri
     image = _image(engine, b"a")
     engine.call(image.write, 3 * CHUNK_BYTES, b"x" * CHUNK_BYTES)
     engine.call(image.sync)
-    engine.call(engine.store.lose, image.delta, BitMap64([3]))
+    engine.call(engine.store.damage.lose, image.delta, BitMap64([3]))
     with pytest.raises(LostError):
         engine.call(image.write, 3 * CHUNK_BYTES + 100, b"y" * 50)
     engine.call(image.write, 7 * CHUNK_BYTES + 100, b"z" * 50)

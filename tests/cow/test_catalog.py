@@ -118,6 +118,8 @@ def test_i4_rows_that_were_changed_are_noticed(place: Path, edit: str) -> None:
         pass
     with _opened(place, repair=True) as catalog:
         assert EDITED in catalog.repaired
+        assert catalog.problems() == [], "rows of one that is gone are gone too"
+        assert {row.snapshot for row in catalog.layers()} <= {row.id for row in catalog.snapshots()}
         catalog.set_setting("journal", 5)
     with _opened(place), _database(place) as database:
         assert set(database.execute("SELECT state FROM snapshots")) <= {(State.INVALID,)}

@@ -123,7 +123,7 @@ def test_i3_a_lost_chunk_that_is_written_anew_is_there_again(start: Callable[...
     engine = start()
     image = _take(engine, b"a")
     _write(engine, image, 3, b"1")
-    engine.call(engine.store.lose, image.delta, BitMap64([3]))
+    engine.call(engine.store.damage.lose, image.delta, BitMap64([3]))
     with pytest.raises(LostError):
         engine.call(image.read, 3 * CHUNK_BYTES, 1)
     engine.call(image.write, 3 * CHUNK_BYTES, b"2" * CHUNK_BYTES)

@@ -4,13 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
-
 from cow import Source
 from cow.image import Image
 from cow.origin import Origin
 from tests.support.engine import Engine
-from tests.support.model import Machine
+from tests.support.model import Machine, machine_settings
 from tests.support.sandbox import MARK
 
 
@@ -74,11 +72,5 @@ class EngineAgainstModel(Machine):
         return EngineDriver(content)
 
 
-EngineAgainstModel.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=80,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+EngineAgainstModel.TestCase.settings = machine_settings(60)
 test_i2_i9_the_engine_equals_the_model = EngineAgainstModel.TestCase

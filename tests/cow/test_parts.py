@@ -16,12 +16,11 @@ from trio.testing import wait_all_tasks_blocked
 
 from cow.chain import holder_of, resolve
 from cow.device import Directory, OriginDevice
-from cow.errors import DamagedError, HoldTimeoutError, QuotaError, SyncError
+from cow.errors import DamagedError, HoldTimeoutError, SyncError
 from cow.fingerprint import Comparison, compare, digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering, runs_of, split
 from cow.layer import SEGMENT_CHUNKS, Layer
-from cow.space import Space
 
 CHUNK_SETS = st.sets(st.integers(0, 60))
 
@@ -260,51 +259,3 @@ def test_a_chain_asks_its_layers_in_order_and_then_the_origin(layers: Directory)
     ]
     top.close()
     below.close()
-
-
-def test_i6_promises_count_until_they_are_measured_and_once(tmp_path: Path) -> None:
-    """Counts that overlap each other, and writes that overlap them, must not make the store look emptier than it is."""
-
-    async def main() -> None:
-        space = Space(Directory.open_path(str(tmp_path)), 64 << 20, lambda sentence: None)
-        before = space.used_bytes
-        async with space.room(10 << 20):
-            await space.measure()
-            assert space.used_bytes == before + (10 << 20)  # about to be written
-        assert space.used_bytes == before + (10 << 20)
-        (tmp_path / "data").write_bytes(bytes(10 << 20))
-        async with trio.open_nursery() as nursery:
-            for _ in range(4):
-                nursery.start_soon(space.measure)
-        assert space.used_bytes == before + (10 << 20)
-        with pytest.raises(QuotaError):
-            async with space.room(51 << 20):
-                raise AssertionError("there was room")
-
-    trio.run(main)
-
-
-def test_i6_plenty_of_room_is_looked_for_again_once_others_may_have_taken_it(tmp_path: Path) -> None:
-    directory = Directory.open_path(str(tmp_path))
-    free = 0
-    directory.free_bytes = lambda: free
-
-    async def main() -> None:
-        nonlocal free
-        space = Space(directory, None, lambda sentence: None)
-        for way in ("others write", "it is measured"):
-            free = 10 << 30
-            assert space.is_roomy(1)
-            free = 0
-            assert space.is_roomy(1), "it is not looked for each time"
-            if way == "others write":
-                async with space.keeping(64 << 20):
-                    pass
-            else:
-                await space.measure()
-            assert not space.is_roomy(1)
-        free = 10 << 30
-        assert space.is_roomy(1)
-
-    trio.run(main)
-    directory.close()

@@ -1,11 +1,14 @@
-"""The store when taking a snapshot fails half-way: all or nothing."""
+"""The store: a snapshot whose taking fails half-way is not taken, and the work of an opening follows the snapshots."""
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import trio.testing
@@ -13,6 +16,8 @@ import trio.testing
 from cow import Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import Run
+from cow.layer import Layer
+from cow.store import Store
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 
@@ -53,7 +58,7 @@ def test_i5_a_device_that_cannot_be_synced_leaves_no_snapshot(engine: Engine) ->
 def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: Engine, tmp_path: Path) -> None:
     async def give_up() -> None:
         pending = max(engine.store._snapshots)
-        await engine.store._give_up([pending], "a test")
+        await engine.store._removal.give_up([pending], "a test")
 
     engine.call(engine.store.create_snapshot, b"older")
     _sync_that(engine, give_up)
@@ -131,3 +136,47 @@ def test_i2_i4_a_read_that_is_overtaken_by_a_write_does_not_give_the_new_bytes(e
         else:
             with pytest.raises(LostError):
                 read.result()
+
+
+def _steps_of_loading(engine: Engine, again: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The steps of Python's virtual machine that it takes to put the snapshots together."""
+    engine.close()
+    steps = 0
+    real = Store.load
+
+    def step(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += event == "opcode"
+        return step
+
+    def load(store: Store, layers: dict[int, Layer]) -> None:
+        before = sys.gettrace()
+        sys.settrace(step)
+        try:
+            real(store, layers)
+        finally:
+            sys.settrace(before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "load", load)
+        again().close()
+    return steps
+
+
+def test_the_work_of_opening_grows_with_the_snapshots_and_no_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk.img").write_bytes(os.urandom(1 << 20))
+
+    def again() -> Engine:
+        return Engine(str(tmp_path / "store"), [Source(b"disk.img", str(tmp_path / "disk.img"))])
+
+    steps = []
+    for count in (8, 24, 40):
+        engine = again()
+        for number in range(len(engine.store.snapshots), count):
+            engine.call(engine.store.create_snapshot, b"%d" % number)
+        steps.append(_steps_of_loading(engine, again, monkeypatch))
+    few, more, most = steps
+    assert most - more == pytest.approx(more - few, rel=0.02)

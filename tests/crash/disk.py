@@ -291,6 +291,9 @@ class Disk(Io):
             todo += inode.entries.values()
         return below
 
+    def allocated_here(self, fd: int) -> int:
+        return sum(len(self._inodes[one].pages) * PAGE for one in self._descriptors[fd].entries.values())
+
     # -- files ---------------------------------------------------------------------------------------------------
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:

@@ -144,14 +144,14 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
         "                    self.device.pwrite(data, offset)\n"
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
         "                    pass\n",
     ),
     Edit(
@@ -167,13 +167,13 @@ ORDER = [
         "",
     ),
     Edit(
-        "a write passes by an older one in the buffer",
+        "a write in a chunk passes by an older one in the buffer",
         "origin:Origin._is_put_behind",
         "self._behind.has(chunk) or ",
         "",
     ),
     Edit(
-        "a long write passes by an older one in the buffer",
+        "a write of several chunks passes by an older one in the buffer",
         "origin:Origin._is_put_behind",
         "self._behind.holds(covering(offset, length)) or ",
         "",
@@ -191,13 +191,13 @@ ORDER = [
         "False",
     ),
     Edit(
-        "reads of an image that need no waiting pass over the buffer",
+        "reads in a chunk of an image that need no waiting pass over the buffer",
         "image:Image.read_nowait",
-        " or self._behind.has(chunk)",
-        "",
+        "self._behind.has(chunk)",
+        "False",
     ),
     Edit(
-        "long reads of an image that need no waiting pass over the buffer",
+        "reads of several chunks of an image that need no waiting pass over the buffer",
         "image:Image._read_run_nowait",
         "self._behind.chunks and self._behind.holds(run)",
         "False",
@@ -287,7 +287,7 @@ ORDER = [
     Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
     Edit(
         "the catalog hands the layers of a deleted snapshot to nobody",
-        "store:Store._remove",
+        "removal:Removal.delete",
         "self._catalog.delete_snapshot, snapshot.id, heir)",
         "self._catalog.delete_snapshot, snapshot.id, None)",
     ),

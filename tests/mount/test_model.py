@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
-
-from tests.support.model import Machine
+from tests.support.model import Machine, machine_settings
 from tests.support.sandbox import Sandbox
 
 
@@ -71,11 +69,5 @@ class MountAgainstModel(Machine):
         return MountDriver(content)
 
 
-MountAgainstModel.TestCase.settings = settings(
-    max_examples=8,
-    stateful_step_count=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+MountAgainstModel.TestCase.settings = machine_settings(8, steps=100)
 test_i2_i9_the_mount_equals_the_model = MountAgainstModel.TestCase

@@ -176,6 +176,20 @@ def test_i4_missing_and_stale_files_are_found_and_nothing_wrong_is_read(served: 
     assert _verify(served.path).returncode == 0
 
 
+def test_rows_whose_snapshot_is_gone_are_gone_after_a_repair(served: Served) -> None:
+    served.umount()
+    with sqlite3.connect(served.store / "catalog.sqlite") as catalog:
+        catalog.execute("DELETE FROM snapshots WHERE name = CAST('old' AS BLOB)")
+    catalog.close()
+    assert _verify(served.store, "--repair").returncode == 4
+    assert _verify(served.store).returncode == 0
+    served = served.again()
+    assert [path.name for path in served.snaps.iterdir()] == ["new"]
+    assert served.info("new")["state"] == "invalid"
+    (served.snaps / "fresh").mkdir()
+    assert served.image("fresh").read_bytes() == served.live.read_bytes()
+
+
 def test_an_edited_catalog_is_refused_and_repair_gives_up_its_snapshots(sandbox: Sandbox, served: Served) -> None:
     served.umount()
     with sqlite3.connect(served.store / "catalog.sqlite") as catalog:

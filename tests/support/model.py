@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
@@ -176,3 +177,14 @@ class Machine(RuleBasedStateMachine):
             self.every_image_reads_right()
         finally:
             self.driver.end()
+
+
+def machine_settings(examples: int, steps: int = 80) -> settings:
+    """Of a test against the model: so many runs of so many steps, the same ones each time, however long they take."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
