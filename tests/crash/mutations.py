@@ -144,14 +144,14 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
         "                    self.device.pwrite(data, offset)\n"
-        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([covering(offset, len(data))]))\n",
+        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
         "                    pass\n",
     ),
     Edit(
