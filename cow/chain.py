@@ -38,6 +38,8 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
         if layer.damage is not None:
             raise DamagedError(layer.damage)
         found = layer.held & wanted
+        if len(found) == run.chunks:
+            return [Piece(layer, run)]
         if found:
             pieces += [Piece(layer, held) for held in runs_of(found)]
             wanted -= found

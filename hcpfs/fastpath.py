@@ -10,9 +10,6 @@ Who has the turn reads requests. A request that has to wait for something makes 
 When there is no request, the next one is waited for awake for a moment: for those who send one at a time, to sleep
 between two and to be woken takes both sides longer than the request does. When none comes in that time, nobody is
 waited for in this way until requests follow each other closely again.
-
-When requests queue up, answers are held until there are a few: each wakes somebody, and to wake one who sleeps takes
-longer than all the rest of an answer, while those that follow at once find him awake.
 """
 
 import errno
@@ -39,7 +36,6 @@ from hcpfs.tree import Handle
 
 MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
-MOST_HELD = 8  # answers
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -80,8 +76,6 @@ class FastPath:
         self._ended = False
         self._patience = 0.0
         self._until = 0.0  #: when trio is to be visited
-        self._held: list[Sequence[bytes | memoryview]] = []  #: answers that are not sent yet
-        self._holds = False  #: whether an answer may be held
 
     async def serve(self) -> None:
         """Answer requests, and pass libfuse's answers back, until `end`."""
@@ -126,11 +120,7 @@ class FastPath:
     async def _take_requests(self, turn: int) -> None:
         """Answer requests until the turn was given away, or there are no more."""
         while self._turn == turn and not self._ended:
-            try:
-                next_thing = self._answer_ready()
-            finally:
-                self._send_held()
-            await next_thing
+            await self._answer_ready()
         if self._turn != turn:
             self._working -= 1
 
@@ -147,7 +137,6 @@ class FastPath:
             try:
                 length = readv(kernel, into)
             except BlockingIOError:
-                self._send_held()
                 impatient = impatient or now + (0.0 if self._working else self._patience)
                 if now >= impatient:
                     return self._sleep()
@@ -160,7 +149,6 @@ class FastPath:
                 length = 0
             if not length:
                 return self._end_of_session()
-            self._holds = not impatient  # the one before was answered, and this one was there already
             impatient = 0.0
             length, opcode, unique, number, offset, size = unpack(request)
             answer = answered_here(opcode)
@@ -246,19 +234,11 @@ class FastPath:
         self._send((ANSWER.pack(ANSWER.size, -self._errno_of(request, error), unique),))
 
     def _send(self, answer: Sequence[bytes | memoryview]) -> None:
-        self._held.append(answer)
-        if not self._holds or len(self._held) >= MOST_HELD:
-            self._send_held()
-
-    def _send_held(self) -> None:
-        for answer in self._held:
-            try:
-                os.writev(self._kernel, answer)
-            except OSError as error:
-                if error.errno not in _GONE:
-                    raise
-        self._held.clear()
-        self._holds = False
+        try:
+            os.writev(self._kernel, answer)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
 
     # -- libfuse -------------------------------------------------------------------------------------------------
 

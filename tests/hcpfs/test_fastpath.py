@@ -258,50 +258,6 @@ def test_a_request_that_waits_keeps_no_other_waiting_and_loses_nothing_to_it() -
     shows(test)
 
 
-def test_answers_are_held_while_requests_queue_up_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(scene: Scene) -> None:
-        handled = 0
-        real = scene.file.read_nowait
-
-        def read_nowait(offset: int, length: int) -> bytes | None:
-            nonlocal handled
-            handled += 1
-            return real(offset, length)
-
-        sent: list[int] = []  # after how many requests
-        writev = os.writev
-
-        def counted(fd: int, parts: list[bytes]) -> int:
-            sent.append(handled)
-            return writev(fd, parts)
-
-        monkeypatch.setattr(scene.file, "read_nowait", read_nowait)
-        monkeypatch.setattr(os, "writev", counted)
-        most = fastpath.MOST_HELD
-        for unique in range(2 * most + 3):
-            scene.kernel.send(read(unique, 0, 1))
-        await trio.testing.wait_all_tasks_blocked()
-        assert sent == [most] * most + [2 * most] * most + [2 * most + 3] * 3
-        assert [(await scene.answer())[0] for _ in sent] == list(range(len(sent)))
-
-    shows(test)
-
-
-def test_no_answer_is_held_while_another_request_waits() -> None:
-    async def test(scene: Scene) -> None:
-        for unique in (1, 2, 3):
-            scene.kernel.send(read(unique, 0, 1))
-        scene.file.read_nowait = lambda offset, length: b"" if offset == 0 else None
-        scene.kernel.send(read(4, 1, 1))
-        await trio.testing.wait_all_tasks_blocked()
-        assert [(await scene.answer())[0] for _ in range(3)] == [1, 2, 3]
-        assert scene.file.waiting == 1
-        scene.file.goes_on.set()
-        assert (await scene.answer())[0] == 4
-
-    shows(test)
-
-
 def test_no_more_tasks_wait_than_allowed_and_the_rest_is_served_after_them() -> None:
     async def test(scene: Scene) -> None:
         scene.file.nowait = False
