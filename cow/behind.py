@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import trio
+from pyroaring import BitMap64
 
 from cow.device import File
 from cow.errors import CowError
-from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, split
+from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, pieces, runs_of, split
 
 MOST_CHUNKS = 4096  # that gather: 16 MiB. As much again may be on its way to the device
 ENOUGH_CHUNKS = 1024  # that are worth a commit
@@ -285,26 +286,27 @@ def write_out(device: File, contents: Contents) -> Untaken:
             _write_row(device, contents, row)
         except OSError as error:
             cause = error
-            failed.update(row if len(row) == 1 else _write_singly(device, contents, row))
+            failed.update(_write_singly(device, contents, row) if row.chunks > 1 else (row.first,))
     return Untaken({chunk: contents[chunk] for chunk in sorted(failed)}, cause if failed else None)
 
 
-def _write_row(device: File, contents: Contents, row: list[int]) -> None:
-    content = contents[row[0]]
+def _write_row(device: File, contents: Contents, row: Run) -> None:
+    first, chunks = row
+    content = contents[first]
     if isinstance(content, Part):
-        for offset, data in _pieces_of(row[0], content):
+        for offset, data in _pieces_of(first, content):
             device.pwrite(data, offset)
-    elif len(row) == 1:
-        device.pwrite(content, row[0] * CHUNK_BYTES)
+    elif chunks == 1:
+        device.pwrite(content, first * CHUNK_BYTES)
     else:
-        device.pwritev([contents[chunk] for chunk in row], row[0] * CHUNK_BYTES)  # type: ignore[misc]
+        device.pwritev([contents[chunk] for chunk in range(first, row.end)], row.offset)  # type: ignore[misc]
 
 
-def _write_singly(device: File, contents: Contents, row: list[int]) -> Iterator[int]:
+def _write_singly(device: File, contents: Contents, row: Run) -> Iterator[int]:
     """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
-    for chunk in row:
+    for chunk in range(row.first, row.end):
         try:
-            _write_row(device, contents, [chunk])
+            _write_row(device, contents, Run(chunk, 1))
         except OSError:
             yield chunk
 
@@ -325,16 +327,10 @@ def _pieces_of(chunk: int, content: Content) -> Iterator[tuple[int, Whole]]:
     return ((at + start, data) for start, data in pieces)
 
 
-def rows(chunks: Contents) -> Iterator[list[int]]:
-    """The chunks, ascending, in rows that can be written at once. One that is not whole is by itself."""
-    row: list[int] = []
-    next_in_row = -1
-    for chunk in sorted(chunks):
-        is_part = isinstance(chunks[chunk], Part)
-        if row and (chunk != next_in_row or is_part or len(row) == _WRITE_CHUNKS):
-            yield row
-            row = []
-        row.append(chunk)
-        next_in_row = -1 if is_part else chunk + 1
-    if row:
-        yield row
+def rows(contents: Contents) -> list[Run]:
+    """The chunks, ascending, in runs that can be written at once. One that is not whole is by itself."""
+    parts = [chunk for chunk, content in contents.items() if isinstance(content, Part)]
+    found: list[Run] = []
+    for run in runs_of(BitMap64(contents) - BitMap64(parts)):
+        found += pieces(run, _WRITE_CHUNKS) if run.chunks > _WRITE_CHUNKS else (run,)
+    return sorted([*found, *(Run(chunk, 1) for chunk in parts)]) if parts else found

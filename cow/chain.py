@@ -1,6 +1,7 @@
 """Reading from a chain: a chunk is read in the first layer that knows it, else from the origin."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 from cow.errors import DamagedError, LostError
@@ -48,7 +49,7 @@ def resolve(layers: Iterable[Layer], run: Run) -> list[Piece]:
         if not wanted:
             break
     pieces += [Piece(None, rest) for rest in runs_of(wanted)]
-    pieces.sort(key=lambda piece: piece.run)
+    pieces.sort(key=itemgetter(1))
     return pieces
 
 

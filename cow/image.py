@@ -12,6 +12,7 @@ apart from damage.
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
 
 import trio
 from pyroaring import BitMap64
@@ -369,22 +370,24 @@ class Image:
 
     def _write_delta(self, chunks: BitMap64, whole: Mapping[int, Whole]) -> None:
         try:
-            sums = [self.delta.write_chunks(row[0], [whole[chunk] for chunk in row]) for row in rows(whole)]
-            self.delta.write_sums_of(list(runs_of(chunks)), b"".join(sums))
+            runs = rows(whole)
+            sums = [
+                self.delta.write_chunks(run.first, [whole[chunk] for chunk in range(run.first, run.end)])
+                for run in runs
+            ]
+            self.delta.write_sums_of(runs, b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
             self.delta.rehash(chunks & self.delta.held)
             raise
 
-    async def _filled_up(self, contents: Contents) -> dict[int, Whole]:
+    async def _filled_up(self, contents: Contents) -> Mapping[int, Whole]:
         """The whole chunks as they shall be."""
-        whole: dict[int, Whole] = {}
-        for chunk, content in contents.items():
-            if isinstance(content, Part):
-                whole[chunk] = overlaid(await self._read_settled(Run(chunk, 1)), 0, content.pieces())
-            else:
-                whole[chunk] = content
-        return whole
+        parts = {chunk: content for chunk, content in contents.items() if isinstance(content, Part)}
+        filled = {
+            chunk: overlaid(await self._read_settled(Run(chunk, 1)), 0, part.pieces()) for chunk, part in parts.items()
+        }
+        return cast(Mapping[int, Whole], {**contents, **filled} if filled else contents)
 
     async def _announce(self, chunks: BitMap64) -> bool:
         """Put an INTENT into the journal for the committed chunks that will be overwritten in place.

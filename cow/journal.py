@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import NamedTuple
 
 from xxhash import xxh3_64_digest
@@ -64,7 +65,7 @@ class Record:
 
     def encode(self, sequence: int) -> bytes:
         """The record's bytes, not yet cut into sectors."""
-        body = struct.pack(f"<{2 * len(self.runs)}Q", *(number for run in self.runs for number in run)) + self.sums
+        body = struct.pack(f"<{2 * len(self.runs)}Q", *chain.from_iterable(self.runs)) + self.sums
         header = _RECORD_HEADER.pack(
             RECORD_MAGIC, sequence, self.kind, len(self.runs), self.layer, self.time_ns, len(body)
         )

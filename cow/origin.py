@@ -198,7 +198,8 @@ class Origin:
 
     def read_chunks(self, run: Run, *, nowait: bool = False) -> bytes:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks, save under `nowait`."""
-        offset, length = run.first * CHUNK_BYTES, run.chunks * CHUNK_BYTES
+        first, chunks = run
+        offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
         read = self.device.pread_nowait if nowait else self.device.pread
         if offset + length <= self.size_bytes:
             return read(length, offset)

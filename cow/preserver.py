@@ -79,21 +79,29 @@ class _Job:
     lost: BitMap64 = field(default_factory=BitMap64)
     sums: list[bytes] = field(default_factory=list)  #: of those that are not lost, ascending
     cause: str = ""
+    _runs: list[Run] | None = None
 
     def lose(self, chunk: int, error: Exception) -> None:
         self.lost.add(chunk)
-        self.cause = str(error)
+        self.cause, self._runs = str(error), None
 
     def lose_all(self, error: Exception) -> None:
-        self.lost, self.sums, self.cause = self.chunks, [], str(error)
+        self.lost, self.sums, self.cause, self._runs = self.chunks, [], str(error), None
 
     @property
     def kept(self) -> BitMap64:
         return self.chunks - self.lost
 
+    @property
+    def runs(self) -> list[Run]:
+        """What is kept."""
+        if self._runs is None:
+            self._runs = list(runs_of(self.kept))
+        return self._runs
+
     def records(self) -> Iterator[Record]:
-        if self.kept:
-            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), list(runs_of(self.kept)), b"".join(self.sums))
+        if self.runs:
+            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), self.runs, b"".join(self.sums))
         if self.lost:
             yield Record(Kind.LOST, self.layer.id, time.time_ns(), list(runs_of(self.lost)))
 
@@ -245,7 +253,7 @@ def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[Re
 def _copy_durably(jobs: list[_Job]) -> None:
     """Copy the chunks into the layers; what is kept is durable on return. Raises OSError when there is no room."""
     for job in jobs:
-        for run in runs_of(job.chunks):
+        for run in job.runs:
             for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
                 _copy_part(job, part)
         _write_sums(job)
@@ -272,9 +280,9 @@ def _copy_part(job: _Job, part: Run) -> None:
 
 
 def _write_sums(job: _Job) -> None:
-    runs, sums = list(runs_of(job.kept)), b"".join(job.sums)
+    sums = b"".join(job.sums)
     try:
-        job.layer.write_sums_of(runs, sums)
+        job.layer.write_sums_of(job.runs, sums)
         return
     except OSError as error:
         if error.errno in FULL:

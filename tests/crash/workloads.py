@@ -118,10 +118,10 @@ class Session:
             raise
 
     async def write_and_read_snapshot(self, name: str) -> None:
-        offset, length = CHUNK, 2 * CHUNK
-        await self.write_snapshot(name, offset, length)
-        found = await self.image(name).read(offset, length)
-        assert found == self.oracle.snapshots[name].latest[offset : offset + length], "what was written is not read"
+        for offset, length in ((CHUNK, 2 * CHUNK), (2 * CHUNK, CHUNK)):
+            await self.write_snapshot(name, offset, length)
+            found = await self.image(name).read(offset, length)
+            assert found == self.oracle.snapshots[name].latest[offset : offset + length], "what was written is not read"
 
     async def sync_live(self) -> None:
         try:
@@ -221,6 +221,7 @@ class Session:
         for turns in range(8):
             await self.write_live(2 * CHUNK, 3 * CHUNK)
             await _turns(turns)
+            await self.write_live(3 * CHUNK, CHUNK)
 
     async def delete_and_flatten(self) -> None:
         """Delete a snapshot whose layer goes to an older one, and wait until that has been merged into its own."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hcpfs import beneath, loops, record
@@ -173,11 +174,13 @@ class Sandbox:
         """Unmount; the kernel, or an ending process, may keep it busy for a moment."""
         wait_until(lambda: run("umount", target, check=False).returncode == 0, what=f"umount {target}")
 
-    def serve_in_foreground(self, *words: object, mountpoint: Path) -> subprocess.Popen:
+    def serve_in_foreground(
+        self, *words: object, mountpoint: Path, program: Sequence[str] = HCPFS, **options: object
+    ) -> subprocess.Popen:
         """`hcpfs mount` with --foreground among the words, as a service manager runs it; returns when it is usable."""
         mountpoint.mkdir(exist_ok=True)
         self._mountpoints.add(str(mountpoint))
-        process = self.spawn(*HCPFS, "mount", *words)
+        process = self.spawn(*program, "mount", *words, **options)
 
         def is_served() -> bool:
             assert process.poll() is None, f"the daemon exited {process.poll()}"
