@@ -13,6 +13,7 @@ waited for in this way until requests follow each other closely again.
 """
 
 import errno
+import logging
 import os
 import socket
 import time
@@ -23,6 +24,8 @@ from typing import Any
 
 import trio
 
+from cow.chain import joined
+from cow.device import MOST_PARTS
 from hcpfs.protocol import (
     ANSWER,
     DATA_AT,
@@ -35,11 +38,15 @@ from hcpfs.protocol import (
 from hcpfs.tree import Handle
 
 MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
+MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take two visits each
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
-_GONE = {errno.ENOENT, errno.ENODEV}  # to an answer: nobody waits for it any more
+_UNMOUNTED = {errno.ENODEV, errno.ECONNABORTED}  # to a reader
+_GONE = {errno.ENOENT, *_UNMOUNTED}  # to an answer: nobody waits for it any more
+
+log = logging.getLogger("hcpfs")
 
 Waits = Coroutine[Any, Any, None]  # the rest of a request, which may wait
 
@@ -68,6 +75,7 @@ class FastPath:
         self._data = memoryview(self._request)[DATA_AT:]
         self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
         self._init = 0  #: the unique number of the request INIT
+        self._passed: set[int] = set()  #: the unique numbers of the requests that libfuse has
         self._idle = trio.lowlevel.ParkingLot()
         self._tasks = 0
         self._working = 0  #: tasks whose requests wait for something
@@ -88,7 +96,7 @@ class FastPath:
                 self._pass_back()
 
     def end(self) -> None:
-        """Take no more requests; those that were taken are answered. libfuse must have answered all of its own."""
+        """Take no more requests; those that are worked on here are answered. libfuse must have answered its own."""
         self._ended = True
         trio.lowlevel.notify_closing(self._kernel)
         trio.lowlevel.notify_closing(self._libfuse)
@@ -137,14 +145,14 @@ class FastPath:
             try:
                 length = readv(kernel, into)
             except BlockingIOError:
-                impatient = impatient or now + (0.0 if self._working else self._patience)
+                impatient = impatient or now + (0.0 if self._working or self._passed else self._patience)
                 if now >= impatient:
                     return self._sleep()
                 continue
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     continue  # who had asked was interrupted meanwhile
-                if error.errno != errno.ENODEV:
+                if error.errno not in _UNMOUNTED:
                     raise
                 length = 0
             if not length:
@@ -159,13 +167,15 @@ class FastPath:
             elif opcode not in _UNANSWERED:
                 if opcode == Opcode.INIT:
                     self._init = unique
+                self._passed.add(unique)
+                self._until = min(self._until, now + MOST_SECONDS_PASSED)
                 if not self._pass_on(length):
                     return self._pass_on_later(length)  # the turn is kept, so that the buffer is ours
 
     async def _visit(self) -> None:
         """Have everything else run that can."""
         await trio.lowlevel.checkpoint()
-        self._until = time.monotonic() + MOST_SECONDS
+        self._until = time.monotonic() + (MOST_SECONDS_PASSED if self._passed else MOST_SECONDS)
 
     async def _sleep(self) -> None:
         """Sleep until there is a request."""
@@ -190,11 +200,12 @@ class FastPath:
             return None
         if content is None:
             return self._read_waiting(unique, number, offset, size)
-        if isinstance(content, list):
+        if isinstance(content, list) and len(content) < MOST_PARTS:
             length = sum(map(len, content))
             self._send([ANSWER.pack(ANSWER.size + length, 0, unique), *content])
         else:
-            self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
+            whole = joined(content)
+            self._send((ANSWER.pack(ANSWER.size + len(whole), 0, unique), whole))
         return None
 
     async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:
@@ -238,7 +249,14 @@ class FastPath:
             os.writev(self._kernel, answer)
         except OSError as error:
             if error.errno not in _GONE:
-                raise
+                self._take_back(answer, error)
+
+    def _take_back(self, answer: Sequence[bytes | memoryview], error: OSError) -> None:
+        """An answer is refused: have the request fail, and nothing else."""
+        _, _, unique = ANSWER.unpack_from(answer[0])
+        log.error("a defect of hcpfs: the kernel refuses an answer of %d parts", len(answer), exc_info=error)
+        with suppress(OSError):  # perhaps the request has failed by that
+            os.writev(self._kernel, (ANSWER.pack(ANSWER.size, -errno.EIO, unique),))
 
     # -- libfuse -------------------------------------------------------------------------------------------------
 
@@ -261,7 +279,9 @@ class FastPath:
             except BlockingIOError:
                 return
             answer = memoryview(self._answer)[:length]
-            if ANSWER.unpack_from(answer)[2] == self._init:
+            unique = ANSWER.unpack_from(answer)[2]
+            self._passed.discard(unique)
+            if unique == self._init:
                 limit_writes(answer)
             self._send((answer,))
 

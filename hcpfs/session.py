@@ -19,6 +19,7 @@ from hcpfs.operations import Operations
 from hcpfs.protocol import MOST_REQUEST_BYTES
 
 _DEVICE = "/dev/fuse"
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h: beyond net.core.wmem_max
 
 log = logging.getLogger("hcpfs")
 
@@ -36,11 +37,11 @@ class Session:
 
     async def serve(self) -> None:
         """Serve until the unmount or `terminate`."""
-        if self._descriptor is None:
-            log.warning("libfuse's descriptor is not to be found, so that all requests take the slow path")
+        if self._descriptor is None or (ends := _socket_pair()) is None:
+            log.warning("libfuse's descriptor is not found, or net.core.wmem_max too low: requests take the slow path")
             await pyfuse3.main()
             return
-        with _taken_over(self._descriptor) as (kernel, libfuse):
+        with _taken_over(self._descriptor, *ends) as (kernel, libfuse):
             tree = self._operations.tree
             fast_path = FastPath(kernel, libfuse, tree.handles, self._operations.errno_of, terminate)
             async with trio.open_nursery() as nursery:
@@ -56,12 +57,9 @@ class Session:
 
 
 @contextmanager
-def _taken_over(descriptor: int) -> Iterator[tuple[int, socket.socket]]:
+def _taken_over(descriptor: int, ours: socket.socket, theirs: socket.socket) -> Iterator[tuple[int, socket.socket]]:
     """Within the block `descriptor` is one end of a socket. Gives what it was before, and the other end."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     with ours, theirs:
-        for end in (ours, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_REQUEST_BYTES)
         kernel = os.dup(descriptor)
         try:
             os.set_blocking(kernel, False)
@@ -72,8 +70,23 @@ def _taken_over(descriptor: int) -> Iterator[tuple[int, socket.socket]]:
             os.close(kernel)  # with a copy open, the unmount would wait for an answer
 
 
+def _socket_pair() -> tuple[socket.socket, socket.socket] | None:
+    """Two ends that keep messages whole and take the longest ones; None where that is not allowed."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    for end in ends:
+        try:
+            end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, MOST_REQUEST_BYTES)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST_REQUEST_BYTES)
+    if all(end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2 * MOST_REQUEST_BYTES for end in ends):
+        return ends
+    for end in ends:
+        end.close()
+    return None
+
+
 def terminate() -> None:
-    """Have the session end, as an unmount does. Requests that were taken are answered."""
+    """Have the session end, as an unmount does. Requests that are worked on are answered."""
     pyfuse3.terminate()
 
 

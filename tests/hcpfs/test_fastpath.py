@@ -394,6 +394,99 @@ def test_the_unmount_is_told(busy: bool) -> None:
     shows(test)
 
 
+def test_the_unmount_is_told_when_the_connection_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says ECONNABORTED to who has just begun to read then, which a socket does not."""
+    real = os.readv
+
+    def readv(fd: int, buffers: list[bytearray]) -> int:
+        length = real(fd, buffers)
+        raise OSError(errno.ECONNABORTED, f"aborted, {length} bytes are lost")
+
+    monkeypatch.setattr(os, "readv", readv)
+
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(82, 0, 1))
+        await scene.unmounted.wait()
+
+    shows(test)
+
+
+def test_while_libfuse_has_a_request_nobody_stays_awake_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    monkeypatch.setattr(fastpath, "time", clock)
+    for name in ("MOST_SECONDS", "MOST_SECONDS_PASSED", "PATIENCE_SECONDS"):
+        monkeypatch.setattr(fastpath, name, 1000.0)
+
+    async def test(scene: Scene) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        scene.path._patience = 1000.0
+        began = clock.now
+        scene.kernel.send(request(GETATTR, 83))
+        await scene.message(scene.libfuse)
+        scene.libfuse.send(struct.pack("=IiQ", 16, 0, 83))
+        assert await scene.answer() == (83, 0, b"")
+        assert clock.now - began < 1.0
+
+    shows(test)
+
+
+def test_others_run_sooner_while_libfuse_has_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered amid requests without end, within a few of them."""
+    clock = _Clock()
+    monkeypatch.setattr(fastpath, "time", clock)
+    monkeypatch.setattr(fastpath, "MOST_SECONDS", 1000.0)
+    monkeypatch.setattr(fastpath, "MOST_SECONDS_PASSED", 4 * _Clock.step)
+
+    async def test(scene: Scene) -> None:
+        requests = 0
+
+        def read_nowait(offset: int, length: int) -> bytes:
+            nonlocal requests
+            requests += 1
+            if requests == 100:
+                scene.kernel.send(request(GETATTR, 84))
+            if requests < 1000:
+                scene.kernel.send(read(1000 + requests, 0, 1))
+            return b"x"
+
+        monkeypatch.setattr(scene.file, "read_nowait", read_nowait)
+        scene.kernel.send(read(1000, 0, 1))
+        await scene.message(scene.libfuse)
+        assert 100 <= requests < 120
+
+    shows(test)
+
+
+def test_an_answer_in_very_many_parts_is_put_together() -> None:
+    async def test(scene: Scene) -> None:
+        for unique, count in ((85, 1023), (86, 1024), (87, 5000)):
+            parts = [bytes([number % 251]) for number in range(count)]
+            scene.file.read_nowait = lambda offset, length, parts=parts: list(parts)
+            scene.kernel.send(read(unique, 0, count))
+            assert await scene.answer() == (unique, 0, b"".join(parts))
+
+    shows(test)
+
+
+def test_an_answer_that_the_kernel_refuses_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.writev
+
+    def writev(fd: int, parts: list[bytes]) -> int:
+        if struct.unpack_from("=8xQ", parts[0]) == (88,) and len(parts) > 1:
+            raise OSError(errno.EINVAL, "refused")
+        return real(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(88, 0, 1))
+        assert await scene.answer() == (88, -errno.EIO, b"")
+        scene.kernel.send(read(89, 0, 1))
+        assert (await scene.answer())[:2] == (89, 0)
+
+    shows(test)
+
+
 def test_an_answer_that_nobody_waits_for_any_more_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who had asked was interrupted: the kernel says ENOENT then, which a socket does not."""
     real = os.writev
