@@ -2,7 +2,8 @@
 
 The seam: libfuse does nothing with its descriptor of /dev/fuse but read requests and write answers, whole ones. So once
 it has mounted, another descriptor takes its number: one end of a socket, at whose other end the fast path is. Before
-the unmount it gets its own back. Where that descriptor is not to be found, pyfuse3 serves alone, with its plain loop.
+the unmount it gets its own back. Where that descriptor is not to be found, or a socket may not take the longest
+message, pyfuse3 serves alone, with its plain loop.
 """
 
 import logging
