@@ -18,8 +18,9 @@ from pyroaring import BitMap64
 from cow.device import File
 from cow.errors import CowError
 from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, pieces, runs_of, split
+from cow.offload import MOST_CHUNKS_HERE
 
-MOST_CHUNKS = 4096  # that gather: 16 MiB. As much again may be on its way to the device
+MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
 ENOUGH_CHUNKS = 1024  # that are worth a commit
 LINGER_SECONDS = 0.01  # for more to come, when there are not enough
 _WRITE_CHUNKS = 256  # in one write to the device: 1 MiB
@@ -58,6 +59,8 @@ class _Generation:
         self.chunks: dict[int, Content] = {}
         self.weight = 0  #: what it takes in memory, in chunks; twice that at most
         self._kept_chunks = 0  #: of the writes that the views are of, also where they were written over since
+        self.arrived = trio.Event()  #: fires when something is put into it
+        self.hurry = trio.Event()  #: fires when it shall not wait for more
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
@@ -124,7 +127,8 @@ class Behind:
     """The buffer of one image, called `label`. Trio thread only; `run` must be running.
 
     `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
-    OSError, that is all of it. `on_trouble` is told, with a sentence, when what was acknowledged is not taken, and
+    OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
+    full empties it. `on_trouble` is told, with a sentence, when what was acknowledged is not taken, and
     `on_change` by how many chunks there are more in memory: a long write counts whole while a chunk of it waits.
     """
 
@@ -134,15 +138,17 @@ class Behind:
         take: Callable[[Contents], Awaitable[Untaken]],
         on_trouble: Callable[[str], None],
         on_change: Callable[[int], None] = lambda chunks: None,
+        *,
+        is_in_memory: bool = False,
     ) -> None:
         self._label = label
         self._take = take
         self._on_trouble = on_trouble
         self._on_change = on_change
+        self._is_in_memory = is_in_memory
+        self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
         self._leaving = _Generation()  #: on its way to the device; older than what gathers
-        self._arrived = trio.Event()  #: something gathers
-        self._hurry = trio.Event()  #: and shall not wait for more
         self._failing = False  #: whether not all was taken the last time
 
     @property
@@ -173,15 +179,18 @@ class Behind:
     @property
     def is_full(self) -> bool:
         """Whether there is no `room` for a write."""
-        return self._gathering.weight >= MOST_CHUNKS
+        return self._gathering.weight >= self._most_chunks
 
     async def room(self) -> None:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
-            self._arrived.set()  # what was not taken the last time does not count as arrived
-            self._hurry.set()
-            await full.taken.wait()
+            if self._is_in_memory:
+                await self._bring(full)
+            else:
+                full.arrived.set()  # what was not taken the last time does not count as arrived
+                full.hurry.set()
+                await full.taken.wait()
             if self._failing:
                 await full.done.wait()
                 if self.is_full:
@@ -195,10 +204,10 @@ class Behind:
         weight = gathering.weight
         if weight != before:
             self._on_change(weight - before)
-        if not self._arrived.is_set():
-            self._arrived.set()
+        if not gathering.arrived.is_set():
+            gathering.arrived.set()
         if weight >= ENOUGH_CHUNKS:
-            self._hurry.set()
+            gathering.hurry.set()
 
     def forget(self) -> None:
         """Nobody wants what is in memory any more, nor will put anything there."""
@@ -214,22 +223,36 @@ class Behind:
         """
         for generation in (self._leaving, self._gathering):
             if generation.chunks:
-                if generation is self._gathering:
-                    self._arrived.set()
-                    self._hurry.set()
+                generation.arrived.set()
+                generation.hurry.set()
+                await _in_place(generation)
+
+    async def flush(self) -> None:
+        """As `drain`, without waking anybody for it: it must not be cancelled before the buffer is forgotten."""
+        for generation in (self._leaving, self._gathering):
+            if generation.chunks:
+                await self._bring(generation)
                 await _in_place(generation)
 
     async def run(self) -> None:
         """Have taken what gathers, until cancelled."""
         while True:
-            await self._arrived.wait()
+            gathering = self._gathering
+            await gathering.arrived.wait()
             with trio.move_on_after(LINGER_SECONDS):
-                await self._hurry.wait()
+                await gathering.hurry.wait()
+            await self._bring(gathering)
+
+    async def _bring(self, generation: _Generation) -> None:
+        """Have a generation taken, unless somebody else has."""
+        while self._leaving.chunks and not generation.taken.is_set():
+            await self._leaving.done.wait()
+        if not generation.taken.is_set():
             await self._flush()
 
     async def _flush(self) -> None:
         taken = self._leaving = self._gathering
-        self._gathering, self._arrived, self._hurry = _Generation(), trio.Event(), trio.Event()
+        self._gathering = _Generation()
         taken.taken.set()
         taken.error = CowError("hcpfs was stopped before")  # until we know better
         left = Untaken(taken.chunks, None)
@@ -258,7 +281,8 @@ class Behind:
 
 
 async def _in_place(generation: _Generation) -> None:
-    await generation.done.wait()
+    if not generation.done.is_set():
+        await generation.done.wait()
     error = generation.error
     kept = "are still in memory" if generation.is_kept else "were dropped"
     sentence = f"writes that were acknowledged {kept}: {error}"
@@ -331,6 +355,6 @@ def rows(contents: Contents) -> list[Run]:
     """The chunks, ascending, in runs that can be written at once. One that is not whole is by itself."""
     parts = [chunk for chunk, content in contents.items() if isinstance(content, Part)]
     found: list[Run] = []
-    for run in runs_of(BitMap64(contents) - BitMap64(parts)):
+    for run in runs_of(BitMap64(contents) - BitMap64(parts) if parts else BitMap64(contents)):
         found += pieces(run, _WRITE_CHUNKS) if run.chunks > _WRITE_CHUNKS else (run,)
     return sorted([*found, *(Run(chunk, 1) for chunk in parts)]) if parts else found

@@ -13,6 +13,7 @@ import trio
 
 from cow.device import FULL
 from cow.geometry import runs_of
+from cow.holding import holding
 from cow.journal import FILE_BYTES, Journal, Kind, Record
 from cow.layer import Layer, pinned
 from cow.layermap import MapImage
@@ -71,7 +72,7 @@ class Commits:
         The data that the records speak of must be durable already. Raises OSError or CowError; nothing is applied
         then.
         """
-        async with self._lock:
+        async with holding(self._lock):
             for record in records:
                 await self._append(record)
             apply()

@@ -65,6 +65,11 @@ def split(offset: int, length: int) -> Split:
 
 def runs_of(chunks: BitMap64) -> Iterator[Run]:
     """The maximal runs of a set of chunks, ascending. Does not look at every chunk."""
+    if not chunks:
+        return iter(())
+    first, count = chunks.min(), len(chunks)
+    if chunks.max() - first < count:
+        return iter((Run(first, count),))
     firsts, lasts = chunks - chunks.shift(1), chunks - chunks.shift(-1)
     return (Run(first, last - first + 1) for first, last in zip(firsts, lasts, strict=True))
 

@@ -31,9 +31,10 @@ from cow.errors import (
     printable,
 )
 from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
+from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
-from cow.offload import MOST_CHUNKS_HERE, offload
+from cow.offload import is_short, offload
 from cow.origin import Origin
 from cow.space import Space
 
@@ -76,7 +77,7 @@ class Image:
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
         self._write_behind = write_behind
         label = f"image {printable(origin.name)} of snapshot {snapshot}"
-        self._behind = Behind(label, self._take, on_trouble, self._wait_in_memory)
+        self._behind = Behind(label, self._take, on_trouble, self._wait_in_memory, is_in_memory=delta.is_in_memory)
         self._running = trio.CancelScope()
         self._layers: list[Layer] = []  #: as of `_layout` of the origin
         self._layout = -1
@@ -347,7 +348,7 @@ class Image:
         self, contents: Contents, room: Callable[[int], AbstractAsyncContextManager[None]]
     ) -> None:
         chunks = BitMap64(contents)
-        async with self._changing:
+        async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             if self._has_much_to_commit:
                 await self._commit()  # in vain the last time, when the store failed
@@ -362,7 +363,7 @@ class Image:
                 await self._commit()
 
     def _is_short(self, chunks: BitMap64) -> bool:
-        return self.delta.is_in_memory and len(chunks) <= MOST_CHUNKS_HERE
+        return self.delta.is_in_memory and is_short(chunks)
 
     @property
     def _has_much_to_commit(self) -> bool:
@@ -423,8 +424,8 @@ class Image:
 
         Raises InvalidSnapshotError when the snapshot was given up, OSError or SyncError when the store fails.
         """
-        await self._behind.drain()
-        async with self._changing:
+        await self._behind.flush()
+        async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             await self._commit()
 

@@ -200,6 +200,8 @@ class Layer:
 
     def write_sums_of(self, runs: Sequence[Run], sums: bytes) -> None:
         """Put the checksums of several runs, ascending, into their slots: those of one page with one write."""
+        if len(runs) == 1:
+            return self.write_sums(runs[0].first, sums)
         file, at = self._file("sums", create=True), 0
         for _, group in groupby(runs, lambda run: run[0] // _SUM_PAGE_CHUNKS):
             near = list(group)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
 import trio
+from pyroaring import BitMap64
 
 MOST_CHUNKS_HERE = 64  # about half a millisecond of work
+MOST_IN_ONE_RUN = 512  # the same
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -21,3 +23,9 @@ async def offload(function: Callable[[*Ts], T], *arguments: *Ts, here: bool) -> 
         await trio.lowlevel.checkpoint_if_cancelled()
         return function(*arguments)
     return await trio.to_thread.run_sync(function, *arguments)
+
+
+def is_short(chunks: BitMap64) -> bool:
+    """Whether work on these chunks, at least one, may be done here."""
+    count = len(chunks)
+    return count <= MOST_CHUNKS_HERE or (count <= MOST_IN_ONE_RUN and chunks.max() - chunks.min() < count)

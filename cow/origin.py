@@ -22,7 +22,7 @@ from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
-from cow.offload import MOST_CHUNKS_HERE, offload
+from cow.offload import is_short, offload
 from cow.preserver import Preserver
 
 
@@ -47,6 +47,7 @@ class Origin:
         *,
         read_only: bool,
         write_behind: bool,
+        store_is_in_memory: bool,
     ) -> None:
         self.id = row.id
         self.name = row.name
@@ -61,7 +62,8 @@ class Origin:
         self._preserver = preserver
         self._read_only = read_only
         self._write_behind = write_behind
-        self._behind = Behind(device.label, self._take, on_trouble)
+        is_in_memory = store_is_in_memory and device.is_in_memory
+        self._behind = Behind(device.label, self._take, on_trouble, is_in_memory=is_in_memory)
 
     # -- the live image ------------------------------------------------------------------------------------------
 
@@ -158,9 +160,9 @@ class Origin:
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
-        await self._preserver.preserve(self, BitMap64(contents))
-        short = self.device.is_in_memory and len(contents) <= MOST_CHUNKS_HERE
-        return await offload(write_out, self.device, contents, here=short)
+        chunks = BitMap64(contents)
+        await self._preserver.preserve(self, chunks)
+        return await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
 
     async def drain(self) -> None:
         """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
@@ -168,7 +170,7 @@ class Origin:
 
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3"""
-        await self._behind.drain()
+        await self._behind.flush()
         await offload(self.device.sync, here=self.device.is_in_memory)
 
     @property

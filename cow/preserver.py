@@ -1,8 +1,8 @@
 """The preserver: copies old bytes of the origins into the newest layers before they are overwritten. # I1
 
-Writers that need chunks preserved join the next batch and wait. One task takes a batch at a time: read the old bytes,
-write them to the layers, make them durable, commit once for all, wake the writers. While a batch is being committed
-the next one gathers, so the number of syncs follows the disk and not the number of writes.
+Writers that need chunks preserved join the next batch. One batch is taken at a time: read the old bytes, write them to
+the layers, make them durable, commit once for all, wake the writers. The first writer takes its own; while that is
+being committed the next one gathers, so the number of syncs follows the disk and not the number of writes.
 
 The origin comes first (I8). Chunks that cannot be kept because a disk fails are recorded as lost, so that reading them
 gives EIO; where that cannot be recorded either, the snapshots that need them are given up. When there is no room the
@@ -24,9 +24,10 @@ from cow.commits import Commits
 from cow.device import FULL
 from cow.errors import CowError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
+from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import SUM_BYTES, Layer, pinned
-from cow.offload import MOST_CHUNKS_HERE, offload
+from cow.offload import is_short, offload
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
@@ -130,7 +131,8 @@ class Preserver:
         self._give_up = give_up
         self._on_lost = on_lost
         self._next = _Batch()
-        self._arrived = trio.Event()
+        self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
+        self._turn = trio.Lock()  #: of the one whose batch is taken
 
     async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
         """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
@@ -141,8 +143,12 @@ class Preserver:
         while missing := origin.unpreserved(chunks):
             batch = self._next
             batch.wanted[origin] = batch.wanted.get(origin, BitMap64()) | missing
-            self._arrived.set()
-            await batch.done.wait()
+            if self._turn.locked():
+                self._arrived.set()
+                await batch.done.wait()
+            else:
+                async with holding(self._turn):
+                    await self._take_next()
             if isinstance(batch.error, StoreFullError):
                 raise StoreFullError(str(batch.error)) from batch.error
             if batch.error is not None:
@@ -152,17 +158,22 @@ class Preserver:
                 ) from batch.error
 
     async def run(self) -> None:
-        """Take batches until cancelled."""
+        """Take the batches that gathered while another was taken, until cancelled."""
         while True:
             await self._arrived.wait()
-            self._arrived = trio.Event()
-            batch, self._next = self._next, _Batch()
-            try:
-                await self._take(batch)
-            except (CowError, OSError) as error:
-                batch.error = error
-            finally:
-                batch.done.set()
+            async with holding(self._turn):
+                self._arrived = trio.Event()
+                if self._next.wanted:
+                    await self._take_next()
+
+    async def _take_next(self) -> None:
+        batch, self._next = self._next, _Batch()
+        try:
+            await self._take(batch)
+        except (CowError, OSError) as error:
+            batch.error = error
+        finally:
+            batch.done.set()
 
     async def _take(self, batch: _Batch) -> None:
         most = MOST_CHUNKS
@@ -196,9 +207,8 @@ class Preserver:
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
         """Have the jobs copied, in a thread, and commit what became of them."""
         with pinned([job.layer for job in jobs]):
-            short = sum(len(job.chunks) for job in jobs) <= MOST_CHUNKS_HERE
-            in_memory = all(job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
-            records = await offload(_records_of, copy, jobs, here=short and in_memory)
+            here = all(is_short(job.chunks) and job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
+            records = await offload(_records_of, copy, jobs, here=here)
             await self._commits.commit(records, lambda: self._apply(jobs))
 
     def _apply(self, jobs: list[_Job]) -> None:

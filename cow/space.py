@@ -12,8 +12,9 @@ a journal file, a clean stop. It is let go for those moments only.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
 
 import trio
 
@@ -158,25 +159,26 @@ class Space:
                 f"remove snapshots, or mount with a larger quota"
             )
 
-    @asynccontextmanager
-    async def room(self, count: int) -> AsyncIterator[None]:
+    def room(self, count: int) -> "Room":
         """Around writing up to `count` bytes: old bytes of the origin.
 
         Raises QuotaError when the store would pass its quota. What the file system has left shows when it is written.
         """
-        await self._check_quota(count, 100)
-        async with self.keeping(count):
-            yield
+        return Room(self, count, self._check_for_old_bytes)
 
-    @asynccontextmanager
-    async def room_for_write(self, count: int) -> AsyncIterator[None]:
+    def room_for_write(self, count: int) -> "Room":
         """Around writing up to `count` bytes: a snapshot's own writes, which leave a margin for the origin's old bytes.
 
         Raises QuotaError or StoreFullError when only the margin is left.
         """
-        await self.check_for_write(count)
-        async with self.keeping(count):
-            yield
+        return Room(self, count, self.check_for_write)
+
+    def keeping(self, count: int) -> "Room":
+        """Around writing up to `count` bytes for which there is room."""
+        return Room(self, count, None)
+
+    async def _check_for_old_bytes(self, count: int) -> None:
+        await self._check_quota(count, 100)
 
     def is_roomy(self, chunks: int) -> bool:
         """Whether so many chunks of a snapshot's own writes find room, with much to spare.
@@ -230,16 +232,15 @@ class Space:
                     f"with a larger quota"
                 )
 
-    @asynccontextmanager
-    async def keeping(self, count: int) -> AsyncIterator[None]:
-        """Around writing up to `count` bytes for which there is room."""
+    def open_promise(self, count: int) -> None:
+        """Up to `count` bytes are about to be written; followed by `keep_promise`, whatever comes between."""
         self._open += count
-        try:
-            yield
-        finally:
-            self._open -= count
-            self._promised += count
-            self._plenty -= -(-count // CHUNK_BYTES)
+
+    def keep_promise(self, count: int) -> None:
+        """They are written, or some of them."""
+        self._open -= count
+        self._promised += count
+        self._plenty -= -(-count // CHUNK_BYTES)
 
     def let_go(self) -> None:
         """Give the reserve back to the file system. Blocks."""
@@ -267,3 +268,24 @@ class Space:
             file.close()
         self.holding_back = True
         return True
+
+
+class Room:
+    """Room for a write, while it is made: an asynchronous context manager, which looks for it when it is entered."""
+
+    __slots__ = ("_check", "_count", "_space")
+
+    def __init__(self, space: Space, count: int, check: Callable[[int], Awaitable[None]] | None) -> None:
+        self._space = space
+        self._count = count
+        self._check = check
+
+    async def __aenter__(self) -> None:
+        if self._check is not None:
+            await self._check(self._count)
+        self._space.open_promise(self._count)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._space.keep_promise(self._count)

@@ -319,6 +319,7 @@ class Store:
                     read_only=self.read_only,
                     # Where a full store stops the writer, the writer has to be there to be told.
                     write_behind=self._write_behind and self.on_full is not OnFull.BLOCK_WRITES,
+                    store_is_in_memory=self._layers_directory.is_in_memory,
                 )
             )
 

@@ -8,13 +8,15 @@ libfuse holds to be its /dev/fuse, and its answers are passed back.
 Who has the turn reads requests. A request that has to wait for something makes its task give the turn to another.
 
 When there is no request, the next one is waited for awake for a moment: for those who send one at a time, to sleep
-between two and to be woken takes both sides longer than the request does. When none comes in that time, nobody is
-waited for in this way until requests follow each other closely again.
+between two and to be woken takes both sides longer than the request does. When none comes in that time, or the
+processor is wanted by others, nobody is waited for in this way until requests follow each other closely again. Then the
+kernel's queue alone is waited for, for as long as trio may do without us, and only after that trio with all it has.
 """
 
 import errno
 import logging
 import os
+import select
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
@@ -40,6 +42,8 @@ from hcpfs.tree import Handle
 MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
 MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take two visits each
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
+CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: it would be taken from those who ask
+DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -83,6 +87,9 @@ class FastPath:
         self._taken = False  #: whether somebody has the turn
         self._ended = False
         self._patience = 0.0
+        self._crowded_until = 0.0  #: others want the processor
+        self._poll = select.poll()
+        self._poll.register(kernel, select.POLLIN)
         self._until = 0.0  #: when trio is to be visited
 
     async def serve(self) -> None:
@@ -137,7 +144,7 @@ class FastPath:
         kernel, request, into = self._kernel, self._request, [self._request]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
         answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
-        impatient = 0.0
+        impatient = looked = 0.0
         while True:
             now = monotonic()
             if now >= self._until or self._ended:
@@ -145,9 +152,16 @@ class FastPath:
             try:
                 length = readv(kernel, into)
             except BlockingIOError:
-                impatient = impatient or now + (0.0 if self._working or self._passed else self._patience)
-                if now >= impatient:
+                if self._working or self._passed:
                     return self._sleep()
+                if impatient and now - looked > PATIENCE_SECONDS:  # the processor was taken from us meanwhile
+                    self._crowded_until = now + CROWDED_SECONDS
+                    impatient = now
+                impatient, looked = impatient or now + self._patience, now
+                if now >= impatient:
+                    if not self._doze():
+                        return self._sleep()
+                    impatient = 0.0
                 continue
             except OSError as error:
                 if error.errno == errno.ENOENT:
@@ -177,14 +191,27 @@ class FastPath:
         await trio.lowlevel.checkpoint()
         self._until = time.monotonic() + (MOST_SECONDS_PASSED if self._passed else MOST_SECONDS)
 
+    def _doze(self) -> bool:
+        """Sleep until there is a request, for as long as others can do without trio; whether there is one."""
+        began = time.monotonic()
+        if not self._poll.poll(DOZE_MILLISECONDS):
+            return False
+        self._note_wait(began, time.monotonic())
+        return True
+
     async def _sleep(self) -> None:
-        """Sleep until there is a request."""
+        """Sleep until there is a request, while everything else runs."""
         began = time.monotonic()
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._kernel)
         now = time.monotonic()
-        self._patience = PATIENCE_SECONDS if now - began < PATIENCE_SECONDS else 0.0
+        self._note_wait(began, now)
         self._until = now + MOST_SECONDS
+
+    def _note_wait(self, began: float, ended: float) -> None:
+        """Whether to stay awake for the next request is seen from how long this one took to come."""
+        soon = ended - began < PATIENCE_SECONDS and ended >= self._crowded_until
+        self._patience = PATIENCE_SECONDS if soon else 0.0
 
     async def _end_of_session(self) -> None:
         self._ended = True

@@ -14,7 +14,7 @@ ROOT = COW.parent
 
 # Each module may import only from rows above its own; modules of one row do not import each other.
 LAYERS = [
-    {"cow.errors", "cow.offload", "cow.rowsum"},
+    {"cow.errors", "cow.holding", "cow.offload", "cow.rowsum"},
     {"cow.geometry"},
     {"cow.device"},
     {"cow.behind", "cow.catalog", "cow.elsewhere", "cow.fingerprint", "cow.gate", "cow.journal", "cow.layermap"},

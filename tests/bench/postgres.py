@@ -1,6 +1,7 @@
 """PostgreSQL in an ext4 on a loop device: on live images with 1 and with 10 snapshots, and without hcpfs.
 
-All three are copies of one disk with one database. Each round begins with a new snapshot, and the oldest goes.
+All are copies of one disk with one database. Each round begins with a new snapshot, and the oldest goes. The ceiling is
+a FUSE server in C that keeps no old bytes.
 """
 
 import re
@@ -10,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from tests.bench.plan import GIB, LOOP, ONE, TEN
+from tests.bench.plan import GIB, LOOP, ONE, PASSTHROUGH, TEN
 from tests.bench.rounds import AbsentError, Measured, Turn
 from tests.bench.scene import Scene, Snapshots, scene
 from tests.support.sandbox import run
@@ -39,6 +40,9 @@ def measure(measured: Measured) -> None:
             for server, count in SNAPSHOTS.items()
         }
         images |= {server: served.live for server, served in mounts.items()}
+        if here.plan.ceilings:
+            here.start(disk, PASSTHROUGH)  # over a copy
+        images |= here.images
         turns: dict[str, Turn] = {}
         for number, (server, image) in enumerate(images.items()):
             root = running.enter_context(here.on_loop(image, f"pg{number}"))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from cow.device import OriginDevice
 from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
 from cow.image import MOST_WAITING_CHUNKS, Image
+from cow.offload import MOST_CHUNKS_HERE
 from cow.origin import Origin
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
@@ -118,6 +120,65 @@ def test_a_drain_of_what_is_on_its_way_takes_nothing_after_it(device: OriginDevi
             await trio.testing.wait_all_tasks_blocked(0.1)
             assert held.asked == [{0}]
             nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_sync_takes_what_gathers_there_itself(device: OriginDevice) -> None:
+    async def take(contents: Contents) -> Untaken:
+        return write_out(device, contents)
+
+    async def main() -> None:
+        behind = Behind("it", take, pytest.fail)
+        await _put(behind, 100, b"x" * CHUNK_BYTES)
+        await behind.flush()  # nobody runs it
+        assert behind.chunks == 0
+        assert device.pread(CHUNK_BYTES, 100) == b"x" * CHUNK_BYTES
+
+    trio.run(main)
+
+
+def test_a_sync_waits_for_what_somebody_else_takes_there(device: OriginDevice) -> None:
+    async def main() -> None:
+        held = _Held(device)
+        behind = Behind("it", held.take, pytest.fail)
+        done = list[int]()
+
+        async def sync(number: int) -> None:
+            await behind.flush()
+            done.append(number)
+
+        async with trio.open_nursery() as nursery:
+            await _put(behind, 0, b"x" * CHUNK_BYTES)
+            nursery.start_soon(sync, 1)
+            await trio.testing.wait_all_tasks_blocked()
+            await _put(behind, CHUNK_BYTES, b"y" * CHUNK_BYTES)
+            nursery.start_soon(sync, 2)
+            nursery.start_soon(sync, 3)
+            await trio.testing.wait_all_tasks_blocked()
+            assert held.asked == [{0}]
+            assert done == []
+            held.let_go.set()
+        assert held.asked == [{0}, {1}], "each once"
+        assert sorted(done) == [1, 2, 3]
+        assert device.pread(2 * CHUNK_BYTES, 0) == b"x" * CHUNK_BYTES + b"y" * CHUNK_BYTES
+
+    trio.run(main)
+
+
+def test_i6_in_memory_whoever_finds_the_buffer_full_empties_it(device: OriginDevice) -> None:
+    taken = list[int]()
+
+    async def take(contents: Contents) -> Untaken:
+        taken.append(len(contents))
+        return write_out(device, contents)
+
+    async def main() -> None:
+        behind = Behind("it", take, pytest.fail, is_in_memory=True)
+        for chunk in range(3 * MOST_CHUNKS_HERE):
+            await _put(behind, chunk * CHUNK_BYTES, bytes(CHUNK_BYTES))
+        assert taken == [MOST_CHUNKS_HERE] * 2
+        assert behind.chunks == MOST_CHUNKS_HERE
 
     trio.run(main)
 
@@ -358,6 +419,29 @@ def test_i8_a_clean_stop_empties_the_buffer(start: Callable[..., Engine], tmp_pa
     engine.close()
     assert (tmp_path / "disk.img").read_bytes() == b"x" * SIZE
     assert start().was_clean
+
+
+def test_in_memory_a_sync_waits_for_nothing_but_the_calls() -> None:
+    """Neither for a thread nor for another task: it is done when it is asked."""
+    with TemporaryDirectory(dir="/dev/shm") as path:
+        (Path(path) / "disk.img").write_bytes(os.urandom(SIZE))
+        engine = Engine(f"{path}/store", [Source(b"disk.img", f"{path}/disk.img")])
+        try:
+            image = _image(engine, b"a")
+            origin = engine.store.origins[0]
+
+            async def main() -> None:
+                for written in (origin, image):
+                    for offset in (4096, 4096 + 100):
+                        await written.write(offset, b"x" * 5000)
+                        with pytest.raises(StopIteration):
+                            written.sync().send(None)
+                        assert await written.read(offset, 5000) == b"x" * 5000
+
+            engine.call(main)
+            assert (Path(path) / "disk.img").read_bytes()[4096 + 100 :][:5000] == b"x" * 5000
+        finally:
+            engine.kill()
 
 
 @pytest.mark.parametrize(

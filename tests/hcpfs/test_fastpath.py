@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -244,6 +245,87 @@ def test_who_asks_again_soon_is_waited_for_awake(monkeypatch: pytest.MonkeyPatch
         await ask_when_all_sleep()
         assert len(sleeps) == 3
         assert sleeps[-1] - woken < 5.5, "after a long sleep nobody stays awake for another"
+
+    shows(test)
+
+
+def test_who_asks_again_a_little_later_is_waited_for_without_trio(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeps = 0
+    real = trio.lowlevel.wait_readable
+
+    async def wait_readable(what: int | socket.socket) -> None:
+        nonlocal sleeps
+        sleeps += isinstance(what, int)
+        await real(what)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    monkeypatch.setattr(fastpath, "DOZE_MILLISECONDS", 60_000)
+
+    async def test(scene: Scene) -> None:
+        scene.kernel.send(read(1, 0, 1))  # arrives before it sleeps
+        poll = scene.path._poll
+        asked = 0
+
+        class Poll:
+            def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+                nonlocal asked
+                asked += 1
+                if asked <= 5:
+                    scene.kernel.send(read(1 + asked, 0, 1))
+                return poll.poll(milliseconds if asked <= 5 else 0)
+
+        scene.path._poll = Poll()
+        assert [(await scene.answer())[0] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+        await trio.testing.wait_all_tasks_blocked()
+        assert (asked, sleeps) == (6, 1)
+
+    shows(test)
+
+
+def test_while_a_request_waits_for_something_nobody_sleeps_without_trio() -> None:
+    async def test(scene: Scene) -> None:
+        class Poll:
+            def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+                return pytest.fail("nothing else can run now")
+
+        await trio.testing.wait_all_tasks_blocked()
+        scene.path._poll = Poll()
+        scene.file.nowait = False
+        scene.kernel.send(fsync(1))
+        await trio.testing.wait_all_tasks_blocked()
+        scene.path._poll = select.poll()
+        scene.file.goes_on.set()
+        assert (await scene.answer())[0] == 1
+
+    shows(test)
+
+
+def test_a_processor_that_others_want_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    monkeypatch.setattr(fastpath, "time", clock)
+    monkeypatch.setattr(fastpath, "MOST_SECONDS", 3600.0)
+    monkeypatch.setattr(fastpath, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(fastpath, "CROWDED_SECONDS", 100.0)
+
+    async def test(scene: Scene) -> None:
+        async def seconds_awake(unique: int) -> float:
+            await trio.testing.wait_all_tasks_blocked()
+            scene.kernel.send(read(unique, 0, 1))
+            began = clock.now
+            await scene.answer()
+            await trio.testing.wait_all_tasks_blocked()
+            return clock.now - began
+
+        def take_the_processor() -> None:
+            clock.now += 2.0
+
+        assert await seconds_awake(1) > 1.0, "undisturbed it stays awake for the next"
+        clock.due, clock.arrive = clock.now + 0.5, take_the_processor
+        assert await seconds_awake(2) < 3.0, "not any more when it notices"
+        assert await seconds_awake(3) < 0.5, "nor for a while after that"
+        clock.now += 100.0
+        await seconds_awake(4)
+        assert await seconds_awake(5) > 1.0
 
     shows(test)
 
