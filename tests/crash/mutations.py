@@ -138,8 +138,8 @@ ORDER = [
     Edit(
         "a commit is applied before it is durable",
         "commits:Commits.commit",
-        "        async with self._lock:\n",
-        "        async with self._lock:\n            apply()\n",
+        "        async with holding(self._lock):\n",
+        "        async with holding(self._lock):\n            apply()\n",
     ),
     Edit(
         "the origin is overwritten before the old bytes are preserved",
@@ -157,13 +157,13 @@ ORDER = [
     Edit(
         "what was buffered overwrites the origin before the old bytes are preserved",
         "origin:Origin._take",
-        "        await self._preserver.preserve(self, BitMap64(contents))\n",
-        "        write_out(self.device, contents)\n        await self._preserver.preserve(self, BitMap64(contents))\n",
+        "        await self._preserver.preserve(self, chunks)\n",
+        "        write_out(self.device, contents)\n        await self._preserver.preserve(self, chunks)\n",
     ),
     Edit(
         "old bytes of what was buffered are not preserved at all",
         "origin:Origin._take",
-        "        await self._preserver.preserve(self, BitMap64(contents))\n",
+        "        await self._preserver.preserve(self, chunks)\n",
         "",
     ),
     Edit(
@@ -220,8 +220,8 @@ ORDER = [
         "self._layout != self.origin.layout",
         "self._layout < 0",
     ),
-    Edit("a sync does not wait for the buffer", "origin:Origin.sync", "        await self._behind.drain()\n", ""),
-    Edit("a sync of an image does not wait for it", "image:Image.sync", "        await self._behind.drain()\n", ""),
+    Edit("a sync does not wait for the buffer", "origin:Origin.sync", "        await self._behind.flush()\n", ""),
+    Edit("a sync of an image does not wait for it", "image:Image.sync", "        await self._behind.flush()\n", ""),
     Edit(
         "reads of an image pass over the buffer",
         "image:Image.read_waiting",
