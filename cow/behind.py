@@ -66,7 +66,7 @@ class _Generation:
         self.error: Exception | None = None
         self.is_kept = True  #: whether, after an error, it is in memory yet
 
-    def put(self, offset: int, data: bytes) -> None:
+    def put(self, offset: int, data: bytes | memoryview) -> None:
         if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES:
             self.chunks[offset // CHUNK_BYTES] = data
         else:
@@ -77,7 +77,7 @@ class _Generation:
         count = len(self.chunks)
         self.weight = count if count > self._kept_chunks else self._kept_chunks
 
-    def _put_long(self, offset: int, data: bytes) -> None:
+    def _put_long(self, offset: int, data: bytes | memoryview) -> None:
         head, body, tail = split(offset, len(data))
         view = memoryview(data)
         if head:
@@ -145,7 +145,7 @@ class Behind:
         self._take = take
         self._on_trouble = on_trouble
         self._on_change = on_change
-        self._is_in_memory = is_in_memory
+        self.is_in_memory = is_in_memory
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
         self._leaving = _Generation()  #: on its way to the device; older than what gathers
@@ -185,7 +185,7 @@ class Behind:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
-            if self._is_in_memory:
+            if self.is_in_memory:
                 await self._bring(full)
             else:
                 full.arrived.set()  # what was not taken the last time does not count as arrived
@@ -253,6 +253,7 @@ class Behind:
     async def _flush(self) -> None:
         taken = self._leaving = self._gathering
         self._gathering = _Generation()
+        taken.arrived.set()  # so that `run` looks for the next one; what was not taken before has not arrived
         taken.taken.set()
         taken.error = CowError("hcpfs was stopped before")  # until we know better
         left = Untaken(taken.chunks, None)
@@ -294,7 +295,7 @@ async def _in_place(generation: _Generation) -> None:
         raise again from error
 
 
-def contents_of(offset: int, data: bytes) -> Contents:
+def contents_of(offset: int, data: bytes | memoryview) -> Contents:
     """A write, chunk by chunk."""
     generation = _Generation()
     generation.put(offset, data)

@@ -11,7 +11,7 @@ apart from damage.
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import cast
 
 import trio
@@ -30,13 +30,15 @@ from cow.errors import (
     SuspectError,
     printable,
 )
-from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, runs_of, split
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
-from cow.offload import is_short, offload
+from cow.offload import MOST_CHUNKS_HERE, is_short, offload
 from cow.origin import Origin
-from cow.space import Space
+from cow.space import Room, Space
+
+Extents = list[tuple[Run, list[Whole]]]  # runs, ascending, and the contents of their chunks
 
 MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
@@ -278,7 +280,7 @@ class Image:
             return None
         if not self._write_behind or self._layout != self.origin.layout:  # perhaps the snapshot was given up
             return None
-        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS:
+        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS or self._is_long(length):
             return None
         if not self._space.is_roomy(length // CHUNK_BYTES):
             return None
@@ -296,8 +298,8 @@ class Image:
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
-    async def write_waiting(self, offset: int, data: bytes) -> int:
-        """As `write`, for what cannot be done without waiting."""
+    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
+        """As `write`, for what cannot be done without waiting. A view's memory must stay as it is until the return."""
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
         if offset + len(data) > self.size_bytes:
@@ -305,6 +307,10 @@ class Image:
         if not data:
             return 0
         self.layers()  # raises when the snapshot was given up
+        if self._is_long(len(data)) and not self._behind.holds(covering(offset, len(data))):
+            await self._write_long(offset, data)
+            self.delta.written_ns = time.time_ns()
+            return len(data)
         contents = contents_of(offset, data)
         if self._write_behind and self._space.waiting_chunks < MOST_WAITING_CHUNKS:  # of all images together # I6
             await self._check_parts(contents)
@@ -316,6 +322,26 @@ class Image:
             await self._write_into_delta(contents, self._space.room_for_write)
         self.delta.written_ns = time.time_ns()
         return len(data)
+
+    def _is_long(self, length: int) -> bool:
+        """Whether a write does not wait in memory: where that is all there is, to copy it would be to write it."""
+        return length > MOST_CHUNKS_HERE * CHUNK_BYTES and self.delta.is_in_memory
+
+    async def _write_long(self, offset: int, data: bytes | memoryview) -> None:
+        """Write into the delta at once: the whole chunks as they are, those at the ends filled up."""
+        await self._check_room(self.delta.new_bytes(chunks_in([covering(offset, len(data))])))
+        head, body, _ = split(offset, len(data))
+        view = memoryview(data)
+        for start, part in ((0, view[:head]), (head + body, view[head + body :])):
+            if part:
+                await self._write_into_delta(contents_of(offset + start, part), self._space.keeping)
+        run = covering(offset + head, body)
+        chunks: list[Whole] = [view[at : at + CHUNK_BYTES] for at in range(head, head + body, CHUNK_BYTES)]
+
+        async def extents() -> Extents:
+            return [(run, chunks)]
+
+        await self._change_delta(chunks_in([run]), self._space.keeping, extents)
 
     async def _check_parts(self, contents: Contents) -> None:
         """Raise when a partial chunk cannot be filled up: later it would keep all that waits from being written."""
@@ -344,15 +370,22 @@ class Image:
             return Untaken({}, error)  # nobody will ever read it
         return Untaken({}, None)
 
-    async def _write_into_delta(
-        self, contents: Contents, room: Callable[[int], AbstractAsyncContextManager[None]]
+    async def _write_into_delta(self, contents: Contents, room: Callable[[int], Room]) -> None:
+        async def extents() -> Extents:
+            whole = await self._filled_up(contents)
+            return [(run, [whole[chunk] for chunk in range(run.first, run.end)]) for run in rows(whole)]
+
+        await self._change_delta(BitMap64(contents), room, extents)
+
+    async def _change_delta(
+        self, chunks: BitMap64, room: Callable[[int], Room], extents: Callable[[], Awaitable[Extents]]
     ) -> None:
-        chunks = BitMap64(contents)
+        """Write `extents()`, which are the whole `chunks`, into the delta."""
         async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             if self._has_much_to_commit:
                 await self._commit()  # in vain the last time, when the store failed
-            whole = await self._filled_up(contents)
+            whole = await extents()
             async with room(self.delta.new_bytes(chunks)):
                 crowded = await self._announce(chunks)
                 with pinned([self.delta]):
@@ -369,14 +402,10 @@ class Image:
     def _has_much_to_commit(self) -> bool:
         return len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS
 
-    def _write_delta(self, chunks: BitMap64, whole: Mapping[int, Whole]) -> None:
+    def _write_delta(self, chunks: BitMap64, whole: Extents) -> None:
         try:
-            runs = rows(whole)
-            sums = [
-                self.delta.write_chunks(run.first, [whole[chunk] for chunk in range(run.first, run.end)])
-                for run in runs
-            ]
-            self.delta.write_sums_of(runs, b"".join(sums))
+            sums = [self.delta.write_chunks(run.first, contents) for run, contents in whole]
+            self.delta.write_sums_of([run for run, _ in whole], b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
             self.delta.rehash(chunks & self.delta.held)
@@ -443,4 +472,4 @@ class Image:
         self.delta.sync_data()
         if self.delta.sums_in_doubt:
             self.delta.rehash(self.delta.uncommitted | self.delta.intended)
-        return b"".join(self.delta.read_sums(run) for run in runs)
+        return self.delta.read_sums_of(runs)

@@ -203,22 +203,25 @@ class Layer:
         if len(runs) == 1:
             return self.write_sums(runs[0].first, sums)
         file, at = self._file("sums", create=True), 0
-        for _, group in groupby(runs, lambda run: run[0] // _SUM_PAGE_CHUNKS):
-            near = list(group)
-            first = near[0].first
-            length = (near[-1].end - first) * SUM_BYTES
+        for near, span in _by_sum_page(runs):
             with self._summing:
-                slots = bytearray(file.pread(length, first * SUM_BYTES)) if len(near) > 1 else bytearray()
-                slots.extend(bytes(length - len(slots)))
-                for start, chunks in near:
-                    place, size = (start - first) * SUM_BYTES, chunks * SUM_BYTES
+                slots = bytearray(file.pread(span.chunks * SUM_BYTES, span.first * SUM_BYTES) if len(near) > 1 else b"")
+                slots.extend(bytes(span.chunks * SUM_BYTES - len(slots)))
+                for first, chunks in near:
+                    place, size = (first - span.first) * SUM_BYTES, chunks * SUM_BYTES
                     slots[place : place + size] = sums[at : at + size]
                     at += size
-                file.pwrite(slots, first * SUM_BYTES)
+                file.pwrite(slots, span.first * SUM_BYTES)
+        return None
 
-    def read_sums(self, run: Run) -> bytes:
-        """The checksums of a run, from their slots."""
-        return self._file("sums").pread(run.chunks * SUM_BYTES, run.first * SUM_BYTES)
+    def read_sums_of(self, runs: Sequence[Run]) -> bytes:
+        """The checksums of several runs, ascending, from their slots: those of one page with one read."""
+        file, found = self._file("sums"), list[bytes]()
+        for near, span in _by_sum_page(runs):
+            slots = file.pread(span.chunks * SUM_BYTES, span.first * SUM_BYTES)
+            places = [((first - span.first) * SUM_BYTES, chunks * SUM_BYTES) for first, chunks in near]
+            found += [slots[place : place + size] for place, size in places]
+        return b"".join(found)
 
     def read(self, run: Run, *, nowait: bool = False) -> bytes:
         """Read whole chunks and check each against its checksum. # I4
@@ -492,6 +495,13 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
         directory.unlink(file)
     directory.close()
     layers.rmdir(name)
+
+
+def _by_sum_page(runs: Sequence[Run]) -> Iterator[tuple[list[Run], Run]]:
+    """Those whose checksums begin in the same page, and what they span."""
+    for _, group in groupby(runs, lambda run: run[0] // _SUM_PAGE_CHUNKS):
+        near = list(group)
+        yield near, Run(near[0].first, near[-1].end - near[0].first)
 
 
 def _segment_name(segment: int) -> str:

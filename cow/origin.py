@@ -22,7 +22,7 @@ from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
-from cow.offload import is_short, offload
+from cow.offload import MOST_CHUNKS_HERE, is_short, offload
 from cow.preserver import Preserver
 
 
@@ -107,7 +107,7 @@ class Origin:
                 return None
             self._behind.put(offset, data)
         else:
-            may_write = self._write_behind or self._is_preserved(offset, length)
+            may_write = (self._write_behind and not self._is_long(length)) or self._is_preserved(offset, length)
             if not may_write or not self.device.pwrite_nowait(data, offset):
                 return None
         self.modified_ns = time.time_ns()
@@ -123,8 +123,8 @@ class Origin:
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
-    async def write_waiting(self, offset: int, data: bytes) -> int:
-        """As `write`, for what cannot be done without waiting."""
+    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
+        """As `write`, for what cannot be done without waiting. A view's memory must stay as it is until the return."""
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
         if offset >= self.size_bytes:
@@ -140,8 +140,7 @@ class Origin:
                 await self._behind.room()
                 self._behind.put(offset, data)
             else:
-                if not self._write_behind:
-                    await self._preserver.preserve(self, chunks_in([run]))
+                await self._preserver.preserve(self, chunks_in([run]))
                 if not self.device.pwrite_nowait(data, offset):
                     await trio.to_thread.run_sync(self.device.pwrite, data, offset)
             self.modified_ns = time.time_ns()
@@ -156,7 +155,13 @@ class Origin:
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length <= CHUNK_BYTES:
             return self._behind.has(chunk) or not self._is_kept(chunk)
-        return self._behind.holds(covering(offset, length)) or not self._is_preserved(offset, length)
+        if self._behind.holds(covering(offset, length)):
+            return True
+        return not self._is_long(length) and not self._is_preserved(offset, length)
+
+    def _is_long(self, length: int) -> bool:
+        """Whether a write does not wait in memory: where that is all there is, to copy it would be to write it."""
+        return length > MOST_CHUNKS_HERE * CHUNK_BYTES and self._behind.is_in_memory
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""

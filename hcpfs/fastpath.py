@@ -44,6 +44,8 @@ MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take 
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
 CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: it would be taken from those who ask
 DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
+LONG_BYTES = 256 << 10  # of a write that has to wait: from here on it keeps the memory that it came in
+MOST_SPARE = 4  # of such memory, kept for the next ones
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -76,7 +78,7 @@ class FastPath:
         self._errno_of = errno_of
         self._on_unmount = on_unmount
         self._request = bytearray(MOST_REQUEST_BYTES)  #: whose turn it is reads it, and nobody after that
-        self._data = memoryview(self._request)[DATA_AT:]
+        self._spare: list[bytearray] = []  #: that take its place while a long write is worked on
         self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
         self._init = 0  #: the unique number of the request INIT
         self._passed: set[int] = set()  #: the unique numbers of the requests that libfuse has
@@ -243,18 +245,26 @@ class FastPath:
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
 
     def _write(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
-        data = self._data[:size]
+        data = memoryview(self._request)[DATA_AT : DATA_AT + size]
         try:
             written = self._handles[number].write_nowait(offset, data)
         except Exception as error:
             self._fail("write", unique, error)
             return None
         if written is None:
-            return self._write_waiting(unique, number, offset, bytes(data))
+            if size < LONG_BYTES:
+                return self._write_waiting(unique, number, offset, bytes(data))
+            lent, self._request = self._request, self._spare.pop() if self._spare else bytearray(MOST_REQUEST_BYTES)
+            return self._write_lent(unique, number, offset, data, lent)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
         return None
 
-    async def _write_waiting(self, unique: int, number: int, offset: int, data: bytes) -> None:
+    async def _write_lent(self, unique: int, number: int, offset: int, data: memoryview, lent: bytearray) -> None:
+        await self._write_waiting(unique, number, offset, data)
+        if len(self._spare) < MOST_SPARE:
+            self._spare.append(lent)
+
+    async def _write_waiting(self, unique: int, number: int, offset: int, data: bytes | memoryview) -> None:
         try:
             written = await self._handles[number].write_waiting(offset, data)
         except Exception as error:

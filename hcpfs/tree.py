@@ -100,8 +100,8 @@ class Handle(Protocol):
     def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
         """Write, where that needs no waiting, else None; short only at the end. A view's memory is not kept."""
 
-    async def write_waiting(self, offset: int, data: bytes) -> int:
-        """Write what could not be written without waiting."""
+    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
+        """Write what could not be written without waiting. A view's memory stays as it is until the return."""
 
     async def sync(self) -> None:
         """Make writes durable."""
@@ -116,7 +116,7 @@ class _ReadOnly:
     def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
         return None
 
-    async def write_waiting(self, offset: int, data: bytes) -> int:
+    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
         raise NotPermittedError(_READ_ONLY_TEXT)
 
     async def sync(self) -> None:
