@@ -2,9 +2,11 @@
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
-from cow import Source
+from cow import Source, image, origin
 from cow.image import Image
 from cow.origin import Origin
 from tests.support.engine import Engine
@@ -72,5 +74,22 @@ class EngineAgainstModel(Machine):
         return EngineDriver(content)
 
 
+class LongWritesAgainstModel(Machine):
+    """With short writes that count as long: in memory those go straight to where they belong."""
+
+    def make_driver(self, content: bytes) -> EngineDriver:
+        self._patches = ExitStack()
+        for module in (image, origin):
+            self._patches.enter_context(patch.object(module, "MOST_CHUNKS_HERE", 2))
+        return EngineDriver(content)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.driver is not None:
+            self._patches.close()
+
+
 EngineAgainstModel.TestCase.settings = machine_settings(60)
+LongWritesAgainstModel.TestCase.settings = machine_settings(60)
 test_i2_i9_the_engine_equals_the_model = EngineAgainstModel.TestCase
+test_i2_i9_the_engine_equals_the_model_when_writes_are_long = LongWritesAgainstModel.TestCase

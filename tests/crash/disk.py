@@ -122,12 +122,16 @@ def empty_state(content: bytes) -> State:
 
 
 class Disk(Io):
-    """The calls of `Io` on a `State`. `decide(call)` may return a Fault; `left_out(call)` tells what is not done."""
+    """The calls of `Io` on a `State`. `decide(call)` may return a Fault; `left_out(call)` tells what is not done.
 
-    def __init__(self, state: State, capacity_bytes: int = UNLIMITED) -> None:
+    With `in_memory` the engine takes it for a file system that waits for no disk.
+    """
+
+    def __init__(self, state: State, capacity_bytes: int = UNLIMITED, *, in_memory: bool = False) -> None:
         self.log: list[tuple[str, Any]] = []  #: ("begin", op), ("end", op) and ("mark", whatever a test put there)
         self.start = state
         self.capacity_bytes = capacity_bytes
+        self._in_memory = in_memory
         self.decide: Callable[[Call], Fault | None] | None = None
         self.left_out: Callable[[Call], bool] | None = None
         self.calls: Counter[Call] | None = None  #: set to have them counted
@@ -246,7 +250,7 @@ class Disk(Io):
         return Geometry(len(self._descriptors[fd].content), 512, is_block=False)
 
     def is_in_memory(self, fd: int) -> bool:
-        return False  # so that what blocks is done beside everything else, as on a real disk
+        return self._in_memory  # if not, what blocks is done beside everything else, as on a real disk
 
     def fstat(self, fd: int) -> Any:
         inode = self._descriptors[fd]

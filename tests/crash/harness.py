@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, flatten, journal, space
+from cow import behind, flatten, image, journal, origin, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -51,7 +51,10 @@ class _Inline:
 
 @contextmanager
 def small_and_deterministic() -> Iterator[None]:
-    """Small journal files, no threads, no waiting, layers merged at once, and trio's order of tasks from a seed."""
+    """Small journal files, no threads, no waiting, layers merged at once, and trio's order of tasks from a seed.
+
+    In memory a write of more than two chunks is a long one.
+    """
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(1)
     with (
@@ -64,6 +67,8 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(flatten, "PIECE_CHUNKS", 1),
         patch.object(flatten, "PUNCH_CHUNKS", 1),
         patch.object(flatten, "REST", 0),
+        patch.object(image, "MOST_CHUNKS_HERE", 2),
+        patch.object(origin, "MOST_CHUNKS_HERE", 2),
     ):
         yield
 
@@ -191,9 +196,10 @@ async def _examine(workload: Workload, found: Found, before: str) -> Disk:
 async def check_workloads(
     workloads: Iterable[Workload], random_: random.Random, tally: Tally, *, share: float = 1.0, doubles: float = 0.0
 ) -> None:
-    """Check many workloads, and the making of a store with the first."""
+    """Check many workloads, every other one as if all were in memory, and the making of a store with the first."""
     for number, workload in enumerate(workloads):
-        await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0)
+        disk = Disk(empty_state(CONTENT), in_memory=number % 2 == 1)
+        await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0, disk=disk)
 
 
 def sweep(part: int, parts: int, seed: int, share: float, doubles: float) -> Tally:

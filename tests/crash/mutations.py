@@ -144,15 +144,15 @@ ORDER = [
     Edit(
         "the origin is overwritten before the old bytes are preserved",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
-        "                    self.device.pwrite(data, offset)\n"
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                self.device.pwrite(data, offset)\n"
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
         "origin:Origin.write_waiting",
-        "                    await self._preserver.preserve(self, chunks_in([run]))\n",
-        "                    pass\n",
+        "                await self._preserver.preserve(self, chunks_in([run]))\n",
+        "                pass\n",
     ),
     Edit(
         "what was buffered overwrites the origin before the old bytes are preserved",
@@ -175,8 +175,8 @@ ORDER = [
     Edit(
         "a write of several chunks passes by an older one in the buffer",
         "origin:Origin._is_put_behind",
-        "self._behind.holds(covering(offset, length)) or ",
-        "",
+        "if self._behind.holds(covering(offset, length)):",
+        "if False:",
     ),
     Edit(
         "reads of the live image pass over the buffer",
@@ -211,7 +211,7 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "origin:Origin.write_nowait",
-        "self._write_behind or self._is_preserved(offset, length)",
+        "(self._write_behind and not self._is_long(length)) or self._is_preserved(offset, length)",
         "True",
     ),
     Edit(
@@ -245,7 +245,7 @@ ORDER = [
     Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
     Edit(
         "an intent is recorded after the overwriting",
-        "image:Image._write_into_delta",
+        "image:Image._change_delta",
         "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
         "                    await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n",
         "                await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n"
