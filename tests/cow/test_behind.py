@@ -421,27 +421,57 @@ def test_i8_a_clean_stop_empties_the_buffer(start: Callable[..., Engine], tmp_pa
     assert start().was_clean
 
 
-def test_in_memory_a_sync_waits_for_nothing_but_the_calls() -> None:
-    """Neither for a thread nor for another task: it is done when it is asked."""
+@pytest.fixture
+def in_memory() -> Iterator[Engine]:
+    """A store over a disk of 1 MiB and a bit, both in memory."""
     with TemporaryDirectory(dir="/dev/shm") as path:
-        (Path(path) / "disk.img").write_bytes(os.urandom(SIZE))
+        (Path(path) / "disk.img").write_bytes(os.urandom((1 << 20) + 512))
         engine = Engine(f"{path}/store", [Source(b"disk.img", f"{path}/disk.img")])
-        try:
-            image = _image(engine, b"a")
-            origin = engine.store.origins[0]
+        yield engine
+        engine.kill()
 
-            async def main() -> None:
-                for written in (origin, image):
-                    for offset in (4096, 4096 + 100):
-                        await written.write(offset, b"x" * 5000)
-                        with pytest.raises(StopIteration):
-                            written.sync().send(None)
-                        assert await written.read(offset, 5000) == b"x" * 5000
 
-            engine.call(main)
-            assert (Path(path) / "disk.img").read_bytes()[4096 + 100 :][:5000] == b"x" * 5000
-        finally:
-            engine.kill()
+def test_in_memory_a_sync_waits_for_nothing_but_the_calls(in_memory: Engine) -> None:
+    """Neither for a thread nor for another task: it is done when it is asked."""
+    image, origin = _image(in_memory, b"a"), in_memory.store.origins[0]
+
+    async def main() -> None:
+        for written in (origin, image):
+            for offset in (4096, 4096 + 100):
+                await written.write(offset, b"x" * 5000)
+                with pytest.raises(StopIteration):
+                    written.sync().send(None)
+                assert await written.read(offset, 5000) == b"x" * 5000
+
+    in_memory.call(main)
+    assert Path(in_memory.store.origins[0].device.label).read_bytes()[4096 + 100 :][:5000] == b"x" * 5000
+
+
+def test_in_memory_a_long_write_is_not_copied_and_older_bytes_do_not_come_back(in_memory: Engine) -> None:
+    image, origin = _image(in_memory, b"a"), in_memory.store.origins[0]
+
+    async def main() -> None:
+        for written, begin in ((origin, 0), (image, 0), (image, 700)):
+            end = written.size_bytes - begin // 2
+            content = bytearray(await written.read(0, written.size_bytes))
+
+            async def write(offset: int, data: bytes) -> None:
+                await written.write(offset, data)
+                content[offset : offset + len(data)] = data
+                assert await written.read(0, written.size_bytes) == content
+
+            assert not written._behind.chunks
+            await write(begin, os.urandom(end - begin))
+            assert not written._behind.chunks, "it is where it belongs"
+            await image.sync()
+            await in_memory.store.create_snapshot(b"b%d" % begin)
+            await write(40 * CHUNK_BYTES + 100, b"older" * 1000)
+            await write(begin, os.urandom(end - begin))
+            await written.sync()
+            assert await written.read(0, written.size_bytes) == content
+            await in_memory.store.delete_snapshot(b"b%d" % begin)
+
+    in_memory.call(main)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,26 @@ def test_a_request_that_waits_keeps_no_other_waiting_and_loses_nothing_to_it() -
     shows(test)
 
 
+def test_long_writes_that_wait_keep_their_bytes_while_others_come() -> None:
+    async def test(scene: Scene) -> None:
+        length = fastpath.LONG_BYTES
+        for _ in range(2):  # with memory that was lent before, too
+            content = os.urandom(3 * length)
+            scene.file.nowait, scene.file.goes_on = False, trio.Event()
+            for number in range(3):
+                scene.kernel.send(write(number, number * length, content[number * length :][:length]))
+            await trio.testing.wait_all_tasks_blocked()
+            scene.file.nowait = True
+            for unique in range(60, 70):
+                scene.kernel.send(write(unique, 4 * length, b"later" * (length // 5)))
+                assert (await scene.answer())[0] == unique
+            scene.file.goes_on.set()
+            assert {(await scene.answer())[:2] for _ in range(3)} == {(0, 0), (1, 0), (2, 0)}
+            assert scene.file.content[: 3 * length] == content
+
+    shows(test)
+
+
 def test_no_more_tasks_wait_than_allowed_and_the_rest_is_served_after_them() -> None:
     async def test(scene: Scene) -> None:
         scene.file.nowait = False
