@@ -74,7 +74,7 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         session = _mount(Operations(tree, options.access), options)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_terminate_on_signals)
+                nursery.start_soon(_terminate_on_signals, freezer)
                 nursery.start_soon(_get_ready, options, quiescer, on_ready)
                 await session.serve()
                 nursery.cancel_scope.cancel()
@@ -145,10 +145,11 @@ def _forget(mountpoint: str) -> None:
         log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
 
 
-async def _terminate_on_signals() -> None:
+async def _terminate_on_signals(freezer: Freezer) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
+            freezer.give_up()
             terminate()
 
 

@@ -30,6 +30,8 @@ class Freezer:
         self._process: trio.Process | None = None
         self._turn = trio.Lock()
         self._received = b""
+        self._given_up = False
+        self._finding = trio.CancelScope()
 
     async def start(self) -> None:
         """Have the process running."""
@@ -62,14 +64,20 @@ class Freezer:
         """Have cached writes to the images written back; the file systems mounted from them, and notes on failures."""
         async with self._turn:
             try:
-                with trio.fail_after(WRITE_BACK_SECONDS):
+                with trio.fail_after(0 if self._given_up else WRITE_BACK_SECONDS) as self._finding:
                     await self.start()
                     answer = await self._ask({"find": inodes, "mountpoint": mountpoint})
             except (trio.TooSlowError, trio.BrokenResourceError) as error:
                 await self.stop()
-                late = f"cached writes were not written back within {WRITE_BACK_SECONDS:g} s"
+                within = "before hcpfs was stopped" if self._given_up else f"within {WRITE_BACK_SECONDS:g} s"
+                late = f"cached writes were not written back {within}"
                 return [], [late if isinstance(error, trio.TooSlowError) else str(error)]
         return answer["mounted"], answer["notes"]
+
+    def give_up(self) -> None:
+        """hcpfs is about to stop: the mount answers nobody any more, the process neither, so nothing is found."""
+        self._given_up = True
+        self._finding.cancel()
 
     @asynccontextmanager
     async def frozen(self, paths: Iterable[str], seconds: float) -> AsyncIterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 from cow import Source
 from hcpfs import __version__
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+from hcpfs.quiesce import WRITE_BACK_SECONDS
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
 
 MOUNT_PATH = Path("/usr/local/sbin/hcpfs")  # mount(8) gives its helpers a PATH of its own, of which this is the first
@@ -160,6 +161,31 @@ def test_in_the_foreground_it_logs_to_standard_error(sandbox: Sandbox) -> None:
     assert process.returncode == 0
     assert "snapshot a taken" in log
     assert "closed clean" in log
+
+
+def test_a_stop_does_not_wait_for_a_snapshot_that_is_being_quiesced(sandbox: Sandbox) -> None:
+    """To quiesce, the mount is looked at from outside, which gets no answer any more."""
+    mountpoint = sandbox.path / "mnt"
+    mountpoint.mkdir()
+    daemon = sandbox.spawn(
+        *HCPFS, "mount", "--foreground", sandbox.disk(), mountpoint, "--store", sandbox.path / "store",
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert daemon.stderr is not None
+    wait_until(lambda: os.path.ismount(mountpoint) and (mountpoint / "snaps").is_dir(), what="the mount")
+    (mountpoint / "snaps" / "before").mkdir()
+    (freezer,) = map(int, run("pgrep", "-P", daemon.pid).stdout.split())
+    os.kill(freezer, signal.SIGSTOP)
+    taking = sandbox.spawn("mkdir", mountpoint / "snaps" / "a", stderr=subprocess.DEVNULL)
+    syscall = Path(f"/proc/{taking.pid}/wchan")
+    wait_until(lambda: syscall.read_text() == "request_wait_answer", what="the mkdir to wait for its answer")
+    daemon.send_signal(signal.SIGTERM)
+    assert any("SIGTERM: unmounting" in line for line in daemon.stderr)
+    os.kill(freezer, signal.SIGCONT)
+    assert daemon.wait(WRITE_BACK_SECONDS / 2) == 0
+    taking.wait()
+    daemon.stderr.close()
+    assert not os.path.ismount(mountpoint)
 
 
 @pytest.mark.usefixtures("installed")
