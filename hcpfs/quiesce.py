@@ -75,7 +75,7 @@ class Freezer:
         return answer["mounted"], answer["notes"]
 
     def give_up(self) -> None:
-        """hcpfs is about to stop: the mount answers nobody any more, the process neither, so nothing is found."""
+        """The mount will answer nobody any more, and so the process neither: nothing is found from now on."""
         self._given_up = True
         self._finding.cancel()
 
