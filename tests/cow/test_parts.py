@@ -205,7 +205,7 @@ def test_i4_a_chunk_at_another_place_or_of_another_layer_does_not_match(layers: 
     assert layer.checksums(0, b"a" * CHUNK_BYTES) != layer.checksums(1, b"a" * CHUNK_BYTES)
     other = Layer(layers, 2, 10)
     assert layer.checksums(0, b"a" * CHUNK_BYTES) != other.checksums(0, b"a" * CHUNK_BYTES)
-    layer.write_sums(1, layer.read_sums(Run(0, 1)))
+    layer.write_sums(1, layer.read_sums_of([Run(0, 1)]))
     with pytest.raises(DamagedError, match=r"chunk 1 \(offset 4096\) of layer 0000000000000001"):
         layer.read(Run(0, 2))
     layer.close()
