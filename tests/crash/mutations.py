@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
 
-from cow.errors import CowError
 from tests.crash.corruption import check_many
 from tests.crash.disk import Call, Disk, empty_state
 from tests.crash.harness import CONTENT, Tally, ViolationError, check_workload, record, run
