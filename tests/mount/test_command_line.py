@@ -147,14 +147,20 @@ def test_every_way_to_stop_is_clean(sandbox: Sandbox, way: str) -> None:
     assert served.image("a").read_bytes()[:11] == b"not flushed"
 
 
-def test_in_the_foreground_it_logs_to_standard_error(sandbox: Sandbox) -> None:
+def _in_the_foreground(sandbox: Sandbox) -> tuple[Path, "subprocess.Popen[str]"]:
+    """A mount, and its daemon with a pipe for its log."""
     mountpoint = sandbox.path / "mnt"
     mountpoint.mkdir()
-    process = sandbox.spawn(
+    daemon = sandbox.spawn(
         *HCPFS, "mount", "--foreground", sandbox.disk(), mountpoint, "--store", sandbox.path / "store",
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until(lambda: os.path.ismount(mountpoint), what="the mount")
+    return mountpoint, daemon
+
+
+def test_in_the_foreground_it_logs_to_standard_error(sandbox: Sandbox) -> None:
+    mountpoint, process = _in_the_foreground(sandbox)
     (mountpoint / "snaps" / "a").mkdir()
     run(*HCPFS, "umount", mountpoint)
     _, log = process.communicate()
@@ -165,14 +171,8 @@ def test_in_the_foreground_it_logs_to_standard_error(sandbox: Sandbox) -> None:
 
 def test_a_stop_does_not_wait_for_a_snapshot_that_is_being_quiesced(sandbox: Sandbox) -> None:
     """To quiesce, the mount is looked at from outside, which gets no answer any more."""
-    mountpoint = sandbox.path / "mnt"
-    mountpoint.mkdir()
-    daemon = sandbox.spawn(
-        *HCPFS, "mount", "--foreground", sandbox.disk(), mountpoint, "--store", sandbox.path / "store",
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    mountpoint, daemon = _in_the_foreground(sandbox)
     assert daemon.stderr is not None
-    wait_until(lambda: os.path.ismount(mountpoint) and (mountpoint / "snaps").is_dir(), what="the mount")
     (mountpoint / "snaps" / "before").mkdir()
     (freezer,) = map(int, run("pgrep", "-P", daemon.pid).stdout.split())
     os.kill(freezer, signal.SIGSTOP)
