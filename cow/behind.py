@@ -145,7 +145,7 @@ class Behind:
         self._take = take
         self._on_trouble = on_trouble
         self._on_change = on_change
-        self.is_in_memory = is_in_memory
+        self._is_in_memory = is_in_memory
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
         self._leaving = _Generation()  #: on its way to the device; older than what gathers
@@ -181,11 +181,15 @@ class Behind:
         """Whether there is no `room` for a write."""
         return self._gathering.weight >= self._most_chunks
 
+    def is_long(self, length: int) -> bool:
+        """Whether a write does not wait here: where there is only memory, to copy it would be to write it."""
+        return self._is_in_memory and length > MOST_CHUNKS_HERE * CHUNK_BYTES
+
     async def room(self) -> None:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
-            if self.is_in_memory:
+            if self._is_in_memory:
                 await self._bring(full)
             else:
                 full.arrived.set()  # what was not taken the last time does not count as arrived

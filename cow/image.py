@@ -34,7 +34,7 @@ from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, runs_of, split
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
-from cow.offload import MOST_CHUNKS_HERE, is_short, offload
+from cow.offload import is_short, offload
 from cow.origin import Origin
 from cow.space import Room, Space
 
@@ -280,7 +280,7 @@ class Image:
             return None
         if not self._write_behind or self._layout != self.origin.layout:  # perhaps the snapshot was given up
             return None
-        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS or self._is_long(length):
+        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS or self._behind.is_long(length):
             return None
         if not self._space.is_roomy(length // CHUNK_BYTES):
             return None
@@ -307,7 +307,7 @@ class Image:
         if not data:
             return 0
         self.layers()  # raises when the snapshot was given up
-        if self._is_long(len(data)) and not self._behind.holds(covering(offset, len(data))):
+        if self._behind.is_long(len(data)) and not self._behind.holds(covering(offset, len(data))):
             await self._write_long(offset, data)
             self.delta.written_ns = time.time_ns()
             return len(data)
@@ -322,10 +322,6 @@ class Image:
             await self._write_into_delta(contents, self._space.room_for_write)
         self.delta.written_ns = time.time_ns()
         return len(data)
-
-    def _is_long(self, length: int) -> bool:
-        """Whether a write does not wait in memory: where that is all there is, to copy it would be to write it."""
-        return length > MOST_CHUNKS_HERE * CHUNK_BYTES and self.delta.is_in_memory
 
     async def _write_long(self, offset: int, data: bytes | memoryview) -> None:
         """Write into the delta at once: the whole chunks as they are, those at the ends filled up."""

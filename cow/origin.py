@@ -22,7 +22,7 @@ from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
-from cow.offload import MOST_CHUNKS_HERE, is_short, offload
+from cow.offload import is_short, offload
 from cow.preserver import Preserver
 
 
@@ -107,7 +107,7 @@ class Origin:
                 return None
             self._behind.put(offset, data)
         else:
-            may_write = (self._write_behind and not self._is_long(length)) or self._is_preserved(offset, length)
+            may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
             if not may_write or not self.device.pwrite_nowait(data, offset):
                 return None
         self.modified_ns = time.time_ns()
@@ -157,11 +157,7 @@ class Origin:
             return self._behind.has(chunk) or not self._is_kept(chunk)
         if self._behind.holds(covering(offset, length)):
             return True
-        return not self._is_long(length) and not self._is_preserved(offset, length)
-
-    def _is_long(self, length: int) -> bool:
-        """Whether a write does not wait in memory: where that is all there is, to copy it would be to write it."""
-        return length > MOST_CHUNKS_HERE * CHUNK_BYTES and self._behind.is_in_memory
+        return not self._behind.is_long(length) and not self._is_preserved(offset, length)
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""

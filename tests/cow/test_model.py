@@ -2,11 +2,10 @@
 
 import shutil
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from cow import Source, image, origin
+from cow import Source, behind
 from cow.image import Image
 from cow.origin import Origin
 from tests.support.engine import Engine
@@ -78,15 +77,14 @@ class LongWritesAgainstModel(Machine):
     """With short writes that count as long: in memory those go straight to where they belong."""
 
     def make_driver(self, content: bytes) -> EngineDriver:
-        self._patches = ExitStack()
-        for module in (image, origin):
-            self._patches.enter_context(patch.object(module, "MOST_CHUNKS_HERE", 2))
+        self._patch = patch.object(behind, "MOST_CHUNKS_HERE", 2)
+        self._patch.start()
         return EngineDriver(content)
 
     def teardown(self) -> None:
         super().teardown()
         if self.driver is not None:
-            self._patches.close()
+            self._patch.stop()
 
 
 EngineAgainstModel.TestCase.settings = machine_settings(60)

@@ -210,7 +210,7 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "origin:Origin.write_nowait",
-        "(self._write_behind and not self._is_long(length)) or self._is_preserved(offset, length)",
+        "(self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)",
         "True",
     ),
     Edit(
