@@ -340,7 +340,7 @@ def _write_singly(device: File, contents: Contents, row: Run) -> Iterator[int]:
             yield chunk
 
 
-def overlaid(data: bytes, offset: int, pieces: Iterable[tuple[int, Whole]]) -> bytes:
+def overlaid(data: bytes | bytearray, offset: int, pieces: Iterable[tuple[int, Whole]]) -> bytes:
     """What was read at `offset`, with the pieces (offsets and bytes) put over it, one after the other."""
     result = bytearray(data)
     for start, piece in pieces:

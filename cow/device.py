@@ -148,6 +148,8 @@ class File:
         self.is_in_memory = io.is_in_memory(fd)  #: it never waits for a disk; such file systems refuse RWF_NOWAIT
         #: (length, offset): reads without waiting for a disk; raises BlockingIOError where that cannot be done in full
         self.pread_nowait: Callable[[int, int], bytes] = self._pread_memory if self.is_in_memory else self._pread_cached
+        #: (into, offset): the same of `fill`
+        self.fill_nowait: Callable[[memoryview, int], int] = self.fill if self.is_in_memory else self._fill_cached
         self._can_write_nowait = True
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -171,15 +173,29 @@ class File:
 
     def _pread_cached(self, length: int, offset: int) -> bytes:
         buffer = bytearray(length)
+        self._fill_cached(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def fill(self, into: memoryview, offset: int) -> int:
+        """Read as many bytes as `into` has, and return how many; fewer only at the end of the file."""
+        got = self._io.preadv(self.fd, [into], offset)
+        while 0 < got < len(into):
+            more = self._io.preadv(self.fd, [into[got:]], offset + got)
+            if not more:
+                break
+            got += more
+        return got
+
+    def _fill_cached(self, into: memoryview, offset: int) -> int:
         try:
-            got = self._io.preadv(self.fd, [buffer], offset, os.RWF_NOWAIT)
+            got = self._io.preadv(self.fd, [into], offset, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 raise BlockingIOError(errno.EAGAIN, "no RWF_NOWAIT on this file") from error
             raise
-        if got != length:
+        if got != len(into):
             raise BlockingIOError(errno.EAGAIN, "only partly cached")
-        return bytes(buffer)
+        return got
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data`. Durable only after `sync`."""
@@ -445,9 +461,20 @@ class OriginDevice(File):
         Raises OSError when it ends before: a device may shrink, or lose its medium, and that is not zeroes. # I4
         """
         data = super().pread(length, offset)
-        if len(data) < length and len(data) < self._size_bytes - offset:
-            raise OSError(errno.EIO, f"{self.label} has no byte at offset {offset + len(data)} any more: it shrank")
+        if len(data) < length:
+            self._check_ended(offset + len(data))
         return data
+
+    def fill(self, into: memoryview, offset: int) -> int:
+        """As `pread`, into all of `into`."""
+        got = super().fill(into, offset)
+        if got < len(into):
+            self._check_ended(offset + got)
+        return got
+
+    def _check_ended(self, end: int) -> None:
+        if end < self._size_bytes:
+            raise OSError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
 
     @property
     def modified_ns(self) -> int:

@@ -56,6 +56,11 @@ def covering(offset: int, length: int) -> Run:
     return Run(first, chunks_of(offset + length) - first)
 
 
+def covering_bytes(length: int) -> int:
+    """What the chunks take that an extent of this length touches, wherever it is."""
+    return (chunks_of(length) + 1) * CHUNK_BYTES
+
+
 def split(offset: int, length: int) -> Split:
     """Cut the extent into head, body and tail."""
     head = min(-offset % CHUNK_BYTES, length)
@@ -80,6 +85,12 @@ def chunks_in(runs: Iterable[Run]) -> BitMap64:
     for run in runs:
         chunks.add_range(run.first, run.end)
     return chunks
+
+
+def place_of(run: Run, first: int) -> slice:
+    """Where a run is, in bytes, in what begins with the chunk `first`."""
+    start, chunks = run
+    return slice((start - first) * CHUNK_BYTES, (start + chunks - first) * CHUNK_BYTES)
 
 
 def pieces(run: Run, most: int) -> Iterator[Run]:

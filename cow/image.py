@@ -18,7 +18,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.behind import Behind, Contents, Part, Untaken, Whole, contents_of, overlaid, rows
-from cow.chain import Parts, Piece, gather, holder_of, joined, resolve
+from cow.chain import Share, gather, holder_of, resolve
 from cow.commits import Commits
 from cow.errors import (
     CowError,
@@ -30,7 +30,7 @@ from cow.errors import (
     SuspectError,
     printable,
 )
-from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, runs_of, split
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, runs_of, split
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
@@ -38,7 +38,7 @@ from cow.offload import is_short, offload
 from cow.origin import Origin
 from cow.space import Room, Space
 
-Extents = list[tuple[Run, list[Whole]]]  # runs, ascending, and the contents of their chunks
+Extents = list[tuple[Run, Whole | list[Whole]]]  # runs, ascending, and their contents: in one, or chunk by chunk
 
 MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
@@ -153,11 +153,14 @@ class Image:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def read_nowait(self, offset: int, length: int) -> bytes | Parts | None:
-        """As `read`, perhaps in parts, where that needs no waiting and nothing is amiss; else None."""
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
+        """As `read`, where that needs no waiting and nothing is amiss; else None.
+
+        What is not all in one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
+        """
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length > CHUNK_BYTES:
-            return self._read_run_nowait(offset, length)
+            return self._read_run_nowait(offset, length, into)
         if offset + length > self.size_bytes or not length or self.doubted_from is not None or self._behind.has(chunk):
             return None
         try:
@@ -169,21 +172,19 @@ class Image:
         data = layer.read_chunk_nowait(chunk)
         return data if data is None or length == CHUNK_BYTES else data[start : start + length]
 
-    def _read_run_nowait(self, offset: int, length: int) -> bytes | Parts | None:
+    def _read_run_nowait(self, offset: int, length: int, into: memoryview) -> memoryview | None:
         """The same of an extent that is not all in one chunk."""
-        if offset + length > self.size_bytes:
-            return None
         run = covering(offset, length)
+        if offset + length > self.size_bytes or run.length > len(into):
+            return None
         if self._behind.chunks and self._behind.holds(run):
             return None
         try:
-            parts = self._gather(resolve(self.layers(), run), nowait=True)
+            self._gather(resolve(self.layers(), run), run, into[: run.length], nowait=True)
         except (BlockingIOError, CowError):
             return None
-        if length == run.length:
-            return parts
         start = offset - run.offset
-        return joined(parts)[start : start + length]
+        return into[start : start + length]
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4
@@ -191,10 +192,10 @@ class Image:
         Raises DamagedError when one does not match, InvalidSnapshotError when the snapshot was given up, OSError
         when a disk fails.
         """
-        at_once = self.read_nowait(offset, length)
-        return joined(at_once) if at_once is not None else await self.read_waiting(offset, length)
+        at_once = self.read_nowait(offset, length, memoryview(bytearray(covering_bytes(length))))
+        return bytes(at_once if at_once is not None else await self.read_waiting(offset, length))
 
-    async def read_waiting(self, offset: int, length: int) -> bytes:
+    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """As `read`, for what cannot be had without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
@@ -212,7 +213,7 @@ class Image:
         data = data if start == 0 and length == len(data) else data[start : start + length]
         return overlaid(data, offset, newer) if newer else data
 
-    async def _read_chunks(self, run: Run) -> bytes:
+    async def _read_chunks(self, run: Run) -> bytearray:
         try:
             return await self._read_once(run)
         except DamagedError:
@@ -226,7 +227,7 @@ class Image:
         async with self._changing:
             yield
 
-    async def _read_settled(self, run: Run) -> bytes:
+    async def _read_settled(self, run: Run) -> bytearray:
         """Read while no write to this image is under way, so that a mismatch is damage."""
         try:
             return await self._read_once(run)
@@ -234,34 +235,37 @@ class Image:
             await self._on_damage(str(error))
             raise
 
-    async def _read_once(self, run: Run) -> bytes:
+    async def _read_once(self, run: Run) -> bytearray:
+        data = bytearray(run.length)
+        into = memoryview(data)
         while True:
             layers = self.layers()
             found = resolve(layers, run)
             try:
-                return joined(self._gather(found, nowait=True))
+                self._gather(found, run, into, nowait=True)
+                return data
             except BlockingIOError:
                 pass
-            with pinned([piece.layer for piece in found if piece.layer is not None]):
-                data = joined(await trio.to_thread.run_sync(self._gather, found))
+            with pinned([share.layer for share in found if share.layer is not None]):
+                await trio.to_thread.run_sync(self._gather, found, run, into)
             # A chunk that was read from the device may have been preserved and overwritten meanwhile. The set is
             # changed before the device is, so if it is still missing from all layers, the bytes are the old ones. # I2
             if not self._overtaken(found):
                 return data
 
-    def _gather(self, found: list[Piece], nowait: bool = False) -> Parts:
-        if self.doubted_from is not None and any(self._is_doubted(piece.layer) for piece in found):
+    def _gather(self, found: list[Share], run: Run, into: memoryview, nowait: bool = False) -> None:
+        if self.doubted_from is not None and any(self._is_doubted(share.layer) for share in found):
             raise SuspectError(
                 "the device was changed while hcpfs was not running, so what this snapshot reads from it may be wrong: "
                 "mount with -o read_suspect to read it all the same"
             )
-        return gather(found, self.origin.read_chunks, nowait=nowait)
+        gather(found, run.first, into, self.origin.read_chunks_into, nowait=nowait)
 
     def _is_doubted(self, layer: Layer | None) -> bool:
         return layer is None or (layer is not self.delta and layer.id >= (self.doubted_from or 0))
 
-    def _overtaken(self, found: list[Piece]) -> bool:
-        from_device = [piece.run for piece in found if piece.layer is None]
+    def _overtaken(self, found: list[Share]) -> bool:
+        from_device = [run for share in found if share.layer is None for run in share.runs]
         if not from_device:
             return False
         layers = self.layers()
@@ -332,10 +336,9 @@ class Image:
             if part:
                 await self._write_into_delta(contents_of(offset + start, part), self._space.keeping)
         run = covering(offset + head, body)
-        chunks: list[Whole] = [view[at : at + CHUNK_BYTES] for at in range(head, head + body, CHUNK_BYTES)]
 
         async def extents() -> Extents:
-            return [(run, chunks)]
+            return [(run, view[head : head + body])]
 
         await self._change_delta(chunks_in([run]), self._space.keeping, extents)
 
@@ -369,7 +372,10 @@ class Image:
     async def _write_into_delta(self, contents: Contents, room: Callable[[int], Room]) -> None:
         async def extents() -> Extents:
             whole = await self._filled_up(contents)
-            return [(run, [whole[chunk] for chunk in range(run.first, run.end)]) for run in rows(whole)]
+            return [
+                (run, whole[run.first] if run.chunks == 1 else [whole[chunk] for chunk in range(run.first, run.end)])
+                for run in rows(whole)
+            ]
 
         await self._change_delta(BitMap64(contents), room, extents)
 
@@ -400,7 +406,12 @@ class Image:
 
     def _write_delta(self, chunks: BitMap64, whole: Extents) -> None:
         try:
-            sums = [self.delta.write_chunks(run.first, contents) for run, contents in whole]
+            sums = [
+                self.delta.write_chunks(run.first, content)
+                if isinstance(content, list)
+                else self.delta.write_data(run.first, content)
+                for run, content in whole
+            ]
             self.delta.write_sums_of([run for run, _ in whole], b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.

@@ -8,7 +8,7 @@ not decide when anything is durable: its owner calls `sync_data`, commits to the
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, groupby
 
@@ -18,7 +18,7 @@ from xxhash import xxh3_64_digest
 from cow import layermap
 from cow.device import Directory, File
 from cow.errors import CowError, DamagedError, SyncError
-from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
+from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
 from cow.layermap import BadMapError, LayerMap, MapImage
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
@@ -180,8 +180,6 @@ class Layer:
     def write_chunks(self, first: int, chunks: Sequence[bytes | memoryview]) -> bytes:
         """As `write_data`, of chunks that lie apart in memory."""
         segment, place = divmod(first, SEGMENT_CHUNKS)
-        if len(chunks) == 1:
-            return self.write_data(first, chunks[0])
         here = SEGMENT_CHUNKS - place
         if len(chunks) > here:
             return self.write_chunks(first, chunks[:here]) + self.write_chunks(first + here, chunks[here:])
@@ -223,14 +221,11 @@ class Layer:
             found += [slots[place : place + size] for place, size in places]
         return b"".join(found)
 
-    def read(self, run: Run, *, nowait: bool = False) -> bytes:
-        """Read whole chunks and check each against its checksum. # I4
-
-        Raises DamagedError naming the first chunk that does not match; BlockingIOError under `nowait` when a disk
-        would have to be waited for.
-        """
-        self._check_readable(nowait)
-        return self._checked(run, self._read_data(run, nowait), self._expected(run, nowait))
+    def read(self, run: Run) -> memoryview:
+        """Read whole chunks, checked. Raises as `fill`."""
+        data = memoryview(bytearray(run.length))
+        self.fill([run], run.first, data)
+        return data
 
     def read_chunk_nowait(self, chunk: int) -> bytes | None:
         """The same of one chunk; None where a disk would have to be waited for, or something is amiss."""
@@ -245,61 +240,63 @@ class Layer:
             return None
         return data if xxh3_64_digest(data, self._seed_of(chunk)) == expected else None
 
-    def read_runs(self, runs: Sequence[Run], *, nowait: bool = False) -> Iterator[bytes]:
-        """The same of several runs, ascending, whose checksums are read with one call: they should lie close."""
-        self._check_readable(nowait)
-        start = runs[0].first
-        sums = self._expected(Run(start, runs[-1].end - start), nowait)
-        for run in runs:
-            first, chunks = run
-            at = (first - start) * SUM_BYTES
-            expected = sums[at : at + chunks * SUM_BYTES]
-            data = self._read_data(run, nowait)
-            if chunks > 1 or xxh3_64_digest(data, self._seed_of(first)) != expected:
-                self._checked(run, data, expected)
-            yield data
+    def fill(self, runs: Sequence[Run], first: int, into: memoryview, *, nowait: bool = False) -> None:
+        """Read runs, ascending, to their places in `into`, which begins with the chunk `first`, and check them. # I4
 
-    def _check_readable(self, nowait: bool) -> None:
+        Their checksums are read with one call: they should lie close. Raises DamagedError naming the first chunk that
+        does not match; BlockingIOError under `nowait` when a disk would have to be waited for.
+        """
         if self.damage is not None:
             raise DamagedError(self.damage)
         if nowait and "sums" not in self._files:  # to open it may take a while
             raise BlockingIOError
+        start, end = runs[0].first, runs[-1].end
+        segment = start // SEGMENT_CHUNKS
+        if end > (segment + 1) * SEGMENT_CHUNKS:
+            for run in runs:
+                for _, piece in _by_segment(run):
+                    self.fill([piece], first, into, nowait=nowait)
+            return
+        read, seed = self._reader(segment, nowait), self._seed
+        sums = self._expected(Run(start, end - start), nowait)
+        for run in runs:
+            chunk, chunks = run
+            at, size = (chunk - first) * CHUNK_BYTES, chunks * CHUNK_BYTES
+            part = into[at : at + size]
+            if read(part, (chunk - segment * SEGMENT_CHUNKS) * CHUNK_BYTES) != size:
+                raise self._cut_short(run)
+            expected = sums[(chunk - start) * SUM_BYTES : (chunk - start + chunks) * SUM_BYTES]
+            if chunks > 1 or xxh3_64_digest(part, (seed + chunk) & _MASK_64) != expected:
+                self._check(run, part, expected)
 
-    def _checked(self, run: Run, data: bytes, sums: bytes) -> bytes:
+    def _check(self, run: Run, data: memoryview, sums: bytes) -> None:
         found = self.checksums(run.first, data)
         if found != sums:
             raise DamagedError(self._mismatch(run, found, sums))
-        return data
 
-    def read_unchecked(self, run: Run) -> tuple[bytes, bytes]:
+    def read_unchecked(self, run: Run) -> tuple[memoryview, bytes]:
         """Whole chunks and what their checksums should be. Raises DamagedError when a file is missing or too short."""
-        return self._read_data(run, nowait=False), self._expected(run, nowait=False)
+        data = memoryview(bytearray(run.length))
+        for segment, part in _by_segment(run):
+            into = data[place_of(part, run.first)]
+            if self._reader(segment, nowait=False)(into, part.first % SEGMENT_CHUNKS * CHUNK_BYTES) != len(into):
+                raise self._cut_short(run)
+        return data, self._expected(run, nowait=False)
 
-    def _read_data(self, run: Run, nowait: bool) -> bytes:
-        first, chunks = run
-        segment, place = divmod(first, SEGMENT_CHUNKS)
+    def _reader(self, segment: int, nowait: bool) -> Callable[[memoryview, int], int]:
         try:
-            if place + chunks <= SEGMENT_CHUNKS:
-                file = self._files.get(segment) or self._file(segment)
-                read = file.pread_nowait if nowait else file.pread
-                data = read(chunks * CHUNK_BYTES, place * CHUNK_BYTES)
-            else:
-                data = b"".join(
-                    self._read_part(self._file(one), part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES, nowait)
-                    for one, part in _by_segment(run)
-                )
+            file = self._files.get(segment) or self._file(segment)
         except FileNotFoundError as error:
             raise self._missing(error) from error
-        if len(data) != chunks * CHUNK_BYTES:
-            raise self._cut_short(run)
-        return data
+        return file.fill_nowait if nowait else file.fill
 
     def _expected(self, run: Run, nowait: bool) -> bytes:
         """What the checksums of the run should be."""
         try:
-            sums = self._read_part(self._file("sums"), run.chunks * SUM_BYTES, run.first * SUM_BYTES, nowait)
+            file = self._file("sums")
         except FileNotFoundError as error:
             raise self._missing(error) from error
+        sums = (file.pread_nowait if nowait else file.pread)(run.chunks * SUM_BYTES, run.first * SUM_BYTES)
         if len(sums) != run.chunks * SUM_BYTES:
             raise self._cut_short(run)
         return sums
@@ -312,10 +309,6 @@ class Layer:
             f"a file of layer {self.name} ends before chunk {run.end} (offset {run.end * CHUNK_BYTES}): it was cut "
             f"short"
         )
-
-    @staticmethod
-    def _read_part(file: File, length: int, offset: int, nowait: bool) -> bytes:
-        return file.pread_nowait(length, offset) if nowait else file.pread(length, offset)
 
     def _mismatch(self, run: Run, found: bytes, expected: bytes) -> str:
         bad = next(

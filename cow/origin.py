@@ -67,19 +67,24 @@ class Origin:
 
     # -- the live image ------------------------------------------------------------------------------------------
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
-        """As `read`, where that needs no waiting; else None."""
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
+        """As `read`, where that needs no waiting; else None. What is longer than a chunk is read into `into`."""
         if offset + length > self.size_bytes or (self._behind.chunks and self._behind.holds(covering(offset, length))):
             return None
         try:
-            return self.device.pread_nowait(length, offset)
+            if length <= CHUNK_BYTES:
+                return self.device.pread_nowait(length, offset)
+            if length > len(into):
+                return None
+            self.device.fill_nowait(into[:length], offset)
         except BlockingIOError:
             return None
+        return into[:length]
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read the device as it is now; fewer bytes only at its end."""
-        at_once = self.read_nowait(offset, length)
-        return at_once if at_once is not None else await self.read_waiting(offset, length)
+        at_once = self.read_nowait(offset, length, memoryview(bytearray(length)))
+        return bytes(at_once if at_once is not None else await self.read_waiting(offset, length))
 
     async def read_waiting(self, offset: int, length: int) -> bytes:
         """As `read`, for what cannot be had without waiting."""
@@ -199,14 +204,20 @@ class Origin:
         """Whether a layer that is in use has the chunk, or has lost it."""
         return any(chunk in layer.held or chunk in layer.lost for group in self.groups for layer in group.layers)
 
-    def read_chunks(self, run: Run, *, nowait: bool = False) -> bytes:
-        """Whole chunks of the device, the last one filled up with zeroes. Blocks, save under `nowait`."""
+    def read_chunks(self, run: Run) -> bytes:
+        """Whole chunks of the device, the last one filled up with zeroes. Blocks."""
         first, chunks = run
         offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
-        read = self.device.pread_nowait if nowait else self.device.pread
         if offset + length <= self.size_bytes:
-            return read(length, offset)
-        return read(self.size_bytes - offset, offset).ljust(length, b"\0")
+            return self.device.pread(length, offset)
+        return self.device.pread(self.size_bytes - offset, offset).ljust(length, b"\0")
+
+    def read_chunks_into(self, run: Run, into: memoryview, *, nowait: bool = False) -> None:
+        """The same, into all of `into`. Under `nowait` raises BlockingIOError where it would block."""
+        fill = self.device.fill_nowait if nowait else self.device.fill
+        length = min(run.length, self.size_bytes - run.offset)
+        fill(into[:length], run.offset)
+        into[length:] = bytes(run.length - length)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ kernel's queue alone is waited for, for as long as trio may do without us, and o
 
 import errno
 import logging
+import mmap
 import os
 import select
 import socket
@@ -26,11 +27,11 @@ from typing import Any
 
 import trio
 
-from cow.chain import joined
-from cow.device import MOST_PARTS
+from cow.geometry import covering_bytes
 from hcpfs.protocol import (
     ANSWER,
     DATA_AT,
+    MOST_DATA_BYTES,
     MOST_REQUEST_BYTES,
     REQUEST,
     WRITTEN,
@@ -77,8 +78,11 @@ class FastPath:
         self._handles = handles
         self._errno_of = errno_of
         self._on_unmount = on_unmount
-        self._request = bytearray(MOST_REQUEST_BYTES)  #: whose turn it is reads it, and nobody after that
-        self._spare: list[bytearray] = []  #: that take its place while a long write is worked on
+        self._request = bytearray(DATA_AT)  #: up to a write's data; whose turn it is reads it, and nobody after that
+        self._data = _pages(MOST_REQUEST_BYTES - DATA_AT)  #: the rest of the request
+        self._is_lent = False  #: whether the latest request keeps it when it waits
+        self._spare: list[memoryview] = []  #: that take its place then
+        self._content = _pages(covering_bytes(MOST_DATA_BYTES))  #: of what is read without waiting
         self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
         self._init = 0  #: the unique number of the request INIT
         self._passed: set[int] = set()  #: the unique numbers of the requests that libfuse has
@@ -126,6 +130,8 @@ class FastPath:
                 await self._take_requests(self._turn)
 
     def _give_turn(self) -> None:
+        if self._is_lent:
+            self._data, self._is_lent = self._spare.pop() if self._spare else _pages(len(self._data)), False
         self._working += 1
         self._turn += 1
         self._taken = False
@@ -143,7 +149,8 @@ class FastPath:
 
     def _answer_ready(self) -> Awaitable[object]:
         """Answer the requests that are ready, and return what has to be awaited before the next."""
-        kernel, request, into = self._kernel, self._request, [self._request]
+        kernel, request = self._kernel, self._request
+        into: list[bytearray | memoryview] = [request, self._data]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
         answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
         impatient = looked = 0.0
@@ -223,18 +230,13 @@ class FastPath:
 
     def _read(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
         try:
-            content = self._handles[number].read_nowait(offset, size)
+            content = self._handles[number].read_nowait(offset, size, self._content)
         except Exception as error:
             self._fail("read", unique, error)
             return None
         if content is None:
             return self._read_waiting(unique, number, offset, size)
-        if isinstance(content, list) and len(content) < MOST_PARTS:
-            length = sum(map(len, content))
-            self._send([ANSWER.pack(ANSWER.size + length, 0, unique), *content])
-        else:
-            whole = joined(content)
-            self._send((ANSWER.pack(ANSWER.size + len(whole), 0, unique), whole))
+        self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
         return None
 
     async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:
@@ -245,7 +247,7 @@ class FastPath:
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
 
     def _write(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
-        data = memoryview(self._request)[DATA_AT : DATA_AT + size]
+        data = self._data[:size]
         try:
             written = self._handles[number].write_nowait(offset, data)
         except Exception as error:
@@ -254,14 +256,16 @@ class FastPath:
         if written is None:
             if size < LONG_BYTES:
                 return self._write_waiting(unique, number, offset, bytes(data))
-            lent, self._request = self._request, self._spare.pop() if self._spare else bytearray(MOST_REQUEST_BYTES)
-            return self._write_lent(unique, number, offset, data, lent)
+            return self._write_lent(unique, number, offset, data)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
         return None
 
-    async def _write_lent(self, unique: int, number: int, offset: int, data: memoryview, lent: bytearray) -> None:
+    async def _write_lent(self, unique: int, number: int, offset: int, data: memoryview) -> None:
+        lent, self._is_lent = self._data, True
         await self._write_waiting(unique, number, offset, data)
-        if len(self._spare) < MOST_SPARE:
+        if self._data is lent:  # it did not wait
+            self._is_lent = False
+        elif len(self._spare) < MOST_SPARE:
             self._spare.append(lent)
 
     async def _write_waiting(self, unique: int, number: int, offset: int, data: bytes | memoryview) -> None:
@@ -281,14 +285,14 @@ class FastPath:
     def _fail(self, request: str, unique: int, error: Exception) -> None:
         self._send((ANSWER.pack(ANSWER.size, -self._errno_of(request, error), unique),))
 
-    def _send(self, answer: Sequence[bytes | memoryview]) -> None:
+    def _send(self, answer: Sequence[bytes | bytearray | memoryview]) -> None:
         try:
             os.writev(self._kernel, answer)
         except OSError as error:
             if error.errno not in _GONE:
                 self._take_back(answer, error)
 
-    def _take_back(self, answer: Sequence[bytes | memoryview], error: OSError) -> None:
+    def _take_back(self, answer: Sequence[bytes | bytearray | memoryview], error: OSError) -> None:
         """An answer is refused: have the request fail, and nothing else."""
         _, _, unique = ANSWER.unpack_from(answer[0])
         log.error("a defect of hcpfs: the kernel refuses an answer of %d parts", len(answer), exc_info=error)
@@ -299,7 +303,10 @@ class FastPath:
 
     def _pass_on(self, length: int) -> bool:
         try:
-            self._libfuse.send(memoryview(self._request)[:length])
+            if length <= DATA_AT:
+                self._libfuse.send(memoryview(self._request)[:length])
+            else:
+                self._libfuse.sendmsg([self._request, self._data[: length - DATA_AT]])
         except BlockingIOError:
             return False
         return True
@@ -321,6 +328,11 @@ class FastPath:
             if unique == self._init:
                 limit_writes(answer)
             self._send((answer,))
+
+
+def _pages(length: int) -> memoryview:
+    """Memory that begins with a page: the kernel copies data by the page, and what lies across two it copies twice."""
+    return memoryview(mmap.mmap(-1, length))
 
 
 @coroutine

@@ -33,8 +33,8 @@ from pyfuse3 import (
     StatvfsData,
 )
 
-from cow.chain import joined
 from cow.errors import CowError, NotFoundError
+from cow.geometry import covering_bytes
 from hcpfs.tree import Access, Attributes, NotPermittedError, Tree
 
 ENTRY_SECONDS = 300.0  # names change through this mount only
@@ -182,8 +182,8 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         try:
             handle = self._handles[fh]
-            data = handle.read_nowait(off, size)
-            return joined(data) if data is not None else await handle.read_waiting(off, size)
+            data = handle.read_nowait(off, size, memoryview(bytearray(covering_bytes(size))))
+            return bytes(data if data is not None else await handle.read_waiting(off, size))
         except Exception as error:
             raise self.answer("read", error) from error
 

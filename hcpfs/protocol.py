@@ -30,7 +30,7 @@ ANSWER = struct.Struct("=IiQ")
 WRITTEN = struct.Struct("=IiQII")  #: the whole answer to a WRITE: fuse_write_out has the bytes taken, and padding
 
 MOST_DATA_BYTES = 1 << 20  #: of one READ or WRITE
-MOST_REQUEST_BYTES = MOST_DATA_BYTES + 4096  #: with its header; a smaller buffer is refused by the kernel
+MOST_REQUEST_BYTES = DATA_AT + MOST_DATA_BYTES + 4096  #: more than any has; too small a buffer the kernel refuses
 _MAX_WRITE = struct.Struct("=I")
 _MAX_WRITE_AT = ANSWER.size + 20  # in the answer to INIT: of fuse_init_out
 

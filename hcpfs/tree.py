@@ -18,7 +18,6 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from cow.chain import Parts
 from cow.errors import CowError, NotFoundError, SnapshotBusyError
 from cow.image import Image
 from cow.opening import Opened
@@ -91,10 +90,13 @@ class Entry(NamedTuple):
 class Handle(Protocol):
     """An open file."""
 
-    def read_nowait(self, offset: int, length: int) -> bytes | Parts | None:
-        """Read, perhaps in parts, where that needs no waiting, else None; short only at the end."""
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
+        """Read, where that needs no waiting, else None; short only at the end.
 
-    async def read_waiting(self, offset: int, length: int) -> bytes:
+        What is returned may be a view of `into`, which is best as long as the engine's `covering_bytes(length)`.
+        """
+
+    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """Read what could not be had without waiting."""
 
     def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
@@ -110,7 +112,7 @@ class Handle(Protocol):
 class _ReadOnly:
     """An open file that is no image."""
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
         return None
 
     def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:

@@ -354,7 +354,7 @@ ORDER = [
 ]
 
 CHECKS = [
-    Edit("chunks are not checked", "layer:Layer._checked", "        if found != sums:\n", "        if False:\n"),
+    Edit("chunks are not checked", "layer:Layer._check", "        if found != sums:\n", "        if False:\n"),
     Edit(
         "a chunk by itself is not checked",
         "layer:Layer.read_chunk_nowait",

@@ -189,7 +189,7 @@ def test_others_run_after_so_much_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(scene: Scene) -> None:
         requests, turns = 0, 0
 
-        def read_nowait(offset: int, length: int) -> bytes:
+        def read_nowait(offset: int, length: int, into: memoryview) -> bytes:
             nonlocal requests
             requests += 1
             scene.kernel.send(read(requests, 0, 1))
@@ -429,7 +429,7 @@ def test_others_run_sooner_while_libfuse_has_a_request(monkeypatch: pytest.Monke
     async def test(scene: Scene) -> None:
         requests = 0
 
-        def read_nowait(offset: int, length: int) -> bytes:
+        def read_nowait(offset: int, length: int, into: memoryview) -> bytes:
             nonlocal requests
             requests += 1
             if requests == 100:
@@ -442,17 +442,6 @@ def test_others_run_sooner_while_libfuse_has_a_request(monkeypatch: pytest.Monke
         scene.kernel.send(read(1000, 0, 1))
         await scene.message(scene.libfuse)
         assert 100 <= requests < 120
-
-    shows(test)
-
-
-def test_an_answer_in_very_many_parts_is_put_together() -> None:
-    async def test(scene: Scene) -> None:
-        for unique, count in ((85, 1023), (86, 1024), (87, 5000)):
-            parts = [bytes([number % 251]) for number in range(count)]
-            scene.file.read_nowait = lambda offset, length, parts=parts: list(parts)
-            scene.kernel.send(read(unique, 0, count))
-            assert await scene.answer() == (unique, 0, b"".join(parts))
 
     shows(test)
 

@@ -45,7 +45,7 @@ class File:
         self.syncs = 0
         self.error: Exception | None = None
 
-    def read_nowait(self, offset: int, length: int) -> bytes | None:
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
         if self.error is not None:
             raise self.error
         return bytes(self.content[offset : offset + length]) if self.nowait else None

@@ -213,21 +213,22 @@ def test_i2_a_read_under_way_goes_on_in_the_old_place(
     before = engine.call(image_of(engine, b"base").read, first * CHUNK_BYTES, CHUNK_BYTES)
     started, go_on = threading.Event(), threading.Event()
     told: list[bytes | Exception] = []
-    real = source.read
+    real = source.fill
 
-    def read(run: Run, *, nowait: bool = False) -> bytes:
+    def fill(runs: list[Run], first: int, into: memoryview, *, nowait: bool = False) -> None:
         if nowait:
             raise BlockingIOError
         if not started.is_set():
             started.set()
             go_on.wait()
             try:
-                told.append(real(run))
+                real(runs, first, into)
+                told.append(bytes(into))
             except DamagedError as error:
                 told.append(error)
-        return real(run)
+        real(runs, first, into)
 
-    source.read, source.read_chunk_nowait = read, lambda chunk: None
+    source.fill, source.read_chunk_nowait = fill, lambda chunk: None
     if not whole:
         stop = stop_after(2, for_ever=True)
     with ThreadPoolExecutor() as threads:
