@@ -116,6 +116,9 @@ class _Generation:
                 yield from _pieces_of(chunk, content)
 
 
+_NOTHING = _Generation()
+
+
 class Untaken(NamedTuple):
     """What was not taken, and why; both empty when all was. A cause alone: it was dropped."""
 
@@ -148,7 +151,7 @@ class Behind:
         self._is_in_memory = is_in_memory
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
-        self._leaving = _Generation()  #: on its way to the device; older than what gathers
+        self._leaving = _NOTHING  #: on its way to the device; older than what gathers
         self._failing = False  #: whether not all was taken the last time
 
     @property
@@ -218,7 +221,7 @@ class Behind:
         self._on_change(-self._weight)
         self._on_change = lambda chunks: None  # of what is on its way yet
         self._on_trouble = lambda sentence: None
-        self._gathering, self._leaving = _Generation(), _Generation()
+        self._gathering, self._leaving = _Generation(), _NOTHING
 
     async def drain(self) -> None:
         """Return when all that was put is where it belongs, not yet durable there. # I3
@@ -271,7 +274,7 @@ class Behind:
             before = self._weight
             for chunk, content in left.contents.items():  # of which one must not keep a long write in memory
                 self._gathering.put_beneath(chunk, content if isinstance(content, Part) else bytes(content))
-            self._leaving = _Generation()
+            self._leaving = _NOTHING
             self._on_change(self._weight - before)
             taken.done.set()
         self._tell(taken.error if taken.is_kept else None)

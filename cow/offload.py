@@ -20,7 +20,6 @@ Ts = TypeVarTuple("Ts")
 async def offload(function: Callable[[*Ts], T], *arguments: *Ts, here: bool) -> T:
     """Call a function that blocks: in a thread or, with `here`, right away. Raises what it raises."""
     if here:
-        await trio.lowlevel.checkpoint_if_cancelled()
         return function(*arguments)
     return await trio.to_thread.run_sync(function, *arguments)
 

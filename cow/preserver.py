@@ -181,6 +181,8 @@ class Preserver:
             try:
                 async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
                     await self._copy(jobs, _copy_durably)
+                if all(len(job.chunks) < most for job in jobs):
+                    return  # that was all; the writers look again
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)
