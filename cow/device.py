@@ -155,17 +155,15 @@ class File:
     def pread(self, length: int, offset: int) -> bytes:
         """Read `length` bytes; fewer only at the end of the file."""
         data = self._io.pread(self.fd, length, offset)
-        if len(data) == length or not data:
+        if len(data) == length:
             return data
-        pieces = [data]
-        got = len(data)
-        while got < length:
-            data = self._io.pread(self.fd, length - got, offset + got)
-            if not data:
-                break
-            pieces.append(data)
-            got += len(data)
-        return b"".join(pieces)
+        while data and len(data) < length and (more := self._io.pread(self.fd, length - len(data), offset + len(data))):
+            data += more
+        self._check_end(offset + len(data), offset + length)
+        return data
+
+    def _check_end(self, end: int, wanted: int) -> None:
+        """Called when there is nothing at `end`, and a read wanted what is before `wanted`."""
 
     def _pread_memory(self, length: int, offset: int) -> bytes:
         data = self._io.pread(self.fd, length, offset)
@@ -179,11 +177,11 @@ class File:
     def fill(self, into: memoryview, offset: int) -> int:
         """Read as many bytes as `into` has, and return how many; fewer only at the end of the file."""
         got = self._io.preadv(self.fd, [into], offset)
-        while 0 < got < len(into):
-            more = self._io.preadv(self.fd, [into[got:]], offset + got)
-            if not more:
-                break
+        if got == len(into):
+            return got
+        while 0 < got < len(into) and (more := self._io.preadv(self.fd, [into[got:]], offset + got)):
             got += more
+        self._check_end(offset + got, offset + len(into))
         return got
 
     def _fill_cached(self, into: memoryview, offset: int) -> int:
@@ -455,25 +453,9 @@ class OriginDevice(File):
         """The device's size when it was opened."""
         return self._size_bytes
 
-    def pread(self, length: int, offset: int) -> bytes:
-        """Read `length` bytes; fewer only at the end that the device had when it was opened.
-
-        Raises OSError when it ends before: a device may shrink, or lose its medium, and that is not zeroes. # I4
-        """
-        data = super().pread(length, offset)
-        if len(data) < length:
-            self._check_ended(offset + len(data))
-        return data
-
-    def fill(self, into: memoryview, offset: int) -> int:
-        """As `pread`, into all of `into`."""
-        got = super().fill(into, offset)
-        if got < len(into):
-            self._check_ended(offset + got)
-        return got
-
-    def _check_ended(self, end: int) -> None:
-        if end < self._size_bytes:
+    def _check_end(self, end: int, wanted: int) -> None:
+        """Raise OSError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
+        if end < min(wanted, self._size_bytes):
             raise OSError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
 
     @property

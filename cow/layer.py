@@ -10,7 +10,7 @@ not decide when anything is durable: its owner calls `sync_data`, commits to the
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, groupby
+from itertools import count
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -201,23 +201,33 @@ class Layer:
         if len(runs) == 1:
             return self.write_sums(runs[0].first, sums)
         file, at = self._file("sums", create=True), 0
-        for near, span in _by_sum_page(runs):
+        for near in _by_sum_page(runs):
+            start, size = near[0][0], sum([chunks for _, chunks in near]) * SUM_BYTES
+            mine = sums[at : at + size]
+            at += size
             with self._summing:
-                slots = bytearray(file.pread(span.chunks * SUM_BYTES, span.first * SUM_BYTES) if len(near) > 1 else b"")
-                slots.extend(bytes(span.chunks * SUM_BYTES - len(slots)))
-                for first, chunks in near:
-                    place, size = (first - span.first) * SUM_BYTES, chunks * SUM_BYTES
-                    slots[place : place + size] = sums[at : at + size]
-                    at += size
-                file.pwrite(slots, span.first * SUM_BYTES)
+                file.pwrite(mine if len(near) == 1 else self._woven(file, near, mine), start * SUM_BYTES)
         return None
+
+    @staticmethod
+    def _woven(file: File, near: Sequence[Run], sums: bytes) -> bytearray:
+        """The slots that the runs span as they shall be: those between them stay."""
+        start, at = near[0].first, 0
+        length = (near[-1].end - start) * SUM_BYTES
+        slots = bytearray(file.pread(length, start * SUM_BYTES).ljust(length, b"\0"))
+        for first, chunks in near:
+            place, size = (first - start) * SUM_BYTES, chunks * SUM_BYTES
+            slots[place : place + size] = sums[at : at + size]
+            at += size
+        return slots
 
     def read_sums_of(self, runs: Sequence[Run]) -> bytes:
         """The checksums of several runs, ascending, from their slots: those of one page with one read."""
         file, found = self._file("sums"), list[bytes]()
-        for near, span in _by_sum_page(runs):
-            slots = file.pread(span.chunks * SUM_BYTES, span.first * SUM_BYTES)
-            places = [((first - span.first) * SUM_BYTES, chunks * SUM_BYTES) for first, chunks in near]
+        for near in _by_sum_page(runs):
+            start = near[0][0]
+            slots = file.pread((near[-1].end - start) * SUM_BYTES, start * SUM_BYTES)
+            places = [((first - start) * SUM_BYTES, chunks * SUM_BYTES) for first, chunks in near]
             found += [slots[place : place + size] for place, size in places]
         return b"".join(found)
 
@@ -490,11 +500,19 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
     layers.rmdir(name)
 
 
-def _by_sum_page(runs: Sequence[Run]) -> Iterator[tuple[list[Run], Run]]:
-    """Those whose checksums begin in the same page, and what they span."""
-    for _, group in groupby(runs, lambda run: run[0] // _SUM_PAGE_CHUNKS):
-        near = list(group)
-        yield near, Run(near[0].first, near[-1].end - near[0].first)
+def _by_sum_page(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Those together whose checksums begin in the same page."""
+    near: list[Run] = []
+    page = -1
+    for run in runs:
+        if run[0] // _SUM_PAGE_CHUNKS == page:
+            near.append(run)
+            continue
+        if near:
+            yield near
+        near, page = [run], run[0] // _SUM_PAGE_CHUNKS
+    if near:
+        yield near
 
 
 def _segment_name(segment: int) -> str:

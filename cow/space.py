@@ -185,8 +185,7 @@ class Space:
 
         The quota is held each time. The disk is looked at once in a while only, as this is asked for every write.
         """
-        limit = self._limit(MOST_PERCENT_FOR_WRITES)
-        if limit is not None and self.used_bytes + chunks * MOST_BYTES_PER_CHUNK > limit:
+        if self._passes_quota(chunks * MOST_BYTES_PER_CHUNK, MOST_PERCENT_FOR_WRITES):
             return False
         self._plenty -= chunks
         if self._plenty < 0 or time.monotonic() >= self._look_again:
@@ -196,9 +195,10 @@ class Space:
             self._look_again = time.monotonic() + _PLENTY_SECONDS
         return self._plenty >= 0
 
-    def _limit(self, percent: int) -> int | None:
-        """What may be used of the quota."""
-        return None if self.quota_bytes is None else (self.quota_bytes - FILE_BYTES) * percent // 100
+    def _passes_quota(self, count: int, percent: int) -> bool:
+        """Whether `count` bytes more are more than so much of the quota."""
+        quota = self.quota_bytes
+        return quota is not None and self.used_bytes + count > (quota - FILE_BYTES) * percent // 100
 
     async def check_for_merge(self, count: int) -> None:
         """Raise StoreFullError when `count` bytes more would bring the store to where it warns: merging can wait."""
@@ -221,16 +221,14 @@ class Space:
         await self._check_quota(count, MOST_PERCENT_FOR_WRITES)
 
     async def _check_quota(self, count: int, percent: int) -> None:
-        limit = self._limit(percent)
-        if limit is not None:
-            if self.used_bytes + count > limit:
-                await self.measure()
-            if self.used_bytes + count > limit:
-                raise QuotaError(
-                    f"the store {self._directory.label} is full: {self.used_bytes} of {self.quota_bytes} bytes are "
-                    f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
-                    f"with a larger quota"
-                )
+        if self._passes_quota(count, percent):
+            await self.measure()
+        if self._passes_quota(count, percent):
+            raise QuotaError(
+                f"the store {self._directory.label} is full: {self.used_bytes} of {self.quota_bytes} bytes are "
+                f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
+                f"with a larger quota"
+            )
 
     def open_promise(self, count: int) -> None:
         """Up to `count` bytes are about to be written; followed by `keep_promise`, whatever comes between."""
