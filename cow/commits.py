@@ -142,11 +142,11 @@ class Commits:
             )
 
     async def _save_layer(self, layer: Layer, image: MapImage) -> None:
-        if layer.sums_in_doubt:
+        if layer.sums.in_doubt:
             async with self._settled(layer), self._lock:
-                in_use = layer.pins > 1
+                in_use = layer.files.pins > 1
                 await trio.to_thread.run_sync(self._renew_sums, layer)
-                layer.sums_in_doubt = in_use  # what the preserver wrote and has not committed yet: the next time
+                layer.sums.in_doubt = in_use  # what the preserver wrote and has not committed yet: the next time
         await trio.to_thread.run_sync(layer.save, image)
 
     def _renew_sums(self, layer: Layer) -> None:

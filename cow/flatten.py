@@ -165,7 +165,7 @@ class Flattener:
             try:
                 return await trio.to_thread.run_sync(_copy, source, target, runs)
             except (CowError, OSError):
-                target.give_up_unsynced()  # nothing depends on it, and later syncs of the layer must not fail for it
+                target.files.give_up_unsynced()  # nothing depends on it, and later syncs of the layer must not fail for it
                 raise
 
     async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
@@ -198,6 +198,6 @@ def _some_of(chunks: BitMap64) -> BitMap64:
 def _copy(source: Layer, target: Layer, runs: Sequence[Run]) -> bytes:
     """Copy chunks from layer to layer, checked, and return their checksums there. Durable on return. Blocks."""
     sums = b"".join([target.write_data(run.first, source.read(run)) for run in runs])
-    target.write_sums_of(runs, sums)
-    target.sync_data()
+    target.sums.write_runs(runs, sums)
+    target.files.sync_data()
     return sums

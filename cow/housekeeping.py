@@ -15,7 +15,8 @@ from pyroaring import BitMap64
 from cow.commits import Checkpoint, Commits
 from cow.device import Directory
 from cow.errors import CowError
-from cow.layer import Layer, pinned, remove_layer_directory
+from cow.layer import Layer, pinned
+from cow.layerfiles import remove_layer_directory
 from cow.space import Space
 
 MOST_WAITING_JOURNALS = 8  # 32 MiB that could not be dropped
@@ -137,7 +138,7 @@ class Housekeeping:
     async def _punch(self) -> None:
         for punch in list(self._punches):
             layer, chunks = punch
-            if layer.pins:  # who reads there may have looked before the chunks were moved to another layer
+            if layer.files.pins:  # who reads there may have looked before the chunks were moved to another layer
                 self._is_kept_waiting = True
                 continue
             if layer.id in self._layers:
@@ -162,7 +163,7 @@ class Housekeeping:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
         async with self._files:
             for name, layer in list(self._dropped.items()):
-                if layer.pins:
+                if layer.files.pins:
                     self._is_kept_waiting = True
                     continue
                 with self._space.changing_layers():

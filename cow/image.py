@@ -130,7 +130,7 @@ class Image:
         if not written:
             return 0
         with pinned(written):
-            return await trio.to_thread.run_sync(lambda: sum(layer.allocated_bytes() for layer in written))
+            return await trio.to_thread.run_sync(lambda: sum(layer.files.allocated_bytes() for layer in written))
 
     def layers(self) -> list[Layer]:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
@@ -412,7 +412,7 @@ class Image:
                 else self.delta.write_data(run.first, content)
                 for run, content in whole
             ]
-            self.delta.write_sums_of([run for run, _ in whole], b"".join(sums))
+            self.delta.sums.write_runs([run for run, _ in whole], b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
             self.delta.rehash(chunks & self.delta.held)
@@ -476,7 +476,7 @@ class Image:
             await self._commits.commit([record], lambda: self.delta.commit(written))
 
     def _sync_data(self, runs: list[Run]) -> bytes:
-        self.delta.sync_data()
-        if self.delta.sums_in_doubt:
+        self.delta.files.sync_data()
+        if self.delta.sums.in_doubt:
             self.delta.rehash(self.delta.uncommitted | self.delta.intended)
-        return self.delta.read_sums_of(runs)
+        return self.delta.sums.read_runs(runs)

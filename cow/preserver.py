@@ -26,8 +26,9 @@ from cow.errors import CowError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.holding import holding
 from cow.journal import Kind, Record
-from cow.layer import SUM_BYTES, Layer, pinned
+from cow.layer import Layer, pinned
 from cow.offload import is_short, offload
+from cow.sums import SUM_BYTES
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
@@ -219,7 +220,7 @@ class Preserver:
             if job.lost:
                 affected = job.origin.needing(job.lost)
                 job.layer.lose(job.lost)
-                job.layer.give_up_unsynced()
+                job.layer.files.give_up_unsynced()
                 self._on_lost(
                     affected,
                     f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
@@ -270,7 +271,7 @@ def _copy_durably(jobs: list[_Job]) -> None:
                 _copy_part(job, part)
         _write_sums(job)
         try:
-            job.layer.sync_data()
+            job.layer.files.sync_data()
         except (OSError, CowError) as error:
             job.lose_all(error)
 
@@ -294,7 +295,7 @@ def _copy_part(job: _Job, part: Run) -> None:
 def _write_sums(job: _Job) -> None:
     sums = b"".join(job.sums)
     try:
-        job.layer.write_sums_of(job.runs, sums)
+        job.layer.sums.write_runs(job.runs, sums)
         return
     except OSError as error:
         if error.errno in FULL:
@@ -303,7 +304,7 @@ def _write_sums(job: _Job) -> None:
     for chunk, start in zip(job.kept, range(0, len(sums), SUM_BYTES), strict=True):  # perhaps it is one bad sector
         one = sums[start : start + SUM_BYTES]
         try:
-            job.layer.write_sums(chunk, one)
+            job.layer.sums.write(chunk, one)
         except OSError as error:
             job.lose(chunk, error)
         else:

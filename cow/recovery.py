@@ -15,7 +15,8 @@ from cow.elsewhere import Elsewhere
 from cow.errors import CowError
 from cow.geometry import chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
-from cow.layer import Layer, remove_layer_directory
+from cow.layer import Layer
+from cow.layerfiles import remove_layer_directory
 
 
 @dataclass
@@ -137,7 +138,7 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
         return
     at = 0
     for run in record.runs:
-        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])
+        layer.sums.write(run.first, record.sums[at : at + 8 * run.chunks])
         at += 8 * run.chunks
     layer.commit(chunks_in(record.runs))
 

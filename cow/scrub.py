@@ -19,11 +19,12 @@ from cow.errors import DamagedError, printable
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
-from cow.layer import SUM_BYTES, Layer, pinned
+from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
 from cow.recovery import load_layer, open_journal, recover
 from cow.store import Store
+from cow.sums import SUM_BYTES
 
 STEP_CHUNKS = 256  # read at a time: 1 MiB
 
@@ -62,7 +63,7 @@ def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64
         for part in pieces(run, 1):
             bad |= bad_chunks(layer, part, renewed)
         return bad
-    found = layer.checksums(run.first, data)
+    found = layer.sums.of_data(run.first, data)
     for index in range(run.chunks):
         chunk = run.first + index
         expected = renewed.get(chunk) or sums[index * SUM_BYTES : (index + 1) * SUM_BYTES]

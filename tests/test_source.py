@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cow
 import hcpfs
-from cow import catalog, journal, layer, layermap
+from cow import catalog, journal, layer, layermap, sums
 
 COW = Path(cow.__file__).parent
 HCPFS = Path(hcpfs.__file__).parent
@@ -17,7 +17,17 @@ LAYERS = [
     {"cow.errors", "cow.holding", "cow.offload", "cow.rowsum"},
     {"cow.geometry"},
     {"cow.device"},
-    {"cow.behind", "cow.catalog", "cow.elsewhere", "cow.fingerprint", "cow.gate", "cow.journal", "cow.layermap"},
+    {
+        "cow.behind",
+        "cow.catalog",
+        "cow.elsewhere",
+        "cow.fingerprint",
+        "cow.gate",
+        "cow.journal",
+        "cow.layerfiles",
+        "cow.layermap",
+    },
+    {"cow.sums"},
     {"cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery"},
     {"cow.preserver", "cow.space"},
@@ -122,7 +132,7 @@ def test_the_format_document_describes_what_the_code_writes() -> None:
         "SECTOR_BYTES": journal.SECTOR_BYTES,
         "FILE_BYTES": journal.FILE_BYTES,
         "MAP_FORMAT": layermap.MAP_FORMAT,
-        "SUM_BYTES": layer.SUM_BYTES,
+        "SUM_BYTES": sums.SUM_BYTES,
         "SEGMENT_CHUNKS": layer.SEGMENT_CHUNKS,
         "FORMAT": catalog.FORMAT,
     }.items():

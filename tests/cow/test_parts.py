@@ -190,7 +190,7 @@ def test_a_layer_survives_save_and_load_across_segments(layers: Directory) -> No
     runs = [Run(3, 2), Run(SEGMENT_CHUNKS - 1, 3)]
     layer = _filled(layers, 9, runs, b"a")
     layer.written_ns = 1234
-    layer.sync_data()
+    layer.files.sync_data()
     layer.save(layer.encode_map())
     layer.close()
     loaded = Layer(layers, 9, 1 << 34)
@@ -203,10 +203,10 @@ def test_a_layer_survives_save_and_load_across_segments(layers: Directory) -> No
 
 def test_i4_a_chunk_at_another_place_or_of_another_layer_does_not_match(layers: Directory) -> None:
     layer = _filled(layers, 1, [Run(0, 2)], b"a")
-    assert layer.checksums(0, b"a" * CHUNK_BYTES) != layer.checksums(1, b"a" * CHUNK_BYTES)
+    assert layer.sums.of_data(0, b"a" * CHUNK_BYTES) != layer.sums.of_data(1, b"a" * CHUNK_BYTES)
     other = Layer(layers, 2, 10)
-    assert layer.checksums(0, b"a" * CHUNK_BYTES) != other.checksums(0, b"a" * CHUNK_BYTES)
-    layer.write_sums(1, layer.read_sums_of([Run(0, 1)]))
+    assert layer.sums.of_data(0, b"a" * CHUNK_BYTES) != other.sums.of_data(0, b"a" * CHUNK_BYTES)
+    layer.sums.write(1, layer.sums.read_runs([Run(0, 1)]))
     with pytest.raises(DamagedError, match=r"chunk 1 \(offset 4096\) of layer 0000000000000001"):
         layer.read(Run(0, 2))
     layer.close()

@@ -284,7 +284,7 @@ ORDER = [
     Edit(
         "recovery does not restore the checksums",
         "recovery:_apply",
-        "        layer.write_sums(run.first, record.sums[at : at + 8 * run.chunks])\n",
+        "        layer.sums.write(run.first, record.sums[at : at + 8 * run.chunks])\n",
         "",
     ),
     Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
@@ -315,7 +315,7 @@ ORDER = [
     Edit(
         "a layer is merged into another before the data is durable",
         "flatten:_copy",
-        "    target.sync_data()\n",
+        "    target.files.sync_data()\n",
         "",
     ),
     Edit(
@@ -352,8 +352,8 @@ ORDER = [
     Edit(
         "moved chunks keep their checksums",
         "flatten:_copy",
-        "    target.write_sums_of(runs, sums)\n",
-        "    target.write_sums_of(runs, source.read_sums_of(runs))\n",
+        "    target.sums.write_runs(runs, sums)\n",
+        "    target.sums.write_runs(runs, source.sums.read_runs(runs))\n",
     ),
 ]
 
@@ -362,10 +362,10 @@ CHECKS = [
     Edit(
         "a chunk by itself is not checked",
         "layer:Layer.read_chunk_nowait",
-        "data if xxh3_64_digest(data, self._seed_of(chunk)) == expected else None",
+        "data if xxh3_64_digest(data, self.sums.seed_of(chunk)) == expected else None",
         "data",
     ),
-    Edit("checksums know no place", "layer:Layer._seed_of", "(self._seed + chunk) & _MASK_64", "7"),
+    Edit("checksums know no place", "sums:Sums.seed_of", "(self._seed + chunk) & _MASK_64", "7"),
     Edit("maps are not checked", "layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
     Edit(
         "maps of other layers are taken",
