@@ -165,7 +165,7 @@ class Flattener:
             try:
                 return await trio.to_thread.run_sync(_copy, source, target, runs)
             except (CowError, OSError):
-                target.files.give_up_unsynced()  # nothing depends on it, and later syncs of the layer must not fail for it
+                target.files.give_up_unsynced()  # nothing depends on it, and later syncs must not fail for it
                 raise
 
     async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
