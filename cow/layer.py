@@ -4,7 +4,7 @@ On disk it is a directory, made when first written: `data.NNNN` (sparse, at the 
 `sums` (8 bytes a chunk) and `map` (the set of chunks at the last checkpoint). The bytes are described in FORMAT.md.
 
 The sets of chunks live here and change only on the trio thread; file calls are made from any thread. The layer does
-not decide when anything is durable: its owner calls `sync_data`, commits to the journal, then updates the sets.
+not decide when anything is durable: its owner calls `files.sync_data`, commits to the journal, then updates the sets.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

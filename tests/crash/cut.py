@@ -13,7 +13,8 @@ from itertools import product
 
 from xxhash import xxh3_128_digest
 
-from tests.crash.disk import ELSEWHERE_INODE, SOURCE_INODE, STORE_INODE, Disk, Op, State, apply_to
+from tests.crash.calls import Op, apply_to
+from tests.crash.disk import ELSEWHERE_INODE, SOURCE_INODE, STORE_INODE, Disk, State
 
 SECTOR = 512
 MOST_EXHAUSTIVE = 8

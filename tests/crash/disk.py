@@ -10,7 +10,6 @@ import errno
 import os
 import sqlite3
 import stat
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
+from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
 
 STORE, SOURCE, ELSEWHERE = "/store", "/disk.img", "/elsewhere"
 STORE_INODE, SOURCE_INODE, ELSEWHERE_INODE = 1, 2, 3
@@ -26,8 +26,6 @@ PAGE = 4096
 UNLIMITED = 1 << 40
 # What these contain means nothing, and whether they are there neither.
 _MEANINGLESS = {"reserve", "lock", "catalog.sqlite"}
-_ENGINE = f"{os.sep}cow{os.sep}"
-_DEVICE = f"{_ENGINE}device.py"
 
 
 @dataclass(frozen=True)
@@ -37,28 +35,6 @@ class State:
     files: dict[int, bytes]
     directories: dict[int, dict[str, int]]
     catalog: bytes | None
-
-
-@dataclass(eq=False)
-class Op:
-    """A change. `inode` is what a sync must cover to make it durable; None of the other fields applies to all kinds."""
-
-    kind: str  #: write, truncate, allocate, punch, link, unlink, sync, commit
-    inode: int
-    site: str
-    offset: int = 0
-    data: bytes = b""
-    length: int = 0
-    name: str = ""
-    target: int = 0
-    is_directory: bool = False  #: what `target` is
-    database: bytes = b""
-    ended: bool = False
-    failed: bool = False
-
-    def __str__(self) -> str:
-        what = self.name or f"{self.offset}+{len(self.data) or self.length}"
-        return f"{self.kind} {what} of {self.inode} by {self.site}"
 
 
 @dataclass
@@ -74,46 +50,6 @@ class Inode:
 
     def touch(self, offset: int, length: int) -> None:
         self.pages.update(range(offset // PAGE, -(-(offset + length) // PAGE)))
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that is about to be made, for those who decide whether it works."""
-
-    kind: str  #: as in Op, and read, begin
-    site: str
-    line: int
-    is_source: bool
-    is_elsewhere: bool
-
-    def __str__(self) -> str:
-        return f"{self.kind} by {self.site} (line {self.line})"
-
-
-class Fault(Exception):  # noqa: N818
-    """What a decider raises or returns: an errno, or a transfer of only `short` bytes."""
-
-    def __init__(self, number: int = 0, short: int | None = None) -> None:
-        super().__init__(number, short)
-        self.number = number
-        self.short = short
-
-    def __str__(self) -> str:
-        return errno.errorcode[self.number] if self.short is None else "short"
-
-
-def site_of_caller() -> tuple[str, int]:
-    """The engine's function that asked, and its caller (`journal.Journal.append<commits.Commits.commit`), the line."""
-    found: list[str] = []
-    line = 0
-    frame = sys._getframe(1)
-    while frame is not None and len(found) < 2:
-        code = frame.f_code
-        if _ENGINE in code.co_filename and not code.co_filename.endswith(_DEVICE) and "<" not in code.co_name:
-            line = line or frame.f_lineno
-            found.append(f"{os.path.basename(code.co_filename)[:-3]}.{code.co_qualname}")
-        frame = frame.f_back
-    return "<".join(found), line
 
 
 def empty_state(content: bytes) -> State:
@@ -480,28 +416,3 @@ def _database_error(fault: Fault) -> sqlite3.OperationalError:
     error = sqlite3.OperationalError("database or disk is full" if full else "disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_IOERR
     return error
-
-
-def resize(content: bytearray, length: int) -> None:
-    """Cut a file, or extend it with zeroes."""
-    if length < len(content):
-        del content[length:]
-    else:
-        content.extend(bytes(length - len(content)))
-
-
-def apply_to(content: bytearray, op: Op) -> None:
-    """Do what the operation does to a file's content."""
-    if op.kind == "write":
-        if len(content) < op.offset:
-            content.extend(bytes(op.offset - len(content)))
-        content[op.offset : op.offset + len(op.data)] = op.data
-    elif op.kind == "truncate":
-        resize(content, op.length)
-    elif op.kind == "allocate":
-        if len(content) < op.offset + op.length:
-            resize(content, op.offset + op.length)
-    elif op.kind == "punch":
-        end = min(len(content), op.offset + op.length)
-        if op.offset < end:
-            content[op.offset : end] = bytes(end - op.offset)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import trio
 
 from cow.errors import CowError
+from tests.crash.calls import Call, Fault
 from tests.crash.cut import random_state_of
-from tests.crash.disk import Call, Disk, Fault, State, empty_state
+from tests.crash.disk import Disk, State, empty_state
 from tests.crash.harness import CONTENT, ViolationError
 from tests.crash.oracle import Oracle, Versions
 from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, prepare

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
 
+from tests.crash.calls import Call
 from tests.crash.corruption import check_many
-from tests.crash.disk import Call, Disk, empty_state
+from tests.crash.disk import Disk, empty_state
 from tests.crash.harness import CONTENT, Tally, ViolationError, check_workload, record, run
 from tests.crash.workloads import Workload
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from cow.catalog import Catalog, State
 from cow.device import Directory
 from tests.crash import disk
+from tests.crash.calls import Op
 from tests.crash.cut import Cutter, digest
-from tests.crash.disk import Op
 
 SNAPSHOTS = 12
 MOST_STATES_A_MOMENT = 12
