@@ -5,115 +5,38 @@ are acknowledged into a buffer. A task takes all that has gathered to its place,
 live image that is one commit of old bytes and then the device, with a snapshot's image the delta. Readers ask the
 buffer first. # I3
 
-The buffer has what was written, byte for byte and nothing more, so that it never covers what somebody wrote beside it.
 What is not taken stays in the buffer: it is tried again at the next sync, which fails until it succeeds.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
 import trio
-from pyroaring import BitMap64
 
+from cow.contents import Contents, Row
 from cow.device import File
 from cow.errors import CowError
-from cow.geometry import CHUNK_BYTES, Run, chunks_of, covering, pieces, runs_of, split
+from cow.geometry import CHUNK_BYTES, Run, covering
+from cow.memory import Memory
 from cow.offload import MOST_CHUNKS_HERE
 
 MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
+MOST_IN_EXTENTS_HERE = 1024  # where only memory is, which takes long writes from it meanwhile: 4 MiB
 ENOUGH_CHUNKS = 1024  # that are worth a commit
 LINGER_SECONDS = 0.01  # for more to come, when there are not enough
-_WRITE_CHUNKS = 256  # in one write to the device: 1 MiB
-
-
-class Part:
-    """What was written of a chunk, when that is not all of it."""
-
-    def __init__(self) -> None:
-        self.content = bytearray(CHUNK_BYTES)
-        self.extents: list[tuple[int, int]] = []  #: (start, end) in the chunk; ascending, and none touches another
-
-    def put(self, start: int, data: bytes | memoryview) -> None:
-        """Write over what there is."""
-        end = start + len(data)
-        self.content[start:end] = data
-        beside = [one for one in self.extents if one[1] < start or one[0] > end]
-        touched = [one for one in self.extents if one[0] <= end and one[1] >= start]
-        starts, ends = zip((start, end), *touched, strict=True)
-        self.extents = sorted([*beside, (min(starts), max(ends))])
-
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Where in the chunk, and what."""
-        return ((start, bytes(self.content[start:end])) for start, end in self.extents)
-
-
-Whole = bytes | memoryview  # all of a chunk; a view is of a longer write, which is not copied
-Content = Whole | Part  # of one chunk
-Contents = Mapping[int, Content]  # by chunk
 
 
 class _Generation:
     """What gathers together, and goes to the device together."""
 
     def __init__(self) -> None:
-        self.chunks: dict[int, Content] = {}
-        self.weight = 0  #: what it takes in memory, in chunks; twice that at most
-        self._kept_chunks = 0  #: of the writes that the views are of, also where they were written over since
+        self.contents = Contents()
         self.arrived = trio.Event()  #: fires when something is put into it
         self.hurry = trio.Event()  #: fires when it shall not wait for more
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
         self.is_kept = True  #: whether, after an error, it is in memory yet
-
-    def put(self, offset: int, data: bytes | memoryview) -> None:
-        if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES:
-            self.chunks[offset // CHUNK_BYTES] = data
-        else:
-            self._put_long(offset, data)
-        self._weigh()
-
-    def _weigh(self) -> None:
-        count = len(self.chunks)
-        self.weight = count if count > self._kept_chunks else self._kept_chunks
-
-    def _put_long(self, offset: int, data: bytes | memoryview) -> None:
-        head, body, tail = split(offset, len(data))
-        view = memoryview(data)
-        if head:
-            self._put_part(offset, view[:head])
-        if body:
-            first, end = (offset + head) // CHUNK_BYTES, head + body
-            self.chunks |= enumerate([view[at : at + CHUNK_BYTES] for at in range(head, end, CHUNK_BYTES)], first)
-            self._kept_chunks += chunks_of(len(data))
-        if tail:
-            self._put_part(offset + head + body, view[head + body :])
-
-    def _put_part(self, offset: int, data: bytes | memoryview) -> None:
-        chunk, start = divmod(offset, CHUNK_BYTES)
-        content = self.chunks.setdefault(chunk, Part())
-        if isinstance(content, Part):
-            content.put(start, data)
-        else:
-            self.chunks[chunk] = b"".join((content[:start], data, content[start + len(data) :]))
-
-    def put_beneath(self, chunk: int, older: Content) -> None:
-        """Put in what was written before the rest."""
-        newer = self.chunks.get(chunk)
-        if newer is not None and not isinstance(newer, Part):
-            return
-        self.chunks[chunk] = older
-        for start, data in () if newer is None else newer.pieces():
-            self._put_part(chunk * CHUNK_BYTES + start, data)
-        self._weigh()
-
-    def pieces(self, run: Run) -> Iterator[tuple[int, Whole]]:
-        """What it has of a run: offsets and bytes."""
-        wanted = range(run.first, run.end) if run.chunks < len(self.chunks) else self.chunks
-        for chunk in wanted:
-            content = self.chunks.get(chunk) if run.first <= chunk < run.end else None
-            if content is not None:
-                yield from _pieces_of(chunk, content)
 
 
 _NOTHING = _Generation()
@@ -131,8 +54,8 @@ class Behind:
 
     `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
     OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
-    full empties it. `on_trouble` is told, with a sentence, when what was acknowledged is not taken, and
-    `on_change` by how many chunks there are more in memory: a long write counts whole while a chunk of it waits.
+    full empties it, unless there are extents, which are worth a thread. `on_trouble` is told, with a sentence, when
+    what was acknowledged is not taken, and `on_change` by how many chunks there are more in memory.
     """
 
     def __init__(
@@ -157,42 +80,46 @@ class Behind:
     @property
     def chunks(self) -> int:
         """How many chunks are in memory."""
-        return len(self._gathering.chunks) + len(self._leaving.chunks)
+        return len(self._gathering.contents) + len(self._leaving.contents)
 
     @property
     def _weight(self) -> int:
-        return self._gathering.weight + self._leaving.weight
+        return self._gathering.contents.weight + self._leaving.contents.weight
 
     def has(self, chunk: int) -> bool:
         """Whether some of the chunk is in the buffer."""
-        return chunk in self._gathering.chunks or chunk in self._leaving.chunks
+        return self._gathering.contents.has(chunk) or self._leaving.contents.has(chunk)
 
     def holds(self, run: Run) -> bool:
         """Whether some of the run is in the buffer."""
-        newer, older = self._gathering.chunks, self._leaving.chunks
-        return any(chunks and not chunks.keys().isdisjoint(range(run.first, run.end)) for chunks in (newer, older))
+        return self._gathering.contents.holds(run) or self._leaving.contents.holds(run)
 
-    def pieces(self, offset: int, length: int) -> list[tuple[int, Whole]]:
+    def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
         """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
-        if not self._gathering.chunks and not self._leaving.chunks:
+        newer, older = self._gathering.contents, self._leaving.contents
+        if not newer and not older:
             return []
         run = covering(offset, length)
-        return [piece for generation in (self._leaving, self._gathering) for piece in generation.pieces(run)]
+        return [*older.pieces(run), *newer.pieces(run)]
 
     @property
     def is_full(self) -> bool:
         """Whether there is no `room` for a write."""
-        return self._gathering.weight >= self._most_chunks
+        gathering = self._gathering.contents
+        return gathering.weight >= (MOST_IN_EXTENTS_HERE if self._is_for_thread(gathering) else self._most_chunks)
+
+    def _is_for_thread(self, contents: Contents) -> bool:
+        return self._is_in_memory and bool(contents.extents)
 
     def is_long(self, length: int) -> bool:
-        """Whether a write does not wait here: where there is only memory, to copy it would be to write it."""
+        """Whether a write is not worth the wait here: where there is only memory, to copy it would be to write it."""
         return self._is_in_memory and length > MOST_CHUNKS_HERE * CHUNK_BYTES
 
     async def room(self) -> None:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
-            if self._is_in_memory:
+            if self._is_in_memory and not full.contents.extents:
                 await self._bring(full)
             else:
                 full.arrived.set()  # what was not taken the last time does not count as arrived
@@ -203,17 +130,18 @@ class Behind:
                 if self.is_full:
                     await _in_place(full)
 
-    def put(self, offset: int, data: bytes | memoryview) -> None:
-        """Take a write, for which there is `room`. A view is copied, as its memory may be used for something else."""
+    def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
+        """Take a write, for which there is `room`. A view is copied, unless it is long and its `memory` can be kept."""
         gathering = self._gathering
-        before = gathering.weight
-        gathering.put(offset, bytes(data))
-        weight = gathering.weight
+        contents = gathering.contents
+        before = contents.weight
+        contents.put(offset, data, memory)
+        weight = contents.weight
         if weight != before:
             self._on_change(weight - before)
         if not gathering.arrived.is_set():
             gathering.arrived.set()
-        if weight >= ENOUGH_CHUNKS:
+        if weight >= ENOUGH_CHUNKS or (contents.extents and self._is_in_memory):
             gathering.hurry.set()
 
     def forget(self) -> None:
@@ -221,6 +149,7 @@ class Behind:
         self._on_change(-self._weight)
         self._on_change = lambda chunks: None  # of what is on its way yet
         self._on_trouble = lambda sentence: None
+        self._gathering.contents.release()
         self._gathering, self._leaving = _Generation(), _NOTHING
 
     async def drain(self) -> None:
@@ -229,7 +158,7 @@ class Behind:
         Raises OSError or CowError when something is not; it stays in the buffer, to be tried again by the next drain.
         """
         for generation in (self._leaving, self._gathering):
-            if generation.chunks:
+            if generation.contents:
                 generation.arrived.set()
                 generation.hurry.set()
                 await _in_place(generation)
@@ -237,7 +166,7 @@ class Behind:
     async def flush(self) -> None:
         """As `drain`, without waking anybody for it: it must not be cancelled before the buffer is forgotten."""
         for generation in (self._leaving, self._gathering):
-            if generation.chunks:
+            if generation.contents:
                 await self._bring(generation)
                 await _in_place(generation)
 
@@ -252,7 +181,7 @@ class Behind:
 
     async def _bring(self, generation: _Generation) -> None:
         """Have a generation taken, unless somebody else has."""
-        while self._leaving.chunks and not generation.taken.is_set():
+        while self._leaving.contents and not generation.taken.is_set():
             await self._leaving.done.wait()
         if not generation.taken.is_set():
             await self._flush()
@@ -263,18 +192,18 @@ class Behind:
         taken.arrived.set()  # so that `run` looks for the next one; what was not taken before has not arrived
         taken.taken.set()
         taken.error = CowError("hcpfs was stopped before")  # until we know better
-        left = Untaken(taken.chunks, None)
+        left = Untaken(taken.contents, None)
         try:
-            left = await self._take(taken.chunks)
+            left = await self._take(taken.contents)
             taken.error = left.cause
         except (CowError, OSError) as error:
             taken.error = error
         finally:
             taken.is_kept = bool(left.contents)
             before = self._weight
-            for chunk, content in left.contents.items():  # of which one must not keep a long write in memory
-                self._gathering.put_beneath(chunk, content if isinstance(content, Part) else bytes(content))
+            self._gathering.contents.put_beneath(left.contents)
             self._leaving = _NOTHING
+            taken.contents.release()
             self._on_change(self._weight - before)
             taken.done.set()
         self._tell(taken.error if taken.is_kept else None)
@@ -302,67 +231,44 @@ async def _in_place(generation: _Generation) -> None:
         raise again from error
 
 
-def contents_of(offset: int, data: bytes | memoryview) -> Contents:
-    """A write, chunk by chunk."""
-    generation = _Generation()
-    generation.put(offset, data)
-    return generation.chunks
-
-
 def write_out(device: File, contents: Contents) -> Untaken:
     """Write contents to their places on a device, and return what it does not take. Blocks; nothing is durable yet."""
     failed: set[int] = set()
     cause: Exception | None = None
-    for row in rows(contents):
+    for row in contents.rows():
         try:
-            _write_row(device, contents, row)
+            _write_row(device, row)
         except OSError as error:
             cause = error
-            failed.update(_write_singly(device, contents, row) if row.chunks > 1 else (row.first,))
-    return Untaken({chunk: contents[chunk] for chunk in sorted(failed)}, cause if failed else None)
-
-
-def _write_row(device: File, contents: Contents, row: Run) -> None:
-    first, chunks = row
-    content = contents[first]
-    if isinstance(content, Part):
-        for offset, data in _pieces_of(first, content):
-            device.pwrite(data, offset)
-    elif chunks == 1:
-        device.pwrite(content, first * CHUNK_BYTES)
-    else:
-        device.pwritev([contents[chunk] for chunk in range(first, row.end)], row.offset)  # type: ignore[misc]
-
-
-def _write_singly(device: File, contents: Contents, row: Run) -> Iterator[int]:
-    """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
-    for chunk in range(row.first, row.end):
+            failed.update(_write_singly(device, row))
+    for chunk, part in contents.parts().items():
         try:
-            _write_row(device, contents, Run(chunk, 1))
+            for start, data in part.pieces():
+                device.pwrite(data, chunk * CHUNK_BYTES + start)
+        except OSError as error:
+            cause = error
+            failed.add(chunk)
+    return Untaken(contents.only(failed), cause) if failed else Untaken(Contents(), None)
+
+
+def _write_row(device: File, row: Row) -> None:
+    run, content = row
+    if isinstance(content, list):
+        device.pwritev(content, run.offset)
+    else:
+        device.pwrite(content, run.offset)
+
+
+def _write_singly(device: File, row: Row) -> Iterator[int]:
+    """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
+    run, content = row
+    if run.chunks == 1:
+        yield run.first
+        return
+    for chunk in range(run.first, run.end):
+        place = chunk - run.first
+        one = content[place] if isinstance(content, list) else content[place * CHUNK_BYTES : (place + 1) * CHUNK_BYTES]
+        try:
+            device.pwrite(one, chunk * CHUNK_BYTES)
         except OSError:
             yield chunk
-
-
-def overlaid(data: bytes | bytearray, offset: int, pieces: Iterable[tuple[int, Whole]]) -> bytes:
-    """What was read at `offset`, with the pieces (offsets and bytes) put over it, one after the other."""
-    result = bytearray(data)
-    for start, piece in pieces:
-        at = start - offset
-        visible = piece[max(0, -at) : max(0, len(data) - at)]
-        result[max(0, at) : max(0, at) + len(visible)] = visible
-    return bytes(result)
-
-
-def _pieces_of(chunk: int, content: Content) -> Iterator[tuple[int, Whole]]:
-    at = chunk * CHUNK_BYTES
-    pieces: Iterable[tuple[int, Whole]] = content.pieces() if isinstance(content, Part) else [(0, content)]
-    return ((at + start, data) for start, data in pieces)
-
-
-def rows(contents: Contents) -> list[Run]:
-    """The chunks, ascending, in runs that can be written at once. One that is not whole is by itself."""
-    parts = [chunk for chunk, content in contents.items() if isinstance(content, Part)]
-    found: list[Run] = []
-    for run in runs_of(BitMap64(contents) - BitMap64(parts) if parts else BitMap64(contents)):
-        found += pieces(run, _WRITE_CHUNKS) if run.chunks > _WRITE_CHUNKS else (run,)
-    return sorted([*found, *(Run(chunk, 1) for chunk in parts)]) if parts else found

@@ -68,6 +68,15 @@ def split(offset: int, length: int) -> Split:
     return Split(head, length - head - tail, tail)
 
 
+def ragged(offset: int, length: int) -> Iterator[int]:
+    """The chunks, at most two, of which the extent has a part only."""
+    first, last = offset // CHUNK_BYTES, (offset + length - 1) // CHUNK_BYTES
+    if offset % CHUNK_BYTES or (first == last and length < CHUNK_BYTES):
+        yield first
+    if (offset + length) % CHUNK_BYTES and first != last:
+        yield last
+
+
 def runs_of(chunks: BitMap64) -> Iterator[Run]:
     """The maximal runs of a set of chunks, ascending. Does not look at every chunk."""
     if not chunks:

@@ -10,16 +10,16 @@ apart from damage.
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import cast
 
 import trio
 from pyroaring import BitMap64
 
-from cow.behind import Behind, Contents, Part, Untaken, Whole, contents_of, overlaid, rows
+from cow.behind import Behind, Untaken
 from cow.chain import Share, gather, holder_of, resolve
 from cow.commits import Commits
+from cow.contents import Contents, Row, contents_of, overlaid
 from cow.errors import (
     CowError,
     DamagedError,
@@ -30,15 +30,14 @@ from cow.errors import (
     SuspectError,
     printable,
 )
-from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, runs_of, split
+from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, ragged, runs_of
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
+from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.origin import Origin
 from cow.space import Room, Space
-
-Extents = list[tuple[Run, Whole | list[Whole]]]  # runs, ascending, and their contents: in one, or chunk by chunk
 
 MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a journal file with ease
@@ -274,21 +273,21 @@ class Image:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting, nothing is amiss, and there is plenty of room; else None.
 
-        The memory of a view may be used for something else afterwards.
+        The memory of a view may be used for something else afterwards, unless it is `memory`, and kept.
         """
         length = len(data)
         if not length or offset + length > self.size_bytes or offset % CHUNK_BYTES or length % CHUNK_BYTES:
             return None
         if not self._write_behind or self._layout != self.origin.layout:  # perhaps the snapshot was given up
             return None
-        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS or self._behind.is_long(length):
+        if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS:
             return None
         if not self._space.is_roomy(length // CHUNK_BYTES):
             return None
-        self._behind.put(offset, data)
+        self._behind.put(offset, data, memory)
         self.delta.written_ns = time.time_ns()
         return length
 
@@ -302,8 +301,11 @@ class Image:
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
-    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
-        """As `write`, for what cannot be done without waiting. A view's memory must stay as it is until the return."""
+    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
+        """As `write`, for what cannot be done without waiting.
+
+        A view's memory must stay as it is until the return, and after it if it is `memory`, and kept.
+        """
         if offset >= self.size_bytes:
             raise PastEndError(f"a write at offset {offset} is beyond the end of the image ({self.size_bytes} bytes)")
         if offset + len(data) > self.size_bytes:
@@ -311,43 +313,22 @@ class Image:
         if not data:
             return 0
         self.layers()  # raises when the snapshot was given up
-        if self._behind.is_long(len(data)) and not self._behind.holds(covering(offset, len(data))):
-            await self._write_long(offset, data)
-            self.delta.written_ns = time.time_ns()
-            return len(data)
-        contents = contents_of(offset, data)
         if self._write_behind and self._space.waiting_chunks < MOST_WAITING_CHUNKS:  # of all images together # I6
-            await self._check_parts(contents)
+            await self._check_parts(offset, len(data))
             await self._behind.room()
-            await self._check_room(self.delta.new_bytes(BitMap64(contents)))
-            self._behind.put(offset, data)
+            await self._check_room(self.delta.new_bytes(chunks_in([covering(offset, len(data))])))
+            self._behind.put(offset, data, memory)
         else:
             await self._behind.drain()
-            await self._write_into_delta(contents, self._space.room_for_write)
+            await self._write_into_delta(contents_of(offset, data), self._space.room_for_write)
         self.delta.written_ns = time.time_ns()
         return len(data)
 
-    async def _write_long(self, offset: int, data: bytes | memoryview) -> None:
-        """Write into the delta at once: the whole chunks as they are, those at the ends filled up."""
-        await self._check_room(self.delta.new_bytes(chunks_in([covering(offset, len(data))])))
-        head, body, _ = split(offset, len(data))
-        view = memoryview(data)
-        for start, part in ((0, view[:head]), (head + body, view[head + body :])):
-            if part:
-                await self._write_into_delta(contents_of(offset + start, part), self._space.keeping)
-        run = covering(offset + head, body)
-
-        async def extents() -> Extents:
-            return [(run, view[head : head + body])]
-
-        await self._change_delta(chunks_in([run]), self._space.keeping, extents)
-
-    async def _check_parts(self, contents: Contents) -> None:
+    async def _check_parts(self, offset: int, length: int) -> None:
         """Raise when a partial chunk cannot be filled up: later it would keep all that waits from being written."""
-        for chunk, content in contents.items():
-            run = Run(chunk, 1)
-            if isinstance(content, Part) and not self._behind.holds(run):
-                await self._read_chunks(run)
+        for chunk in ragged(offset, length):
+            if not self._behind.has(chunk):
+                await self._read_chunks(Run(chunk, 1))
 
     async def _check_room(self, count: int) -> None:
         try:
@@ -366,32 +347,20 @@ class Image:
         try:
             await self._write_into_delta(contents, self._space.keeping)
         except InvalidSnapshotError as error:
-            return Untaken({}, error)  # nobody will ever read it
-        return Untaken({}, None)
+            return Untaken(Contents(), error)  # nobody will ever read it
+        return Untaken(Contents(), None)
 
     async def _write_into_delta(self, contents: Contents, room: Callable[[int], Room]) -> None:
-        async def extents() -> Extents:
-            whole = await self._filled_up(contents)
-            return [
-                (run, whole[run.first] if run.chunks == 1 else [whole[chunk] for chunk in range(run.first, run.end)])
-                for run in rows(whole)
-            ]
-
-        await self._change_delta(BitMap64(contents), room, extents)
-
-    async def _change_delta(
-        self, chunks: BitMap64, room: Callable[[int], Room], extents: Callable[[], Awaitable[Extents]]
-    ) -> None:
-        """Write `extents()`, which are the whole `chunks`, into the delta."""
+        chunks = contents.chunks()
         async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             if self._has_much_to_commit:
                 await self._commit()  # in vain the last time, when the store failed
-            whole = await extents()
+            rows = contents.rows(await self._filled_up(contents))
             async with room(self.delta.new_bytes(chunks)):
                 crowded = await self._announce(chunks)
                 with pinned([self.delta]):
-                    await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))
+                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))
             self.delta.uncommitted |= chunks - self.delta.held
             self.delta.held |= chunks
             if crowded or self._has_much_to_commit:
@@ -404,27 +373,26 @@ class Image:
     def _has_much_to_commit(self) -> bool:
         return len(self.delta.uncommitted) + len(self.delta.intended) > MOST_UNCOMMITTED_CHUNKS
 
-    def _write_delta(self, chunks: BitMap64, whole: Extents) -> None:
+    def _write_delta(self, chunks: BitMap64, rows: list[Row]) -> None:
         try:
             sums = [
                 self.delta.write_chunks(run.first, content)
                 if isinstance(content, list)
                 else self.delta.write_data(run.first, content)
-                for run, content in whole
+                for run, content in rows
             ]
-            self.delta.sums.write_runs([run for run, _ in whole], b"".join(sums))
+            self.delta.sums.write_runs([run for run, _ in rows], b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
             self.delta.rehash(chunks & self.delta.held)
             raise
 
-    async def _filled_up(self, contents: Contents) -> Mapping[int, Whole]:
-        """The whole chunks as they shall be."""
-        parts = {chunk: content for chunk, content in contents.items() if isinstance(content, Part)}
-        filled = {
-            chunk: overlaid(await self._read_settled(Run(chunk, 1)), 0, part.pieces()) for chunk, part in parts.items()
+    async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
+        """The chunks of which not all was written, as they shall be."""
+        return {
+            chunk: overlaid(await self._read_settled(Run(chunk, 1)), 0, part.pieces())
+            for chunk, part in contents.parts().items()
         }
-        return cast(Mapping[int, Whole], {**contents, **filled} if filled else contents)
 
     async def _announce(self, chunks: BitMap64) -> bool:
         """Put an INTENT into the journal for the committed chunks that will be overwritten in place.

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import trio
 from pyroaring import BitMap64
 
-from cow.behind import Behind, Contents, Untaken, overlaid, write_out
+from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
+from cow.contents import Contents, overlaid
 from cow.device import OriginDevice
 from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
 from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.layer import Layer
+from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.preserver import Preserver
 
@@ -98,10 +100,10 @@ class Origin:
             data = await trio.to_thread.run_sync(self.device.pread, length, offset)
         return overlaid(data, offset, newer) if newer else data
 
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting; else None.
 
-        The memory of a view may be used for something else afterwards.
+        The memory of a view may be used for something else afterwards, unless it is `memory`, and kept.
         """
         # atomic: no checkpoint, so the gate need not be entered
         length = len(data)
@@ -110,7 +112,7 @@ class Origin:
         if self._is_put_behind(offset, length):
             if self._behind.is_full:
                 return None
-            self._behind.put(offset, data)
+            self._behind.put(offset, data, memory)
         else:
             may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
             if not may_write or not self.device.pwrite_nowait(data, offset):
@@ -128,8 +130,11 @@ class Origin:
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
-    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
-        """As `write`, for what cannot be done without waiting. A view's memory must stay as it is until the return."""
+    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
+        """As `write`, for what cannot be done without waiting.
+
+        A view's memory must stay as it is until the return, and after it if it is `memory`, and kept.
+        """
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
         if offset >= self.size_bytes:
@@ -143,7 +148,7 @@ class Origin:
         try:
             if self._is_put_behind(offset, len(data)):
                 await self._behind.room()
-                self._behind.put(offset, data)
+                self._behind.put(offset, data, memory)
             else:
                 await self._preserver.preserve(self, chunks_in([run]))
                 if not self.device.pwrite_nowait(data, offset):
@@ -166,7 +171,7 @@ class Origin:
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
-        chunks = BitMap64(contents)
+        chunks = contents.chunks()
         await self._preserver.preserve(self, chunks)
         return await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
 

@@ -28,6 +28,7 @@ from typing import Any
 import trio
 
 from cow.geometry import covering_bytes
+from cow.memory import Memory
 from hcpfs.protocol import (
     ANSWER,
     DATA_AT,
@@ -45,8 +46,8 @@ MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take 
 PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
 CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: it would be taken from those who ask
 DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
-LONG_BYTES = 256 << 10  # of a write that has to wait: from here on it keeps the memory that it came in
-MOST_SPARE = 4  # of such memory, kept for the next ones
+LONG_BYTES = 256 << 10  # of a write: from here on the memory that it came in may be kept, where it would be copied
+MOST_SPARE = 8  # of such memory, for the next ones
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -79,9 +80,8 @@ class FastPath:
         self._errno_of = errno_of
         self._on_unmount = on_unmount
         self._request = bytearray(DATA_AT)  #: up to a write's data; whose turn it is reads it, and nobody after that
-        self._data = _pages(MOST_REQUEST_BYTES - DATA_AT)  #: the rest of the request
-        self._is_lent = False  #: whether the latest request keeps it when it waits
-        self._spare: list[memoryview] = []  #: that take its place then
+        self._memory = self._new_memory()  #: of the rest of the request
+        self._spare: list[Memory] = []  #: that take its place while it is kept
         self._content = _pages(covering_bytes(MOST_DATA_BYTES))  #: of what is read without waiting
         self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
         self._init = 0  #: the unique number of the request INIT
@@ -130,8 +130,6 @@ class FastPath:
                 await self._take_requests(self._turn)
 
     def _give_turn(self) -> None:
-        if self._is_lent:
-            self._data, self._is_lent = self._spare.pop() if self._spare else _pages(len(self._data)), False
         self._working += 1
         self._turn += 1
         self._taken = False
@@ -139,6 +137,19 @@ class FastPath:
             self._idle.unpark()
         elif self._tasks < MOST_TASKS:
             self._start_task()
+
+    def _new_memory(self) -> Memory:
+        return Memory(_pages(MOST_REQUEST_BYTES - DATA_AT), self._take_memory_back)
+
+    def _free_memory(self) -> memoryview:
+        """For the next request: memory that nobody keeps."""
+        if self._memory.is_kept:
+            self._memory = self._spare.pop() if self._spare else self._new_memory()
+        return self._memory.view
+
+    def _take_memory_back(self, memory: Memory) -> None:
+        if memory is not self._memory and len(self._spare) < MOST_SPARE:
+            self._spare.append(memory)
 
     async def _take_requests(self, turn: int) -> None:
         """Answer requests until the turn was given away, or there are no more."""
@@ -150,7 +161,7 @@ class FastPath:
     def _answer_ready(self) -> Awaitable[object]:
         """Answer the requests that are ready, and return what has to be awaited before the next."""
         kernel, request = self._kernel, self._request
-        into: list[bytearray | memoryview] = [request, self._data]
+        into: list[bytearray | memoryview] = [request, self._free_memory()]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
         answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
         impatient = looked = 0.0
@@ -187,6 +198,8 @@ class FastPath:
                 waits = answer(unique, number, offset, size)
                 if waits is not None:
                     return _telling(waits, self._give_turn)
+                if size >= LONG_BYTES:
+                    into[1] = self._free_memory()
             elif opcode not in _UNANSWERED:
                 if opcode == Opcode.INIT:
                     self._init = unique
@@ -247,30 +260,29 @@ class FastPath:
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
 
     def _write(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
-        data = self._data[:size]
+        data, memory = self._memory.view[:size], self._memory if size >= LONG_BYTES else None
         try:
-            written = self._handles[number].write_nowait(offset, data)
+            written = self._handles[number].write_nowait(offset, data, memory)
         except Exception as error:
             self._fail("write", unique, error)
             return None
         if written is None:
-            if size < LONG_BYTES:
-                return self._write_waiting(unique, number, offset, bytes(data))
-            return self._write_lent(unique, number, offset, data)
+            if memory is None:
+                return self._write_waiting(unique, number, offset, bytes(data), None)
+            return self._write_long(unique, number, offset, data, memory)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
         return None
 
-    async def _write_lent(self, unique: int, number: int, offset: int, data: memoryview) -> None:
-        lent, self._is_lent = self._data, True
-        await self._write_waiting(unique, number, offset, data)
-        if self._data is lent:  # it did not wait
-            self._is_lent = False
-        elif len(self._spare) < MOST_SPARE:
-            self._spare.append(lent)
+    async def _write_long(self, unique: int, number: int, offset: int, data: memoryview, memory: Memory) -> None:
+        memory.keep()
+        await self._write_waiting(unique, number, offset, data, memory)
+        memory.release()
 
-    async def _write_waiting(self, unique: int, number: int, offset: int, data: bytes | memoryview) -> None:
+    async def _write_waiting(
+        self, unique: int, number: int, offset: int, data: bytes | memoryview, memory: Memory | None
+    ) -> None:
         try:
-            written = await self._handles[number].write_waiting(offset, data)
+            written = await self._handles[number].write_waiting(offset, data, memory)
         except Exception as error:
             return self._fail("write", unique, error)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
@@ -306,7 +318,7 @@ class FastPath:
             if length <= DATA_AT:
                 self._libfuse.send(memoryview(self._request)[:length])
             else:
-                self._libfuse.sendmsg([self._request, self._data[: length - DATA_AT]])
+                self._libfuse.sendmsg([self._request, self._memory.view[: length - DATA_AT]])
         except BlockingIOError:
             return False
         return True

@@ -20,6 +20,7 @@ import trio
 
 from cow.errors import CowError, NotFoundError, SnapshotBusyError
 from cow.image import Image
+from cow.memory import Memory
 from cow.opening import Opened
 from cow.origin import Origin
 from cow.scrub import Finding, OpenScrub
@@ -99,10 +100,13 @@ class Handle(Protocol):
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """Read what could not be had without waiting."""
 
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
-        """Write, where that needs no waiting, else None; short only at the end. A view's memory is not kept."""
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
+        """Write, where that needs no waiting, else None; short only at the end.
 
-    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
+        `data` may be a view of `memory`, which may be kept for longer; other views are not.
+        """
+
+    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
         """Write what could not be written without waiting. A view's memory stays as it is until the return."""
 
     async def sync(self) -> None:
@@ -115,10 +119,10 @@ class _ReadOnly:
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
         return None
 
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         return None
 
-    async def write_waiting(self, offset: int, data: bytes | memoryview) -> int:
+    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
         raise NotPermittedError(_READ_ONLY_TEXT)
 
     async def sync(self) -> None:

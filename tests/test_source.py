@@ -14,9 +14,9 @@ ROOT = COW.parent
 
 # Each module may import only from rows above its own; modules of one row do not import each other.
 LAYERS = [
-    {"cow.errors", "cow.holding", "cow.offload", "cow.rowsum"},
+    {"cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum"},
     {"cow.geometry"},
-    {"cow.device"},
+    {"cow.contents", "cow.device"},
     {
         "cow.behind",
         "cow.catalog",

@@ -10,9 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from cow.behind import MOST_CHUNKS, Behind, Contents, Untaken, overlaid, write_out
+from cow.behind import MOST_CHUNKS, Behind, Untaken, write_out
+from cow.contents import Contents, overlaid
 from cow.device import OriginDevice
 from cow.geometry import CHUNK_BYTES
+from cow.memory import Memory
 from cow.offload import MOST_CHUNKS_HERE
 
 SIZE = 64 * CHUNK_BYTES + 1536
@@ -32,7 +34,7 @@ class _Held:
         self.asked: list[set[int]] = []
 
     async def take(self, contents: Contents) -> Untaken:
-        self.asked.append(set(contents))
+        self.asked.append(set(contents.chunks()))
         await self.let_go.wait()
         return write_out(self._device, contents)
 
@@ -57,7 +59,7 @@ def test_what_is_buffered_is_read_back_byte_for_byte_and_reaches_the_device(devi
             nursery.start_soon(behind.run)
             for number in range(120):
                 offset = random_.randrange(SIZE)
-                data = random_.randbytes(min(random_.choice([1, 512, 4096, 5000, 20000]), SIZE - offset))
+                data = random_.randbytes(min(random_.choice([1, 512, 4096, 5000, 20000, 100_000]), SIZE - offset))
                 await _put(behind, offset, data)
                 content[offset : offset + len(data)] = data
                 start = random_.randrange(SIZE)
@@ -286,9 +288,8 @@ def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginD
     assert len(troubles) == 1
 
 
-def test_i6_a_long_write_counts_whole_while_a_chunk_of_it_waits() -> None:
-    """Each of these leaves one chunk to see, and all of its bytes in memory."""
-    length, counts = 256, list[int]()
+def test_i6_long_writes_fill_the_buffer_by_what_they_keep_in_memory() -> None:
+    length, counts, back = 256, list[int](), list[Memory]()
 
     async def take(contents: Contents) -> Untaken:
         raise AssertionError("nothing is to be taken")
@@ -297,12 +298,70 @@ def test_i6_a_long_write_counts_whole_while_a_chunk_of_it_waits() -> None:
         behind = Behind("it", take, pytest.fail, counts.append)
         for first in range(MOST_CHUNKS // length):
             assert not behind.is_full
-            behind.put(first * CHUNK_BYTES, bytes(length * CHUNK_BYTES))
+            memory = Memory(memoryview(bytearray(length * CHUNK_BYTES)), back.append)
+            behind.put(first * length * CHUNK_BYTES, memory.view[: 16 * CHUNK_BYTES], memory)
         assert behind.is_full
-        assert behind.chunks < 2 * length
         assert sum(counts) == MOST_CHUNKS
+        assert not back
         behind.forget()
         assert sum(counts) == 0
+        assert len(back) == MOST_CHUNKS // length
+
+    trio.run(main)
+
+
+def test_in_memory_long_writes_gather_while_the_earlier_ones_are_taken(device: OriginDevice) -> None:
+    """And the memory of a write comes back when it is where it belongs, not before."""
+    length, back = 32 * CHUNK_BYTES, list[Memory]()
+
+    async def main() -> None:
+        held = _Held(device)
+        behind = Behind("it", held.take, pytest.fail, is_in_memory=True)
+
+        def put(offset: int, content: bytes) -> None:
+            memory = Memory(memoryview(bytearray(content * length)), back.append)
+            behind.put(offset, memory.view, memory)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(behind.run)
+            put(0, b"a")
+            await trio.testing.wait_all_tasks_blocked()
+            assert held.asked == [set(range(32))], "at once: no more is waited for"
+            put(length, b"b")
+            behind.put(100, b"c" * length)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert len(held.asked) == 1
+            assert not back
+            held.let_go.set()
+            await behind.drain()
+            assert len(back) == 2
+            assert device.pread(2 * length, 0) == b"a" * 100 + b"c" * length + b"b" * (length - 100)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_i3_a_long_write_that_is_not_taken_stays_and_its_memory_comes_back(device: OriginDevice) -> None:
+    fails, back = _Fails(device), list[Memory]()
+    fails.chunks = {3}
+
+    async def take(contents: Contents) -> Untaken:
+        return write_out(device, contents)
+
+    async def main() -> None:
+        behind = Behind("it", take, lambda sentence: None)
+        memory = Memory(memoryview(bytearray(os.urandom(20 * CHUNK_BYTES))), back.append)
+        content = bytes(memory.view)
+        behind.put(0, memory.view, memory)
+        with pytest.raises(OSError, match="still in memory"):
+            await behind.flush()
+        assert back == [memory]
+        memory.view[:] = bytes(len(content))  # it is used for something else
+        assert behind.chunks == 1
+        assert overlaid(device.pread(len(content), 0), 0, behind.pieces(0, len(content))) == content
+        fails.chunks = set()
+        await behind.flush()
+        assert device.pread(len(content), 0) == content
 
     trio.run(main)
 

@@ -5,12 +5,13 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from cow import Source, behind
+from cow import Source, behind, contents
 from cow.image import Image
 from cow.origin import Origin
 from tests.support.engine import Engine
 from tests.support.model import Machine, machine_settings
 from tests.support.sandbox import MARK
+from tests.support.served import write_served
 
 
 class EngineDriver:
@@ -35,7 +36,7 @@ class EngineDriver:
         return self.engine.call(self._image(image).read, offset, length)
 
     def write(self, image: str | None, offset: int, data: bytes) -> int:
-        return self.engine.call(self._image(image).write, offset, data)
+        return self.engine.call(write_served, self._image(image), offset, data)
 
     def sync(self, image: str | None) -> None:
         self.engine.call(self._image(image).sync)
@@ -74,17 +75,19 @@ class EngineAgainstModel(Machine):
 
 
 class LongWritesAgainstModel(Machine):
-    """With short writes that count as long: in memory those go straight to where they belong."""
+    """With short writes that count as long: those go straight to the device, and are extents in the buffers."""
 
     def make_driver(self, content: bytes) -> EngineDriver:
-        self._patch = patch.object(behind, "MOST_CHUNKS_HERE", 2)
-        self._patch.start()
+        self._patches = [patch.object(behind, "MOST_CHUNKS_HERE", 2), patch.object(contents, "EXTENT_CHUNKS", 2)]
+        for one in self._patches:
+            one.start()
         return EngineDriver(content)
 
     def teardown(self) -> None:
         super().teardown()
         if self.driver is not None:
-            self._patch.stop()
+            for one in self._patches:
+                one.stop()
 
 
 EngineAgainstModel.TestCase.settings = machine_settings(60)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, flatten, journal, space
+from cow import behind, contents, flatten, journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -53,7 +53,7 @@ class _Inline:
 def small_and_deterministic() -> Iterator[None]:
     """Small journal files, no threads, no waiting, layers merged at once, and trio's order of tasks from a seed.
 
-    In memory a write of more than two chunks is a long one, and two fill a buffer.
+    A write of two chunks is an extent; in memory one of more than two is a long one, and two fill a buffer.
     """
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(1)
@@ -68,6 +68,7 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(flatten, "PUNCH_CHUNKS", 1),
         patch.object(flatten, "REST", 0),
         patch.object(behind, "MOST_CHUNKS_HERE", 2),
+        patch.object(contents, "EXTENT_CHUNKS", 2),
     ):
         yield
 

@@ -249,10 +249,10 @@ ORDER = [
     Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
     Edit(
         "an intent is recorded after the overwriting",
-        "image:Image._change_delta",
+        "image:Image._write_into_delta",
         "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
-        "                    await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n",
-        "                await offload(self._write_delta, chunks, whole, here=self._is_short(chunks))\n"
+        "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n",
+        "                await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n"
         "                crowded = await self._announce(chunks)\n",
     ),
     Edit(

@@ -20,6 +20,7 @@ from cow.origin import Origin
 from cow.store import Store
 from tests.crash.disk import ELSEWHERE, SOURCE, STORE, Disk
 from tests.crash.oracle import Oracle, Versions
+from tests.support.served import write_served
 
 CHUNK = 4096
 SIZE = 6 * CHUNK + 1536  # the last chunk is a partial one
@@ -103,7 +104,7 @@ class Session:
         data = self.fresh(min(length, SIZE - offset))
         self._mark(replace(self.oracle, live=self.oracle.live.write(offset, data)))
         try:
-            await self.origin.write(offset, data)
+            await write_served(self.origin, offset, data)
         except (CowError, OSError):
             self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
             raise
@@ -112,7 +113,7 @@ class Session:
         data = self.fresh(min(length, SIZE - offset))
         self._mark(self.oracle.wrote(name, self.oracle.snapshots[name].write(offset, data)))
         try:
-            await self.image(name).write(offset, data)
+            await write_served(self.image(name), offset, data)
         except (CowError, OSError):
             self._mark(self.oracle.wrote(name, replace(self.oracle.snapshots[name], loose=True)))
             raise

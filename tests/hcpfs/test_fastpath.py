@@ -166,6 +166,36 @@ def test_long_writes_that_wait_keep_their_bytes_while_others_come() -> None:
     shows(test)
 
 
+def test_memory_that_is_kept_stays_as_it_is_until_it_is_released() -> None:
+    async def test(scene: Scene) -> None:
+        length = fastpath.LONG_BYTES
+        for _ in range(2):  # with memory that was kept before, too
+            scene.file.keeps = True
+            contents = [os.urandom(length) for _ in range(3)]
+            for content in contents:
+                scene.kernel.send(write(50, 0, content))
+                assert (await scene.answer())[:2] == (50, 0)
+            scene.file.keeps = False
+            for unique in range(60, 70):
+                scene.kernel.send(write(unique, 0, b"later" * (length // 5)))
+                assert (await scene.answer())[0] == unique
+            assert [bytes(memory.view[:length]) for memory in scene.file.kept] == contents
+            while scene.file.kept:
+                scene.file.kept.pop().release()
+
+    shows(test)
+
+
+def test_a_short_write_is_no_reason_to_keep_memory() -> None:
+    async def test(scene: Scene) -> None:
+        scene.file.keeps = True
+        scene.kernel.send(write(50, 0, bytes(fastpath.LONG_BYTES - 1)))
+        assert (await scene.answer())[0] == 50
+        assert not scene.file.kept
+
+    shows(test)
+
+
 def test_no_more_tasks_wait_than_allowed_and_the_rest_is_served_after_them() -> None:
     async def test(scene: Scene) -> None:
         scene.file.nowait = False

@@ -10,6 +10,7 @@ import struct
 
 import trio
 
+from cow.memory import Memory
 from hcpfs.fastpath import FastPath
 from hcpfs.protocol import Opcode
 
@@ -43,6 +44,8 @@ class File:
         self.goes_on = trio.Event()
         self.waiting = 0
         self.syncs = 0
+        self.keeps = False  #: the memory of what is written
+        self.kept: list[Memory] = []
         self.error: Exception | None = None
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
@@ -54,13 +57,16 @@ class File:
         await self._wait()
         return bytes(self.content[offset : offset + length])
 
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> int | None:
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         if not self.nowait:
             return None
+        if self.keeps and memory is not None:
+            memory.keep()
+            self.kept.append(memory)
         self.content[offset : offset + len(data)] = data
         return len(data)
 
-    async def write_waiting(self, offset: int, data: bytes) -> int:
+    async def write_waiting(self, offset: int, data: bytes, memory: Memory | None = None) -> int:
         await self._wait()
         self.content[offset : offset + len(data)] = data
         return len(data)
