@@ -4,7 +4,8 @@ A *chunk* is the 4 KiB unit in which exceptions are kept. A *run* is a range of 
 engine works on runs; nothing but this module divides by the chunk size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from pyroaring import BitMap64
@@ -32,6 +33,9 @@ class Run(NamedTuple):
     def length(self) -> int:
         """The run's length in bytes."""
         return self.chunks * CHUNK_BYTES
+
+
+_as_run: Callable[[tuple[int, int]], Run] = partial(tuple.__new__, Run)  # for very many: without a call of Python
 
 
 class Split(NamedTuple):
@@ -85,7 +89,7 @@ def runs_of(chunks: BitMap64) -> Iterator[Run]:
     if chunks.max() - first < count:
         return iter((Run(first, count),))
     firsts, lasts = chunks - chunks.shift(1), chunks - chunks.shift(-1)
-    return (Run(first, last - first + 1) for first, last in zip(firsts, lasts, strict=True))
+    return map(_as_run, [(first, last - first + 1) for first, last in zip(firsts, lasts, strict=True)])
 
 
 def chunks_in(runs: Iterable[Run]) -> BitMap64:

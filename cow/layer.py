@@ -20,7 +20,7 @@ from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
 from cow.layerfiles import LayerFiles
 from cow.layermap import BadMapError, LayerMap, MapImage
 from cow.sums import FILE_NAME as SUMS
-from cow.sums import SLOTS_IN_PAGE, SUM_BYTES, Sums
+from cow.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
@@ -130,17 +130,19 @@ class Layer:
                 for _, piece in _by_segment(run):
                     self.fill([piece], first, into, nowait=nowait)
             return
-        read = self._reader(segment, nowait)
+        read, digest, seed = self._reader(segment, nowait), xxh3_64_digest, self.sums.seed_of(start)
         sums = self._expected(Run(start, end - start), nowait)
-        for run in runs:
+        beginning = segment * SEGMENT_CHUNKS
+        for run in runs:  # many of one chunk where an image was written here and there
             chunk, chunks = run
-            at, size = (chunk - first) * CHUNK_BYTES, chunks * CHUNK_BYTES
+            at, size, slot = (chunk - first) * CHUNK_BYTES, chunks * CHUNK_BYTES, (chunk - start) * SUM_BYTES
             part = into[at : at + size]
-            if read(part, (chunk - segment * SEGMENT_CHUNKS) * CHUNK_BYTES) != size:
+            if read(part, (chunk - beginning) * CHUNK_BYTES) != size:
                 raise self._cut_short(run)
-            expected = sums[(chunk - start) * SUM_BYTES : (chunk - start + chunks) * SUM_BYTES]
-            if chunks > 1 or xxh3_64_digest(part, self.sums.seed_of(chunk)) != expected:
-                self._check(run, part, expected)
+            if chunks > 1:
+                self._check(run, part, sums[slot : slot + chunks * SUM_BYTES])
+            elif digest(part, (seed + chunk - start) & MASK_64) != sums[slot : slot + SUM_BYTES]:
+                self._check(run, part, sums[slot : slot + SUM_BYTES])
 
     def _check(self, run: Run, data: memoryview, sums: bytes) -> None:
         found = self.sums.of_data(run.first, data)

@@ -19,7 +19,7 @@ from cow.layerfiles import LayerFiles
 FILE_NAME = "sums"
 SUM_BYTES = 8
 SLOTS_IN_PAGE = 4096 // SUM_BYTES
-_MASK_64 = (1 << 64) - 1
+MASK_64 = (1 << 64) - 1
 
 
 class Sums:
@@ -32,12 +32,12 @@ class Sums:
         self.in_doubt = False  #: whether a sync of the slots failed, so that some may be lost
         self._files = files
         self._chunks = chunks
-        self._seed = (layer * 0x9E3779B97F4A7C15) & _MASK_64
+        self._seed = (layer * 0x9E3779B97F4A7C15) & MASK_64
         self._writing = threading.Lock()  #: guards the slots against two writers of one page
 
     def seed_of(self, chunk: int) -> int:
         """What the checksum of a chunk begins with."""
-        return (self._seed + chunk) & _MASK_64
+        return (self._seed + chunk) & MASK_64
 
     def of_data(self, first: int, data: bytes | memoryview) -> bytes:
         """The checksums of the whole chunks in `data`, which start at chunk `first`."""
@@ -49,8 +49,8 @@ class Sums:
     def of_chunks(self, first: int, chunks: Iterable[bytes | memoryview]) -> bytes:
         """The same of chunks that follow each other."""
         seed = self.seed_of(first)
-        if seed + self._chunks > _MASK_64:
-            return b"".join([xxh3_64_digest(chunk, one & _MASK_64) for one, chunk in enumerate(chunks, seed)])
+        if seed + self._chunks > MASK_64:
+            return b"".join([xxh3_64_digest(chunk, one & MASK_64) for one, chunk in enumerate(chunks, seed)])
         return b"".join(list(map(xxh3_64_digest, chunks, count(seed))))
 
     def write(self, first: int, sums: bytes) -> None:

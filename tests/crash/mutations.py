@@ -224,6 +224,18 @@ ORDER = [
         "self._layout != self.origin.layout",
         "self._layout < 0",
     ),
+    Edit(
+        "the memory of a long write is used for something else while it waits",
+        "contents:Contents._put_extent",
+        "            memory.keep()\n            self._kept.append(memory)\n",
+        "            pass\n",
+    ),
+    Edit(
+        "the memory of a long write is used for something else while it is written",
+        "behind:Behind._flush",
+        "            left = await self._take(taken.contents)\n",
+        "            taken.contents.release()\n            left = await self._take(taken.contents)\n",
+    ),
     Edit("a sync does not wait for the buffer", "origin:Origin.sync", "        await self._behind.flush()\n", ""),
     Edit("a sync of an image does not wait for it", "image:Image.sync", "        await self._behind.flush()\n", ""),
     Edit(
@@ -366,7 +378,7 @@ CHECKS = [
         "data if xxh3_64_digest(data, self.sums.seed_of(chunk)) == expected else None",
         "data",
     ),
-    Edit("checksums know no place", "sums:Sums.seed_of", "(self._seed + chunk) & _MASK_64", "7"),
+    Edit("checksums know no place", "sums:Sums.seed_of", "(self._seed + chunk) & MASK_64", "7"),
     Edit("maps are not checked", "layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
     Edit(
         "maps of other layers are taken",
