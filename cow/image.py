@@ -109,15 +109,14 @@ class Image:
 
     def lost(self) -> list[Run]:
         """The runs that cannot be read because they were lost, ascending."""
-        lost = BitMap64()
-        try:
-            layers = list(self.origin.layers_for(self._snapshot))
-        except InvalidSnapshotError:
-            return []
-        for layer in reversed(layers):
-            lost = (lost - layer.held) | layer.lost
-        lost = (lost | self.delta.lost) - self.delta.held
-        return list(runs_of(lost))
+        for snapshot, lost in self.origin.lost():
+            if snapshot == self._snapshot:
+                return list(runs_of(self.lost_of(lost)))
+        return []
+
+    def lost_of(self, lost: BitMap64) -> BitMap64:
+        """The chunks that cannot be read here when its snapshot's layers have lost these."""
+        return (lost | self.delta.lost) - self.delta.held
 
     async def allocated_bytes(self) -> int:
         """What the snapshot takes in the store for this image, checksums included."""

@@ -278,6 +278,14 @@ class Origin:
         start = self._position(snapshot)
         return (layer for group in self.groups[start:] for layer in group.layers)
 
+    def lost(self) -> Iterator[tuple[int, BitMap64]]:
+        """Each snapshot, newest first, and the chunks that its layers have lost."""
+        lost = BitMap64()
+        for group in reversed(self.groups):
+            for layer in reversed(group.layers):
+                lost = (lost - layer.held) | layer.lost
+            yield group.snapshot, lost
+
     def group_of(self, snapshot: int) -> Group:
         """The snapshot's group."""
         return self.groups[self._position(snapshot)]

@@ -15,7 +15,7 @@ States of a snapshot, and who makes each step:
 
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
@@ -341,12 +341,19 @@ class Store:
             deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
             deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
             self._add(row, deltas)
-        something_is_lost = any(layer.lost for layer in layers.values())  # else no image has to ask its layers
-        for snapshot in self._snapshots.values() if something_is_lost else ():
-            count = sum(run.chunks for image in snapshot.images for run in image.lost())
-            if count:
-                self.damage.mark([snapshot.id], f"{count} chunks were lost; they read EIO, and the rest stays readable")
+        if any(layer.lost for layer in layers.values()):
+            self._tell_lost()
         self.housekeeping.wake()
+
+    def _tell_lost(self) -> None:
+        counts: Counter[int] = Counter()
+        for origin in self.origins:
+            for number, lost in origin.lost():
+                image = self._snapshots[number].image(origin.name)
+                counts[number] += len(image.lost_of(lost)) if image is not None else 0
+        for number, count in counts.items():
+            if count:
+                self.damage.mark([number], f"{count} chunks were lost; they read EIO, and the rest stays readable")
 
     def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
         preserved = [

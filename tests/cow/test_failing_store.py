@@ -12,7 +12,7 @@ from pyroaring import BitMap64
 from cow import Source
 from cow.device import FALLOC_PUNCH_HOLE, Io
 from cow.errors import LostError
-from cow.geometry import CHUNK_BYTES
+from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
@@ -117,6 +117,29 @@ def test_a_bad_sector_under_what_was_being_overwritten_is_one_lost_chunk_after_t
     assert engine.call(image.read, 5 * CHUNK_BYTES, 3) == b"555"
     engine.close()
     assert [one for one in scrub_store(str(tmp_path / "store"), repair=False) if hasattr(one, "sentence")] == []
+
+
+def test_the_opening_marks_each_snapshot_that_reads_what_was_lost_and_no_other(start: Callable[..., Engine]) -> None:
+    engine = start()
+    for name in (b"before", b"older", b"over", b"newer"):
+        _take(engine, name)
+        if name == b"before":
+            engine.call(engine.store.origins[0].write, 4 * CHUNK_BYTES, b"kept for the first one" * 100)
+            engine.call(engine.store.origins[0].sync)
+    _write(engine, engine.store.snapshots[2].images[0], 4, b"o")
+    engine.call(engine.store.origins[0].write, 4 * CHUNK_BYTES, b"n" * CHUNK_BYTES)
+    engine.call(engine.store.origins[0].sync)
+    _take(engine, b"after")
+    engine.store.damage.mark = lambda numbers, sentence: None  # as if the power went before the catalog had it
+    layer = engine.store.snapshots[3].images[0].layers()[1]
+    assert 4 in layer.held
+    engine.call(engine.store.damage.lose, layer, BitMap64([4]))
+    engine.kill()
+    engine = start()
+    lost = {snapshot.name: snapshot.images[0].lost() for snapshot in engine.store.snapshots}
+    assert lost == {b"before": [], b"older": [Run(4, 1)], b"over": [], b"newer": [Run(4, 1)], b"after": []}
+    damaged = {snapshot.name for snapshot in engine.store.snapshots if snapshot.row.state == "damaged"}
+    assert damaged == {b"older", b"newer"}
 
 
 def test_i3_a_lost_chunk_that_is_written_anew_is_there_again(start: Callable[..., Engine]) -> None:
