@@ -98,7 +98,7 @@ class Contents:
     def _put_long(self, offset: int, data: bytes | memoryview, memory: Memory | None) -> None:
         view = memoryview(data)
         done = offset
-        for extent in self._overlapping(covering(offset, len(view))):
+        for extent in self._overlapping(covering(offset, len(view))) if self.extents else ():
             start, end = max(done, extent.run.offset), min(offset + len(view), extent.run.offset + extent.run.length)
             if done < start:
                 self._put_beside(done, view[done - offset : start - offset])

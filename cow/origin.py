@@ -269,8 +269,10 @@ class Origin:
         if not self.groups:
             return True
         run = covering(offset, length)
-        if any(layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers):
+        if any([layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers]):
             return True  # mostly, and without making a set
+        if not self._is_kept(run.first):
+            return False
         return not self.unpreserved(chunks_in([run]))
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:
