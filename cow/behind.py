@@ -21,7 +21,7 @@ from cow.memory import Memory
 from cow.offload import MOST_CHUNKS_HERE
 
 MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
-MOST_IN_EXTENTS_HERE = 1024  # where only memory is, which takes long writes from it meanwhile: 4 MiB
+MOST_IN_EXTENTS_HERE = 2048  # where only memory is: 8 MiB, for which a thread is worth its wake-up
 ENOUGH_CHUNKS = 1024  # that are worth a commit
 LINGER_SECONDS = 0.01  # for more to come, when there are not enough
 

@@ -47,7 +47,7 @@ PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be
 CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: it would be taken from those who ask
 DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
 LONG_BYTES = 256 << 10  # of a write: from here on the memory that it came in may be kept, where it would be copied
-MOST_SPARE = 8  # of such memory, for the next ones
+MOST_SPARE = 18  # of such memory, for the next ones: what one image may keep
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
