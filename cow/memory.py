@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 
 class Memory:
-    """A piece of memory, and how many need what is in it. `on_free` is told when it is nobody any more."""
+    """A piece of memory, and how many need what is in it. `on_free` is told when nobody does any more."""
 
     def __init__(self, view: memoryview, on_free: Callable[["Memory"], None]) -> None:
         self.view = view

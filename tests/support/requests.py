@@ -7,6 +7,8 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -128,3 +130,24 @@ class Scene:
     def close(self) -> None:
         for end in (self.kernel, self.at_kernel, self.libfuse, self.at_libfuse):
             end.close()
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[Scene]:
+    scene = Scene()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scene.path.serve)
+            yield scene
+            scene.path.end()
+    finally:
+        scene.close()
+
+
+def shows(test: Callable[[Scene], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with serving() as scene:
+                await test(scene)
+
+    trio.run(main)
