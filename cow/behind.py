@@ -75,6 +75,7 @@ class Behind:
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
         self._leaving = _NOTHING  #: on its way to the device; older than what gathers
+        self._watched = _NOTHING  #: what `run` waits for, perhaps yet after somebody else has taken it
         self._failing = False  #: whether not all was taken the last time
 
     @property
@@ -106,7 +107,8 @@ class Behind:
     def is_full(self) -> bool:
         """Whether there is no `room` for a write."""
         gathering = self._gathering.contents
-        return gathering.weight >= (MOST_IN_EXTENTS_HERE if self._is_for_thread(gathering) else self._most_chunks)
+        weight = self._weight if self._failing else gathering.weight  # what is on its way may come back
+        return weight >= (MOST_IN_EXTENTS_HERE if self._is_for_thread(gathering) else self._most_chunks)
 
     def _is_for_thread(self, contents: Contents) -> bool:
         return self._is_in_memory and bool(contents.extents)
@@ -119,11 +121,12 @@ class Behind:
         """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
         while self.is_full:
             full = self._gathering
-            if self._is_in_memory and not full.contents.extents:
+            if self._failing and self._leaving.contents:
+                full = self._leaving
+            elif self._is_in_memory and not full.contents.extents:
                 await self._bring(full)
             else:
-                full.arrived.set()  # what was not taken the last time does not count as arrived
-                full.hurry.set()
+                self._hurry(full)
                 await full.taken.wait()
             if self._failing:
                 await full.done.wait()
@@ -159,9 +162,19 @@ class Behind:
         """
         for generation in (self._leaving, self._gathering):
             if generation.contents:
-                generation.arrived.set()
-                generation.hurry.set()
+                self._hurry(generation)
                 await _in_place(generation)
+
+    def try_again(self) -> None:
+        """Have taken what was not taken the last time: now it can be, or nobody needs it any more."""
+        if self._gathering.contents:
+            self._hurry(self._gathering)
+
+    def _hurry(self, generation: _Generation) -> None:
+        """Have `run` bring a generation now, whatever else it waits for."""
+        generation.arrived.set()  # what was not taken the last time does not count as arrived
+        generation.hurry.set()
+        self._watched.hurry.set()
 
     async def flush(self) -> None:
         """As `drain`, without waking anybody for it: it must not be cancelled before the buffer is forgotten."""
@@ -173,7 +186,7 @@ class Behind:
     async def run(self) -> None:
         """Have taken what gathers, until cancelled."""
         while True:
-            gathering = self._gathering
+            gathering = self._watched = self._gathering
             await gathering.arrived.wait()
             with trio.move_on_after(LINGER_SECONDS):
                 await gathering.hurry.wait()

@@ -66,6 +66,16 @@ class Commits:
         """Whether images should commit what they overwrote in place, as a new journal file has to take all INTENTs."""
         return sum(len(layer.intended) for layer in self._layers()) > MOST_INTENDED_CHUNKS
 
+    async def mend(self) -> None:
+        """After a failed append that could not be made void: do so now, or raise OSError or CowError.
+
+        What it says of chunks may be on the disk. Where they are written anew, recovery must not believe it. # I4
+        """
+        if self._journal.is_broken:
+            async with holding(self._lock):
+                if self._journal.is_broken:
+                    await self._start_file()
+
     async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
         """Make the records durable, then call `apply`, which updates the layers' sets.
 

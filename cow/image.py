@@ -82,6 +82,7 @@ class Image:
         self._running = trio.CancelScope()
         self._layers: list[Layer] = []  #: as of `_layout` of the origin
         self._layout = -1
+        self._torn = BitMap64()  #: chunks that the delta holds and whose checksums have to be written anew
 
     @property
     def is_usable(self) -> bool:
@@ -202,7 +203,7 @@ class Image:
         newer = self._behind.pieces(offset, length)
         try:
             data = await self._read_chunks(run)
-        except CowError:
+        except (CowError, OSError):
             if not newer:
                 raise
             await self._behind.drain()  # perhaps what cannot be read is overwritten
@@ -223,10 +224,12 @@ class Image:
     async def settled(self) -> AsyncIterator[None]:
         """While no write to this image is under way, so that what does not match is damaged."""
         async with self._changing:
+            await self._heal()
             yield
 
     async def _read_settled(self, run: Run) -> bytearray:
         """Read while no write to this image is under way, so that a mismatch is damage."""
+        await self._heal()
         try:
             return await self._read_once(run)
         except DamagedError as error:
@@ -353,12 +356,13 @@ class Image:
         chunks = contents.chunks()
         async with holding(self._changing):
             self.origin.group_of(self._snapshot)
-            if self._has_much_to_commit:
-                await self._commit()  # in vain the last time, when the store failed
-            rows = contents.rows(await self._filled_up(contents))
-            async with room(self.delta.new_bytes(chunks)):
-                crowded = await self._announce(chunks)
-                with pinned([self.delta]):
+            with pinned([self.delta]):  # until it is written, also when the snapshot is given up meanwhile
+                await self._heal()
+                if self._has_much_to_commit:
+                    await self._commit()  # in vain the last time, when the store failed
+                rows = contents.rows(await self._filled_up(contents))
+                async with room(self.delta.new_bytes(chunks)):
+                    crowded = await self._announce(chunks)
                     await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))
             self.delta.uncommitted |= chunks - self.delta.held
             self.delta.held |= chunks
@@ -383,8 +387,25 @@ class Image:
             self.delta.sums.write_runs([run for run, _ in rows], b"".join(sums))
         except OSError:
             # Chunks that were overwritten in part are what they are now: undefined, as on a disk, but not damaged.
-            self.delta.rehash(chunks & self.delta.held)
+            self._torn |= chunks & self.delta.held
             raise
+
+    async def _heal(self) -> None:
+        """Take chunks that a failed write may have torn as they are now. Those that cannot be read are lost.
+
+        While no write to this image is under way. Raises OSError or CowError when the store fails yet.
+        """
+        if not self._torn:
+            return
+        with pinned([self.delta]):
+            unreadable = await trio.to_thread.run_sync(self.delta.rehash, self._torn)
+            if unreadable:
+                record = Record(Kind.LOST, self.delta.id, time.time_ns(), list(runs_of(unreadable)))
+                await self._commits.commit([record], lambda: self.delta.lose(unreadable))
+                await self._on_damage(
+                    f"{len(unreadable)} chunks of layer {self.delta.name} cannot be read any more: they are lost"
+                )
+            self._torn = BitMap64()
 
     async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
         """The chunks of which not all was written, as they shall be."""
@@ -399,13 +420,19 @@ class Image:
         Returns whether there are so many of all images that they should be committed soon.
         """
         overwritten = chunks & self.delta.held
+        if overwritten:
+            await self._commits.mend()
         overwritten -= self.delta.uncommitted
         overwritten -= self.delta.intended
         if not overwritten:
             return False
         self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
         record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(overwritten)))
-        await self._commits.commit([record], lambda: None)
+        try:
+            await self._commits.commit([record], lambda: None)
+        except BaseException:
+            self.delta.intended -= overwritten
+            raise
         return self._commits.intents_are_many
 
     async def run(self) -> None:
@@ -418,9 +445,9 @@ class Image:
         self._running.cancel()
         self._behind.forget()
 
-    async def drain(self) -> None:
-        """Have all writes that were acknowledged in the delta, not yet durable."""
-        await self._behind.drain()
+    def give_up(self) -> None:
+        """The snapshot was given up: what was acknowledged and waits need not be kept."""
+        self._behind.try_again()
 
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3
@@ -437,6 +464,9 @@ class Image:
         if not written:
             return
         with pinned([self.delta]):
+            if self.delta.sums.in_doubt:
+                self._torn |= written
+            await self._heal()
             runs = list(runs_of(written))
             sums = await offload(self._sync_data, runs, here=self._is_short(written))
             record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
@@ -444,6 +474,4 @@ class Image:
 
     def _sync_data(self, runs: list[Run]) -> bytes:
         self.delta.files.sync_data()
-        if self.delta.sums.in_doubt:
-            self.delta.rehash(self.delta.uncommitted | self.delta.intended)
         return self.delta.sums.read_runs(runs)

@@ -113,6 +113,11 @@ class Journal:
         """Whether its files never wait for a disk."""
         return self._directory.is_in_memory
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an append failed since the last `start_file`, so that recovery may find it or not."""
+        return self._broken is not None
+
     def has_room(self, record: Record) -> bool:
         """Whether the present file can take the record; none can after a failed append."""
         if self._file is None or self._broken is not None:

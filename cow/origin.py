@@ -95,10 +95,19 @@ class Origin:
             return b""
         newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
         try:
-            data = self.device.pread_nowait(length, offset)
-        except BlockingIOError:
-            data = await trio.to_thread.run_sync(self.device.pread, length, offset)
+            data = await self._read_device(offset, length)
+        except OSError:
+            if not newer:
+                raise
+            await self._behind.drain()  # perhaps what cannot be read is overwritten
+            return await self._read_device(offset, length)
         return overlaid(data, offset, newer) if newer else data
+
+    async def _read_device(self, offset: int, length: int) -> bytes:
+        try:
+            return self.device.pread_nowait(length, offset)
+        except BlockingIOError:
+            return await trio.to_thread.run_sync(self.device.pread, length, offset)
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting; else None.

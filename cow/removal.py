@@ -120,6 +120,8 @@ class Removal:
     def _gave_up(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int], reason: str) -> None:
         self._release(snapshot, heir, gone)
         snapshot.row.state, snapshot.row.reason = State.INVALID, reason
+        for image in snapshot.images:
+            image.give_up()
         self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:

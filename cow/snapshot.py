@@ -44,11 +44,6 @@ class Snapshot:
         """Whether one of its images is open."""
         return any(image.opened for image in self.images)
 
-    async def drain(self) -> None:
-        """Have all writes that were acknowledged in the deltas, not yet durable."""
-        for image in self.images:
-            await image.drain()
-
     def asks(self, layer: Layer) -> bool:
         """Whether the layer is among those that its images ask. It must be usable."""
         return any(layer in image.layers() for image in self.images)

@@ -16,7 +16,7 @@ States of a snapshot, and who makes each step:
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 
@@ -385,32 +385,32 @@ class Store:
                     nursery.start_soon(image.run)
 
     async def drain(self) -> None:
-        """Have all that was acknowledged where it belongs, before `run` ends. Raises what a disk says.
+        """Make all that was acknowledged durable, before `run` ends. The origins come first. # I8
 
-        First comes the origin, durably: a snapshot that cannot be written does not keep it from that. # I8
+        Raises what a disk says, when it has been tried with every device and image: none pays for another. # I9
         """
         failures: list[Exception] = []
-        for origin in self.origins if not self.read_only else ():
+
+        async def attempt(sync: Callable[[], Awaitable[None]]) -> None:
             try:
-                await origin.sync()
-            except (CowError, OSError) as error:  # the other devices do not pay for it
+                await sync()
+            except (CowError, OSError) as error:
                 failures.append(error)
+
+        for origin in self.origins if not self.read_only else ():
+            await attempt(origin.sync)
+        for image in [image for snapshot in self._snapshots.values() for image in snapshot.images]:
+            if image.is_usable:
+                await attempt(image.sync)
         if failures:
             raise failures[0]
-        for snapshot in self._snapshots.values():
-            if snapshot.usable:
-                await snapshot.drain()
 
     async def close(self) -> None:
-        """Make everything durable and record a clean stop. After `drain`; `run` has ended, and no call is under way.
+        """Record a clean stop. After `drain`; `run` has ended, and no call is under way.
 
-        Raises where something cannot be made durable; the stop is not clean then, and the next opening recovers.
+        Raises where that cannot be done; the next opening recovers then.
         """
         await trio.to_thread.run_sync(self.space.let_go)
-        for snapshot in self._snapshots.values():
-            if snapshot.usable:
-                for image in snapshot.images:
-                    await image.sync()
         await self._commits.checkpoint()
         await self.housekeeping.do_all(closing=True)
         stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]

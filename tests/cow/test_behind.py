@@ -388,3 +388,60 @@ def test_a_device_that_takes_nothing_fails_the_writer_when_the_buffer_is_full(de
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_i6_the_buffer_is_full_while_what_was_not_taken_is_tried_again() -> None:
+    """Else each attempt would let as much again into memory."""
+    attempts = list[trio.Event]()
+
+    async def take(contents: Contents) -> Untaken:
+        attempts.append(trio.Event())
+        await attempts[-1].wait()
+        raise OSError(errno.EIO, "no")
+
+    async def main() -> None:
+        behind = Behind("it", take, lambda sentence: None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(behind.run)
+            behind.put(0, bytes(MOST_CHUNKS * CHUNK_BYTES))
+            await trio.testing.wait_all_tasks_blocked()
+            attempts[0].set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert behind.is_full
+
+            async def write() -> None:
+                with pytest.raises(OSError, match="still in memory"):
+                    await behind.room()
+
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(attempts) == 2
+            assert behind.is_full, "also for who finds the other half of the buffer empty"
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            attempts[1].set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert behind.chunks == MOST_CHUNKS
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_drain_after_a_sync_does_not_wait_for_more_to_come(device: OriginDevice) -> None:
+    async def take(contents: Contents) -> Untaken:
+        return write_out(device, contents)
+
+    async def main() -> None:
+        behind = Behind("it", take, pytest.fail)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(behind.run)
+            await _put(behind, 0, b"a" * CHUNK_BYTES)
+            await trio.testing.wait_all_tasks_blocked()
+            await behind.flush()
+            await _put(behind, 0, b"b" * CHUNK_BYTES)
+            began = trio.current_time()
+            await behind.drain()
+            assert trio.current_time() == began
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))

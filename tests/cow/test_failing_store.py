@@ -2,8 +2,11 @@
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from pyroaring import BitMap64
 
 from cow import Source
 from cow.device import FALLOC_PUNCH_HOLE, Io
-from cow.errors import LostError
+from cow.errors import InvalidSnapshotError, LostError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
 from tests.support.engine import Engine
@@ -34,6 +37,18 @@ class BadIo(Io):
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         self._check("pread", os.readlink(f"/proc/self/fd/{fd}"))
         return os.pread(fd, length, offset)
+
+    def preadv(self, fd: int, into: list[memoryview], offset: int, flags: int = 0) -> int:
+        self._check("pread", os.readlink(f"/proc/self/fd/{fd}"))
+        return os.preadv(fd, into, offset, flags)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        self._check("pwrite", os.readlink(f"/proc/self/fd/{fd}"))
+        return os.pwrite(fd, data, offset)
+
+    def pwritev(self, fd: int, parts: list[bytes], offset: int, flags: int = 0) -> int:
+        self._check("pwrite", os.readlink(f"/proc/self/fd/{fd}"))
+        return os.pwritev(fd, parts, offset, flags)
 
     def fdatasync(self, fd: int) -> None:
         self._check("fdatasync", os.readlink(f"/proc/self/fd/{fd}"))
@@ -238,3 +253,169 @@ def test_one_chore_that_fails_keeps_no_other_from_being_done(start: Callable[...
     assert any("housekeeping" in one for one in engine.troubles)
     io.fails = lambda call, path: False
     engine.close()
+
+
+def _at_first(count: int, call: str, file: str) -> Callable[[str, str], bool]:
+    """Calls to a file fail so many times, and then no more."""
+    left = list(range(count))
+    return lambda called, path: called == call and path.endswith(file) and bool(left) and left.pop() >= 0
+
+
+def test_i4_a_chunk_whose_intent_did_not_reach_the_journal_is_not_overwritten_in_place(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = _take(engine, b"a")
+    _write(engine, image, 0, b"A")
+    io.fails = lambda call, path: "journal" in path
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: False
+    engine.call(image.write, 0, b"C" * CHUNK_BYTES)
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    assert engine.call(snapshot.images[0].read, 0, CHUNK_BYTES) in (b"A" * CHUNK_BYTES, b"C" * CHUNK_BYTES)
+    assert snapshot.row.state == "valid"
+
+
+def test_i4_a_failed_commit_that_is_on_the_disk_is_void_before_its_chunks_are_written_anew(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = _take(engine, b"a")
+    engine.call(image.write, 0, b"A" * CHUNK_BYTES)
+    io.fails = lambda call, path: call in ("fdatasync", "fallocate") and "journal" in path
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: False
+    engine.call(image.write, 0, b"C" * CHUNK_BYTES)
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    engine.call(snapshot.images[0].read, 0, CHUNK_BYTES)  # not synced: what it has is open
+    assert snapshot.row.state == "valid"
+
+
+@pytest.mark.parametrize("bad", ["data of a", "checksums of a", "the disk"])
+def test_i9_what_cannot_be_synced_at_the_stop_costs_no_other_snapshot_its_writes(
+    start: Callable[..., Engine], io: BadIo, bad: str
+) -> None:
+    engine = start(write_behind=True)
+    a, b = _take(engine, b"a"), _take(engine, b"b")
+    engine.call(a.write, 0, b"A" * CHUNK_BYTES)
+    engine.call(b.write, 0, b"B" * CHUNK_BYTES)
+    call, file = {
+        "data of a": ("fdatasync", f"{a.delta.name}/data.0000"),
+        "checksums of a": ("pwrite", f"{a.delta.name}/sums"),
+        "the disk": ("fdatasync", "disk.img"),
+    }[bad]
+    io.fails = lambda called, path: called == call and path.endswith(file)
+    with pytest.raises(OSError, match=r"Input/output error|still in memory"):
+        engine.close()
+    io.fails = lambda called, path: False
+    engine = start()
+    assert not engine.was_clean
+    assert engine.call(engine.store.find(b"b").images[0].read, 0, CHUNK_BYTES) == b"B" * CHUNK_BYTES
+
+
+def test_i4_a_chunk_whose_new_checksum_could_not_be_written_is_what_it_is_now(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    """Also when the next attempt fails as well."""
+    engine = start()
+    image = _take(engine, b"a")
+    _write(engine, image, 0, b"A")
+    io.fails = _at_first(2, "pwrite", f"{image.delta.name}/sums")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            engine.call(image.write, 100, b"B" * 200)
+    content = engine.call(image.read, 0, CHUNK_BYTES)
+    assert content == b"A" * 100 + b"B" * 200 + b"A" * (CHUNK_BYTES - 300)
+    engine.call(image.sync)
+    assert engine.store.snapshots[0].row.state == "valid"
+    engine.kill()
+    engine = start()
+    assert engine.call(engine.store.snapshots[0].images[0].read, 0, CHUNK_BYTES) == content
+
+
+def test_a_chunk_that_was_torn_and_cannot_be_read_is_lost_and_no_other(start: Callable[..., Engine], io: BadIo) -> None:
+    engine = start()
+    image = _take(engine, b"a")
+    _write(engine, image, 0, b"A")
+    _write(engine, image, 1, b"A")
+    io.fails = _at_first(1, "pwrite", f"{image.delta.name}/sums")
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: call == "pread" and path.endswith(f"{image.delta.name}/data.0000")
+    _write(engine, image, 5, b"C")
+    io.fails = lambda call, path: False
+    with pytest.raises(LostError):
+        engine.call(image.read, 0, CHUNK_BYTES)
+    assert engine.call(image.read, CHUNK_BYTES, 1) == b"A"
+    wait_until(lambda: engine.store.snapshots[0].row.state == "damaged", what="the snapshot to be marked")
+    engine.close()
+    image = start().store.snapshots[0].images[0]
+    assert image.lost() == [Run(0, 1)]
+
+
+def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_read(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start(write_behind=True)
+    image, origin = _take(engine, b"a"), engine.store.origins[0]
+    overwritten = threading.Event()
+
+    def fails(call: str, path: str) -> bool:
+        if path.endswith("disk.img") and call == "pwrite":
+            overwritten.set()
+        return path.endswith("disk.img") and call == "pread" and not overwritten.is_set()
+
+    io.fails = fails
+    engine.call(image.write, 7 * CHUNK_BYTES, b"i" * CHUNK_BYTES)
+    assert engine.call(image.read, 7 * CHUNK_BYTES, CHUNK_BYTES) == b"i" * CHUNK_BYTES
+    engine.call(origin.write, 9 * CHUNK_BYTES, b"l" * CHUNK_BYTES)
+    assert engine.call(origin.read, 9 * CHUNK_BYTES, CHUNK_BYTES) == b"l" * CHUNK_BYTES
+
+
+def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
+    start: Callable[..., Engine], io: BadIo, tmp_path: Path
+) -> None:
+    engine = start()
+    image = _take(engine, b"a")
+    _write(engine, image, 0, b"A")
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def fails(call: str, path: str) -> bool:
+        if call == "fdatasync" and "journal" in path:
+            waiting.set()
+            go_on.wait()
+        return False
+
+    io.fails = fails
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(engine.call, image.write, 0, b"B" * CHUNK_BYTES)
+        waiting.wait()
+        engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+        engine.call(engine.store.housekeeping.sweep)
+        go_on.set()
+        with suppress(InvalidSnapshotError):
+            writing.result()
+    delta = tmp_path / "store" / "layers" / image.delta.name
+    wait_until(lambda: not delta.exists(), what="the directory to be removed")
+    engine.call(engine.store.housekeeping.sweep)
+    assert not delta.exists()
+
+
+def test_i6_what_waits_of_a_snapshot_that_is_given_up_is_let_go(start: Callable[..., Engine], io: BadIo) -> None:
+    engine = start(write_behind=True)
+    image = _take(engine, b"a")
+    io.fails = lambda call, path: call == "pwrite" and path.endswith(f"{image.delta.name}/data.0000")
+    engine.call(image.write, 0, b"A" * CHUNK_BYTES)
+    with pytest.raises(OSError, match="still in memory"):
+        engine.call(image.sync)
+    assert engine.store.space.waiting_chunks == 1
+    engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+    wait_until(lambda: engine.store.space.waiting_chunks == 0, what="the buffer to be empty")

@@ -262,10 +262,10 @@ ORDER = [
     Edit(
         "an intent is recorded after the overwriting",
         "image:Image._write_into_delta",
-        "                crowded = await self._announce(chunks)\n                with pinned([self.delta]):\n"
+        "                    crowded = await self._announce(chunks)\n"
         "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n",
-        "                await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n"
-        "                crowded = await self._announce(chunks)\n",
+        "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n"
+        "                    crowded = await self._announce(chunks)\n",
     ),
     Edit(
         "open intents are not carried over",
