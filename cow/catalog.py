@@ -25,6 +25,7 @@ FORMAT = 3
 FILE_NAME = "catalog.sqlite"
 DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
+_SHARED_BYTES = 32768  # one region, enough for the index of 4,096 pages in the -wal: walformat.html of SQLite
 
 _SCHEMA = """
 CREATE TABLE store (
@@ -157,6 +158,7 @@ class Catalog:
         self._sum = RowSum(self._connection, _SUMMED)
         try:
             self._open(repair, any(name.startswith("journal.") for name in present))
+            _allocate_shared_memory(directory)
             if not directory.is_at_its_path:
                 raise RefusedError(f"the store {directory.label} was moved while it was opened: try again")
         except (sqlite3.Error, CatalogError, ValueError) as error:  # ValueError: text that is not UTF-8
@@ -395,6 +397,21 @@ class Catalog:
 
 def _set_state(do: sqlite3.Connection, snapshot: int, state: State, reason: str) -> None:
     do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, without_surrogates(reason), snapshot))
+
+
+def _allocate_shared_memory(directory: Directory) -> None:
+    """Leave no holes in what SQLite maps: on a full disk who writes into one is killed (SIGBUS, mmap(2)).
+
+    SQLite writes one byte in 4,096, which is not enough where the blocks are smaller.
+    """
+    try:
+        file = directory.open(f"{FILE_NAME}-shm")
+    except FileNotFoundError:
+        return
+    try:
+        file.allocate(max(_SHARED_BYTES, file.size_bytes))
+    finally:
+        file.close()
 
 
 def _add_layer(do: sqlite3.Connection, origin: int, snapshot: int, role: Role) -> LayerRow:

@@ -98,6 +98,7 @@ class Journal:
         self._expected = expected
         self._uuid = store_uuid
         self._numbers = sorted(int(name.removeprefix(_PREFIX)) for name in directory.names() if is_journal(name))
+        self._newest = self._numbers[-1] if self._numbers else 0
         self._file: File | None = None
         self._next_sector = 0
         self._sequence = 1
@@ -158,7 +159,7 @@ class Journal:
         On an error the present file stays in use, unless an append failed or the new file may have got its header.
         """
         older = list(self._numbers)
-        number = older[-1] + 1 if older else 1
+        number = self._newest + 1
         name = f"{_PREFIX}{number:08d}"
         file = self._directory.open(name, create=True)
         try:
@@ -176,15 +177,19 @@ class Journal:
             file.sync()
         except OSError as error:
             file.close()
-            self._numbers.append(number)
+            self._add(number)
             self._broken = f"{error.strerror} in the header of {name}"  # which may be there, and ends the older files
             raise
         self.close()
         self._file, self._next_sector, self._broken = file, 1, None
-        self._numbers.append(number)
+        self._add(number)
         if records:
             self.append(records)
         return older
+
+    def _add(self, number: int) -> None:
+        self._numbers.append(number)
+        self._newest = number
 
     def retire(self, numbers: Sequence[int]) -> None:
         """Remove older files after a checkpoint; durable on return."""

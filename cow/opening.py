@@ -23,7 +23,7 @@ from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recovery import open_journal, recover
-from cow.space import RESERVE_NAME, Space
+from cow.space import RESERVE_NAME, Space, shrink_reserve
 from cow.store import Store
 
 
@@ -131,6 +131,8 @@ def open_directory(
     except BlockingIOError as error:
         raise RefusedError(f"the store {path} is in use by another hcpfs: unmount that first") from error
     stack.callback(lock.close)
+    if create or repair:
+        shrink_reserve(directory, 0)  # on a full disk the catalog alone needs some of it
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pyroaring import BitMap64
 
 from cow.catalog import Catalog, Role, State
-from cow.device import Directory
+from cow.device import FULL, Directory
 from cow.elsewhere import Elsewhere
-from cow.errors import CowError
+from cow.errors import CowError, StoreFullError
 from cow.geometry import chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer
@@ -30,8 +30,21 @@ class Recovered:
 def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
     """Drop half-taken snapshots, load the layers, replay the journal, remove what nothing refers to. Blocks.
 
-    All effects are durable on return, and the journal has a fresh file.
+    All effects are durable on return, and the journal has a fresh file. Raises CowError or OSError; StoreFullError when
+    the disk has no room for it, though what an opening needs is held back.
     """
+    try:
+        return _recover(catalog, journal, layers_directory, elsewhere)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StoreFullError(
+            f"the disk of {layers_directory.label} is full, and to open the store takes a little room: delete something "
+            f"else on that disk, or enlarge it, and try again; nothing is lost"
+        ) from error
+
+
+def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
     findings = _drop_pending(catalog)
     if elsewhere is not None:
         findings += _take_over_given_up(catalog, elsewhere)
@@ -56,8 +69,27 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
             layer.dirty = True
     findings += _invalidate_unknown(catalog, layers)
     _forget_dropped(catalog, layers, layers_directory)
-    older = journal.start_file()
+    older = _start_journal(journal, catalog, layers)
     catalog.set_setting("journal", journal.numbers[-1])
+    _save(layers, catalog)
+    journal.retire(older)
+    return Recovered(layers, findings)
+
+
+def _start_journal(journal: Journal, catalog: Catalog, layers: dict[int, Layer]) -> list[int]:
+    """Begin a new journal file, and return the numbers of the older ones."""
+    try:
+        return journal.start_file()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+    _save(layers, catalog)  # then the older files are needed no more, and make room for the new one
+    catalog.set_setting("journal", 0)
+    journal.retire(journal.numbers)
+    return journal.start_file()
+
+
+def _save(layers: dict[int, Layer], catalog: Catalog) -> None:
     saved = []
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
@@ -65,8 +97,6 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
             layer.dirty = False
             saved.append((layer.id, layer.generation))
     catalog.record_saved(saved)
-    journal.retire(older)
-    return Recovered(layers, findings)
 
 
 def heir_of(catalog_order: Sequence[tuple[int, State]], snapshot: int) -> int | None:

@@ -8,7 +8,7 @@ before; what else changes in them is noted with `changing_layers`. What grows wi
 the files beside them (the catalog, the journal, the reserve), and how many layers have a directory.
 
 A file `reserve` holds space back for what must not fail when the disk is full: recording that a snapshot was given up,
-a journal file, a clean stop. It is let go for those moments only.
+a journal file, a clean stop. It is let go for those moments only, and a part of it for nothing but the next opening.
 """
 
 import time
@@ -18,13 +18,15 @@ from types import TracebackType
 
 import trio
 
-from cow.device import FULL, Directory
+from cow.device import FULL, Directory, File
 from cow.errors import QuotaError, RefusedError, StoreFullError
 from cow.geometry import CHUNK_BYTES
 from cow.journal import FILE_BYTES
 
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
+OPENING_BYTES = FILE_BYTES // 2  # of it: what an opening needs, which saves the maps before it begins a journal file
+_STEPS = 32  # in which as much of it is held back as there is room for
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
@@ -58,7 +60,6 @@ class Space:
         self._on_warning = on_warning
         self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
-        self.let_go()
         self._beside_layers = directory.allocated_here()
         self._layers, self._in_layers = self._count_layers()
         self._new_layers = 0  #: whose directories came since the layers were measured
@@ -241,31 +242,45 @@ class Space:
         self._plenty -= -(-count // CHUNK_BYTES)
 
     def let_go(self) -> None:
-        """Give the reserve back to the file system. Blocks."""
+        """Give the reserve back to the file system, save what the next opening needs. Blocks."""
         self.holding_back = False
-        try:
-            file = self._directory.open(RESERVE_NAME)
-        except FileNotFoundError:
-            return
-        try:
-            file.truncate(0)
-        finally:
-            file.close()
+        shrink_reserve(self._directory, OPENING_BYTES)
 
     def hold_back(self) -> bool:
-        """Fill the reserve up again; False when there is no room for it. Blocks."""
+        """Fill the reserve up again, as far as there is room; whether it is full. Blocks."""
         file = self._directory.open(RESERVE_NAME, create=True)
         try:
-            file.allocate(RESERVE_BYTES)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            file.truncate(0)
-            return False
+            self.holding_back = _allocated(file, RESERVE_BYTES) or _allocated_in_steps(file)
         finally:
             file.close()
-        self.holding_back = True
-        return True
+        return self.holding_back
+
+
+def shrink_reserve(directory: Directory, most_bytes: int) -> None:
+    """Give all but so much of a store's reserve back to the file system. Blocks."""
+    try:
+        file = directory.open(RESERVE_NAME)
+    except FileNotFoundError:
+        return
+    try:
+        file.truncate(min(most_bytes, file.size_bytes))
+    finally:
+        file.close()
+
+
+def _allocated_in_steps(file: File) -> bool:
+    step = RESERVE_BYTES // _STEPS
+    return all(_allocated(file, length) for length in range(step, RESERVE_BYTES + 1, step))
+
+
+def _allocated(file: File, length: int) -> bool:
+    try:
+        file.allocate(length)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return False
+    return True
 
 
 class Room:

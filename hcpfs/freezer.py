@@ -118,7 +118,11 @@ def _lines(deadline: float | None) -> str | None:
 
 
 def _answer(reply: dict[str, Any]) -> None:
-    print(json.dumps(reply), flush=True)
+    try:
+        print(json.dumps(reply), flush=True)
+    except BrokenPipeError:  # the daemon is gone, so nobody asks any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+        raise SystemExit(0) from None
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> None:

@@ -62,6 +62,7 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(journal, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
         patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
+        patch.object(space, "OPENING_BYTES", JOURNAL_BYTES // 2),
         patch.object(behind, "LINGER_SECONDS", 0),
         patch.object(flatten, "MOST_LAYERS", 1),
         patch.object(flatten, "PIECE_CHUNKS", 1),

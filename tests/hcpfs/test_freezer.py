@@ -72,6 +72,18 @@ def test_thaws_when_it_ends(helper: Helper, end: Callable[[subprocess.Popen], No
     assert writer.wait() == 0
 
 
+def test_thaws_without_a_word_when_nobody_reads_its_answer(sandbox: Sandbox) -> None:
+    """As when the daemon is killed during a mkdir."""
+    asked = json.dumps({"freeze": [], "seconds": 60})
+    with subprocess.Popen(
+        [sys.executable, "-m", "hcpfs.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    ) as helper:  # fmt: skip
+        helper.stdout.close()
+        _, said = helper.communicate(asked + "\n")
+    assert (helper.returncode, said) == (0, "")
+
+
 def test_thaws_when_the_time_is_over_and_says_so(helper: Helper) -> None:
     helper.freeze(seconds=0.2)
     assert helper.writer().wait() == 0

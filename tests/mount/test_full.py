@@ -2,10 +2,12 @@
 
 import os
 import random
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from tests.support.sandbox import Sandbox, Served
+from tests.support.sandbox import Sandbox, Served, wait_until
 
 MIB = 1 << 20
 
@@ -80,3 +82,47 @@ def test_a_snapshots_own_writes_get_enospc_and_cost_no_snapshot(served: Served) 
     assert served.info("a")["state"] == served.info("b")["state"] == "valid"
     (served.snaps / "b").rmdir()
     assert served.status["last_error_errno"] == "ENOSPC"
+
+
+@pytest.mark.parametrize("policy", ["block-writes", "lose-chunks", "drop-oldest"])
+def test_i8_a_store_that_is_killed_each_time_it_has_run_full_opens_again(sandbox: Sandbox, policy: str) -> None:
+    device = sandbox.loop(sandbox.disk("small.img", 48 * MIB))
+    sandbox.format(device, "ext4")
+    place = sandbox.mount_device(device, "small")
+    options = ["-o", f"on_full={policy}"]
+    served = sandbox.mount(sandbox.disk(size=24 * MIB), store=place / "store", options=options)
+    (served.snaps / "a").mkdir()
+    for number in range(3):
+        for path in (served.image("a"), served.live):
+            _overwrite_what_can_be(path, random.Random(number))
+        served.kill()
+        served = served.again()
+        if "a" in os.listdir(served.snaps) and served.info("a")["state"] != "invalid":
+            continue
+        (served.snaps / "a").rmdir()
+        _make_when_there_is_room(served.snaps / "a")
+    (served.snaps / "a").rmdir()
+    _make_when_there_is_room(served.snaps / "b")
+    _overwrite(served, 0, MIB, random.Random(7))
+    assert served.info("b")["state"] == "valid"
+
+
+def _make_when_there_is_room(snapshot: Path) -> None:
+    """What a removed one took comes back a moment later."""
+
+    def is_made() -> bool:
+        with suppress(OSError):
+            snapshot.mkdir()
+        return snapshot.exists()
+
+    wait_until(is_made, what=f"room for {snapshot}")
+
+
+def _overwrite_what_can_be(path: Path, random_: random.Random) -> None:
+    """All of it, here and there, as far as there is room for what has to be kept."""
+    with path.open("r+b", buffering=0) as image:
+        for offset in random_.sample(range(0, 24 * MIB, 65536), 24 * MIB // 65536):
+            with suppress(OSError):
+                os.pwrite(image.fileno(), random_.randbytes(65536 - 4096), offset)
+        with suppress(OSError):
+            os.fsync(image.fileno())
