@@ -39,8 +39,8 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
         if error.errno not in FULL:
             raise
         raise StoreFullError(
-            f"the disk of {layers_directory.label} is full, and to open the store takes a little room: delete something "
-            f"else on that disk, or enlarge it, and try again; nothing is lost"
+            f"the disk of {layers_directory.label} is full, and to open the store takes a little room: delete "
+            f"something else on that disk, or enlarge it, and try again; nothing is lost"
         ) from error
 
 
