@@ -158,6 +158,7 @@ class Catalog:
         self._sum = RowSum(self._connection, _SUMMED)
         try:
             self._open(repair, any(name.startswith("journal.") for name in present))
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process left of it only grows
             _allocate_shared_memory(directory)
             if not directory.is_at_its_path:
                 raise RefusedError(f"the store {directory.label} was moved while it was opened: try again")
@@ -316,6 +317,12 @@ class Catalog:
         with self._transaction() as do:
             rows = do.execute("SELECT id, origin, snapshot, role, generation FROM layers ORDER BY id").fetchall()
         return [LayerRow(row[0], row[1], row[2], Role(row[3]), row[4]) for row in rows]
+
+    def newest_layer(self) -> int:
+        """The highest id that a layer was ever given; 0 when there was none."""
+        with self._transaction() as do:
+            row = do.execute("SELECT seq FROM sqlite_sequence WHERE name = 'layers'").fetchone()
+        return int(row[0]) if row is not None else 0
 
     def record_saved(self, generations: Sequence[tuple[int, int]]) -> None:
         """Record the generations, by layer, of maps that are durable. Layers that are gone are passed over."""

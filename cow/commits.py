@@ -6,7 +6,7 @@ store's housekeeping, has saved the layers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 
 import trio
@@ -39,9 +39,9 @@ class Checkpoint:
 class Commits:
     """Serialises access to the journal. Trio thread only; the file work is done in threads.
 
-    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; `let_go`
-    gives back the reserve when there is no room for one. `record_saved` puts the generations of maps, by layer, into
-    the catalog. Within `settled(layer)` nobody writes to that layer.
+    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; within
+    `in_need()` the reserve can be let go when there is no room for one. `record_saved` puts the generations of maps, by
+    layer, into the catalog. Within `settled(layer)` nobody writes to that layer.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Commits:
         journal: Journal,
         layers: Callable[[], Iterable[Layer]],
         on_checkpoint: Callable[[Checkpoint], None],
-        let_go: Callable[[], None],
+        in_need: Callable[[], AbstractContextManager[Callable[[], None]]],
         record_saved: Callable[[Sequence[tuple[int, int]]], None],
         settled: Callable[[Layer], AbstractAsyncContextManager[None]],
     ) -> None:
         self._journal = journal
         self._layers = layers
         self._on_checkpoint = on_checkpoint
-        self._let_go = let_go
+        self._in_need = in_need
         self._record_saved = record_saved
         self._settled = settled
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
@@ -115,8 +115,9 @@ class Commits:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            await trio.to_thread.run_sync(self._let_go)
-            older = await trio.to_thread.run_sync(self._journal.start_file, intents)
+            with self._in_need() as let_go:
+                await trio.to_thread.run_sync(let_go)
+                older = await trio.to_thread.run_sync(self._journal.start_file, intents)
         maps = []
         for layer in self._layers():
             if layer.dirty and layer.damage is None:

@@ -22,12 +22,14 @@ class Elsewhere:
 
     def record(self, newest: int) -> None:
         """Record that the snapshots up to `newest` are given up; durable on return. Raises OSError."""
-        file = self._directory.open(self._name, create=True)
+        new_name = f"{self._name}.new"
+        file = self._directory.open(new_name, create=True)
         try:
             file.pwrite(b"%-20d" % newest, 0)
             file.sync()
         finally:
             file.close()
+        self._directory.rename(new_name, self._name)
         self._directory.sync()
 
     def read(self) -> int:
@@ -40,7 +42,7 @@ class Elsewhere:
         except FileNotFoundError:
             return 0
         try:
-            content = file.pread(_MOST_BYTES, 0).strip()
+            content = file.pread(_MOST_BYTES, 0).strip(b" \0")
         finally:
             file.close()
         if content and not content.isdigit():

@@ -136,6 +136,7 @@ class Housekeeping:
                 raise
 
     async def _punch(self) -> None:
+        failures = []
         for punch in list(self._punches):
             layer, chunks = punch
             if layer.files.pins:  # who reads there may have looked before the chunks were moved to another layer
@@ -147,9 +148,12 @@ class Housekeeping:
                         await trio.to_thread.run_sync(layer.punch, chunks)
                     except OSError as error:
                         if error.errno != errno.EOPNOTSUPP:
-                            raise
+                            failures.append(error)
+                            continue
                         self._cannot_punch()
             self._punches.remove(punch)
+        if failures:
+            raise failures[0]
 
     def _cannot_punch(self) -> None:
         if not self._told_of_punching:
@@ -161,14 +165,21 @@ class Housekeeping:
 
     async def sweep(self) -> None:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
+        failures = []
         async with self._files:
             for name, layer in list(self._dropped.items()):
                 if layer.files.pins:
                     self._is_kept_waiting = True
                     continue
                 with self._space.changing_layers():
-                    await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                    try:
+                        await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
+                    except OSError as error:
+                        failures.append(error)
+                        continue
                 del self._dropped[name]
+        if failures:
+            raise failures[0]
 
     async def hold_back(self) -> None:
         """Fill up the reserve, as far as there is room."""

@@ -24,6 +24,7 @@ from cow.errors import (
     CowError,
     DamagedError,
     InvalidSnapshotError,
+    LostError,
     PastEndError,
     QuotaError,
     StoreFullError,
@@ -83,6 +84,8 @@ class Image:
         self._layers: list[Layer] = []  #: as of `_layout` of the origin
         self._layout = -1
         self._torn = BitMap64()  #: chunks that the delta holds and whose checksums have to be written anew
+        self._untold = ""  #: what was lost of what was acknowledged; the next sync tells
+        self._is_crowded = False  #: whether the INTENTs of all images were too many after the last one of this image
 
     @property
     def is_usable(self) -> bool:
@@ -358,15 +361,15 @@ class Image:
             self.origin.group_of(self._snapshot)
             with pinned([self.delta]):  # until it is written, also when the snapshot is given up meanwhile
                 await self._heal()
-                if self._has_much_to_commit:
+                if self._has_much_to_commit or self._is_crowded:
                     await self._commit()  # in vain the last time, when the store failed
                 rows = contents.rows(await self._filled_up(contents))
                 async with room(self.delta.new_bytes(chunks)):
-                    crowded = await self._announce(chunks)
+                    self._is_crowded = await self._announce(chunks)
                     await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))
             self.delta.uncommitted |= chunks - self.delta.held
             self.delta.held |= chunks
-            if crowded or self._has_much_to_commit:
+            if self._is_crowded or self._has_much_to_commit:
                 await self._commit()
 
     def _is_short(self, chunks: BitMap64) -> bool:
@@ -402,9 +405,10 @@ class Image:
             if unreadable:
                 record = Record(Kind.LOST, self.delta.id, time.time_ns(), list(runs_of(unreadable)))
                 await self._commits.commit([record], lambda: self.delta.lose(unreadable))
-                await self._on_damage(
+                self._untold = (
                     f"{len(unreadable)} chunks of layer {self.delta.name} cannot be read any more: they are lost"
                 )
+                await self._on_damage(self._untold)
             self._torn = BitMap64()
 
     async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
@@ -452,25 +456,30 @@ class Image:
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3
 
-        Raises InvalidSnapshotError when the snapshot was given up, OSError or SyncError when the store fails.
+        Raises InvalidSnapshotError when the snapshot was given up, LostError once when something was lost, OSError or
+        SyncError when the store fails.
         """
         await self._behind.flush()
         async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             await self._commit()
+        if self._untold:
+            sentence, self._untold = self._untold, ""
+            raise LostError(sentence)
 
     async def _commit(self) -> None:
+        if self.delta.sums.in_doubt:
+            self._torn |= self.delta.uncommitted | self.delta.intended
+        await self._heal()
         written = self.delta.uncommitted | self.delta.intended
         if not written:
             return
         with pinned([self.delta]):
-            if self.delta.sums.in_doubt:
-                self._torn |= written
-            await self._heal()
             runs = list(runs_of(written))
             sums = await offload(self._sync_data, runs, here=self._is_short(written))
             record = Record(Kind.DELTA, self.delta.id, self.delta.written_ns, runs, sums)
             await self._commits.commit([record], lambda: self.delta.commit(written))
+        self._is_crowded = False
 
     def _sync_data(self, runs: list[Run]) -> bytes:
         self.delta.files.sync_data()

@@ -34,6 +34,8 @@ RECORD_MAGIC = b"HCPFSREC"
 _FILE_HEADER = struct.Struct("<8sI16sQQ")  # magic, format, store uuid, number, first sequence
 _RECORD_HEADER = struct.Struct("<8sQIIQQQ")  # magic, sequence, kind, runs, layer, time_ns, bytes of the record
 _ZERO_SECTOR = bytes(SECTOR_BYTES)
+_DAMAGED = b"damaged"
+_LOGICAL_BLOCK_BYTES = 4096  #: the largest; an unreadable one costs no others
 _PREFIX = "journal."
 
 
@@ -243,14 +245,16 @@ class Journal:
         """A file's sectors and its first record's number; None after a crash while it was made."""
         file = self._directory.open(f"{_PREFIX}{number:08d}")
         try:
-            content = file.pread(FILE_BYTES, 0)
+            content = _read_what_can_be(file)
         except OSError as error:
             raise JournalDamagedError(f"{file.label} cannot be read ({error.strerror})") from error
         finally:
             file.close()
-        sectors = [_open_sector(content, number, sector, file.label) for sector in range(len(content) // SECTOR_BYTES)]
-        if not sectors or sectors[0] is None:
-            if any(sectors):
+        sectors = [_open_sector(content, number, sector) for sector in range(len(content) // SECTOR_BYTES)]
+        if sectors and sectors[0] is _DAMAGED:
+            raise _damaged_sector(file.label, 0)
+        if not sectors or not sectors[0]:
+            if any(one is not None for one in sectors):
                 raise JournalDamagedError(f"{file.label} has no header; its records cannot be trusted")
             return None  # nothing was ever committed to it
         magic, format_number, uuid, found_number, sequence = _FILE_HEADER.unpack_from(sectors[0])
@@ -262,7 +266,10 @@ class Journal:
 
 
 class _Content(NamedTuple):
-    """A journal file with a header: what its sectors say (None: never written), and its first record's number."""
+    """A journal file with a header: what its sectors say, and its first record's number.
+
+    A sector is None when it was never written, and `_DAMAGED` when it does not match its checksum.
+    """
 
     label: str
     sectors: list[bytes | None]
@@ -275,30 +282,51 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
     sectors, sequence = content.sectors, content.sequence
     at = 1
     while at < len(sectors) and sequence != limit:
-        taken = _read_record(sectors, at, sequence)
+        taken = _read_record(content, at, sequence)
         if taken is None:
             break
         record, used = taken
         yield record
         sequence += 1
         at += used
-    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing.
+    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing. What is
+    # there from `limit` on is of an append that failed, and may be anything.
     for sector in range(at, len(sectors)) if sequence != limit else ():
+        if sectors[sector] is _DAMAGED:
+            raise _damaged_sector(content.label, sector)
         header = _record_header(sectors[sector])
         if header is not None and header[1] > sequence:
             raise JournalDamagedError(f"{content.label}: record {sequence} at sector {at} is missing")
     return sequence
 
 
-def _open_sector(content: bytes, number: int, sector: int, label: str) -> bytes | None:
-    """The sector's payload, or None when it was never written."""
+def _read_what_can_be(file: File) -> bytes:
+    """A journal file's content, with rubbish for what cannot be read: perhaps nobody needs that."""
+    try:
+        return file.pread(FILE_BYTES, 0)
+    except OSError:
+        size = min(FILE_BYTES, file.size_bytes)
+    content = bytearray()
+    for offset in range(0, size, _LOGICAL_BLOCK_BYTES):
+        length = min(_LOGICAL_BLOCK_BYTES, size - offset)
+        try:
+            content += file.pread(length, offset)
+        except OSError:
+            content += b"\xff" * length
+    return bytes(content)
+
+
+def _open_sector(content: bytes, number: int, sector: int) -> bytes | None:
+    """The sector's payload, None when it was never written, or `_DAMAGED`."""
     raw = content[sector * SECTOR_BYTES : (sector + 1) * SECTOR_BYTES]
     if raw == _ZERO_SECTOR:
         return None
     payload = raw[:SECTOR_PAYLOAD_BYTES]
-    if _seal(payload, number, sector) != raw:
-        raise JournalDamagedError(f"{label}: sector {sector} does not match its checksum")
-    return payload
+    return payload if _seal(payload, number, sector) == raw else _DAMAGED
+
+
+def _damaged_sector(label: str, sector: int) -> JournalDamagedError:
+    return JournalDamagedError(f"{label}: sector {sector} cannot be read, or does not match its checksum")
 
 
 def _record_header(payload: bytes | None) -> tuple[bytes, int, int, int, int, int, int] | None:
@@ -308,14 +336,19 @@ def _record_header(payload: bytes | None) -> tuple[bytes, int, int, int, int, in
     return fields
 
 
-def _read_record(sectors: list[bytes | None], at: int, sequence: int) -> tuple[Record, int] | None:
+def _read_record(content: _Content, at: int, sequence: int) -> tuple[Record, int] | None:
     """The record that starts at sector `at` and the sectors it takes; None when it is not there in full."""
+    sectors = content.sectors
+    if sectors[at] is _DAMAGED:
+        raise _damaged_sector(content.label, at)
     header = _record_header(sectors[at])
     if header is None or header[1] != sequence:
         return None
     _, _, kind, run_count, layer, time_ns, body_bytes = header
     used = _sectors_of(_RECORD_HEADER.size + body_bytes)
     payloads = sectors[at : at + used]
+    if _DAMAGED in payloads:
+        raise _damaged_sector(content.label, at + payloads.index(_DAMAGED))
     if len(payloads) < used or None in payloads:
         return None
     body = b"".join(payload for payload in payloads if payload is not None)[_RECORD_HEADER.size :][:body_bytes]

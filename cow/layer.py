@@ -218,8 +218,9 @@ class Layer:
     def rehash(self, chunks: BitMap64) -> BitMap64:
         """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
 
-        For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk. Returns
-        those that cannot be read, whose checksums stay as they are.
+        For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk. They are
+        written once more, as after a failed sync the kernel may show what the disk has not. Returns those that cannot
+        be read, whose checksums stay as they are.
         """
         unreadable = BitMap64()
         for found in runs_of(chunks):
@@ -236,7 +237,9 @@ class Layer:
             if part.chunks == 1:
                 return BitMap64([part.first])
             return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
-        self.sums.write(part.first, self.sums.of_data(part.first, data.ljust(part.length, b"\0")))
+        data = data.ljust(part.length, b"\0")
+        self.files.file(segment).pwrite(data, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+        self.sums.write(part.first, self.sums.of_data(part.first, data))
         self.files.note_unsynced(segment)
         return BitMap64()
 

@@ -9,6 +9,7 @@ import threading
 from cow.device import Directory, File
 from cow.errors import CowError, SyncError
 
+OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more of devices beyond a TiB
 Key = int | str  # of a file: the number of a segment of the data, or another file's name
 
 
@@ -22,7 +23,7 @@ class LayerFiles:
         self._parent = parent
         self._directory: Directory | None = None
         self._unsynced: set[int] = set()  #: segments
-        self._entries_unsynced = False  #: whether files were made since the directory was synced
+        self._entries_unsynced = True  #: whether files were made since the directory was synced, or by a killed process
         self._opening = threading.Lock()  #: guards `_directory`, `opened` and what is unsynced
         self._closing = False
 
@@ -80,7 +81,9 @@ class LayerFiles:
         """Make all data written so far durable. The checksums become durable with the journal's record."""
         with self._opening:
             segments, self._unsynced = self._unsynced, set()
-            entries, self._entries_unsynced = self._entries_unsynced, False
+            entries = self._entries_unsynced and self._directory is not None
+            if entries:
+                self._entries_unsynced = False
         try:
             for segment in segments:
                 self.file(segment).sync()
@@ -131,7 +134,9 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
         directory = layers.subdirectory(name)
     except FileNotFoundError:
         return
-    for file in directory.names():
-        directory.unlink(file)
-    directory.close()
+    try:
+        for file in directory.names():
+            directory.unlink(file)
+    finally:
+        directory.close()
     layers.rmdir(name)

@@ -8,7 +8,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
 
 from cow.device import Directory, File
-from cow.errors import CowError
+from cow.errors import CowError, SyncError
 
 MAP_MAGIC = b"HCPFSMAP"
 MAP_FORMAT = 2
@@ -59,6 +59,10 @@ def replace(directory: Directory, image: MapImage) -> None:
     try:
         file.pwrite(image.content, 0)
         file.sync()
+    except (OSError, SyncError):
+        with suppress(OSError):  # on a full disk its room is needed
+            directory.unlink(new_name)
+        raise
     finally:
         file.close()
     directory.rename(new_name, FILE_NAME)

@@ -73,6 +73,7 @@ async def open_store(
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
+        await trio.to_thread.run_sync(layers_directory.sync)  # entries that a killed process made are there to stay
         space = Space(directory, layers_directory, quota_bytes, on_trouble)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
@@ -86,6 +87,8 @@ async def open_store(
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
+        if recovered.doubt:
+            await store.suspect(recovered.doubt)
         for origin, row in zip(store.origins, rows, strict=True):
             recovered.findings += await _check_fingerprint(store, origin, row)
         catalog.set_setting("clean", 0)

@@ -273,6 +273,9 @@ def _copy_durably(jobs: list[_Job]) -> None:
         try:
             job.layer.files.sync_data()
         except (OSError, CowError) as error:
+            if is_full(error):  # of a file system that finds out late
+                job.layer.files.give_up_unsynced()
+                raise
             job.lose_all(error)
 
 

@@ -1,15 +1,16 @@
 """Recovery: from what is on disk after any stop to layers that know what they hold.
 
-It runs at every opening, before anything else uses the store, and may itself be stopped anywhere: it ends with a
-checkpoint, and until then the old journal files stay.
+It runs at every opening, before anything else uses the store, and may itself be stopped anywhere: the old journal files
+stay until the layers are saved.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap64
 
-from cow.catalog import Catalog, Role, State
+from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import FULL, Directory
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError, StoreFullError
@@ -21,10 +22,14 @@ from cow.layerfiles import remove_layer_directory
 
 @dataclass
 class Recovered:
-    """The layers by id, and sentences on what was found."""
+    """The layers by id, and sentences on what was found.
+
+    `doubt` is "", or says why what is on the device may be wrong for the snapshots.
+    """
 
     layers: dict[int, Layer]
     findings: list[str] = field(default_factory=list)
+    doubt: str = ""
 
 
 def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
@@ -52,8 +57,10 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
     for row in catalog.layers():
         load_layer(layers[row.id], row.generation)
+    recorded = {0}  # the ids of layers
     try:
         for record in journal.replay():
+            recorded.add(record.layer)
             _apply(record, layers)
     except JournalDamagedError as error:
         findings.append(_invalidate_all(catalog, str(error)))
@@ -67,26 +74,16 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
                 )
             layer.intended = BitMap64()
             layer.dirty = True
+    doubt = layers_beyond(catalog, layers_directory.names(), recorded)
+    findings += [doubt] if doubt else []
     findings += _invalidate_unknown(catalog, layers)
-    _forget_dropped(catalog, layers, layers_directory)
-    older = _start_journal(journal, catalog, layers)
-    catalog.set_setting("journal", journal.numbers[-1])
+    findings += _forget_dropped(catalog, layers, layers_directory)
     _save(layers, catalog)
-    journal.retire(older)
-    return Recovered(layers, findings)
-
-
-def _start_journal(journal: Journal, catalog: Catalog, layers: dict[int, Layer]) -> list[int]:
-    """Begin a new journal file, and return the numbers of the older ones."""
-    try:
-        return journal.start_file()
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-    _save(layers, catalog)  # then the older files are needed no more, and make room for the new one
     catalog.set_setting("journal", 0)
-    journal.retire(journal.numbers)
-    return journal.start_file()
+    journal.retire(journal.numbers)  # before there is a new one: on a full disk that has their room
+    journal.start_file()
+    catalog.set_setting("journal", journal.numbers[-1])
+    return Recovered(layers, findings, doubt)
 
 
 def _save(layers: dict[int, Layer], catalog: Catalog) -> None:
@@ -127,15 +124,20 @@ def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
     return [reason]
 
 
-def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory: Directory) -> None:
-    """Let go of the layers that the catalog does not name, and remove their directories."""
+def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory: Directory) -> list[str]:
+    """Let go of the layers that the catalog does not name, and remove their directories. What cannot be removed."""
     wanted = {row.id for row in catalog.layers()}
     for number in layers.keys() - wanted:
         layers.pop(number).close()
     names = {layer.name for layer in layers.values()}
+    findings = []
     for name in layers_directory.names():
         if name not in names:
-            remove_layer_directory(layers_directory, name)
+            try:
+                remove_layer_directory(layers_directory, name)
+            except OSError as error:
+                findings.append(f"{layers_directory.label}/{name} is needed no more and cannot be removed: {error}")
+    return findings
 
 
 def open_journal(directory: Directory, catalog: Catalog) -> Journal:
@@ -175,7 +177,7 @@ def _apply(record: Record, layers: dict[int, Layer]) -> None:
 
 def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:
     """Where it is unknown what a layer holds, no snapshot that reads it can be told right from wrong bytes. # I4"""
-    damaged = [(row, damage) for row in catalog.layers() if (damage := layers[row.id].damage) is not None]
+    damaged = [(row, damage) for row in needed_layers(catalog) if (damage := layers[row.id].damage) is not None]
     for row, damage in damaged:
         for snapshot in catalog.snapshots():
             if row.role == Role.PRESERVED and snapshot.id <= row.snapshot and snapshot.state != State.INVALID:
@@ -185,6 +187,31 @@ def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]
         if row.role == Role.DELTA and (row.snapshot, State.INVALID) not in order:
             catalog.give_up_snapshot(row.snapshot, heir_of(order, row.snapshot), damage)
     return [damage for _, damage in damaged]
+
+
+def needed_layers(catalog: Catalog) -> list[LayerRow]:
+    """The layers that some usable snapshot reads."""
+    usable = [row.id for row in catalog.snapshots() if row.state != State.INVALID]
+    return [
+        row
+        for row in catalog.layers()
+        if (row.snapshot in usable if row.role == Role.DELTA else any(number <= row.snapshot for number in usable))
+    ]
+
+
+def layers_beyond(catalog: Catalog, directory_names: Iterable[str], recorded: Iterable[int]) -> str:
+    """A sentence when there are layers that the catalog never made: it lacks its latest changes. "" when there are none.
+
+    Ids of layers are never given twice, and nothing is written of a layer before the catalog has it, durably.
+    """
+    present = [int(name, 16) for name in directory_names if re.fullmatch("[0-9a-f]{16}", name)]
+    newest = max([*present, *recorded], default=0)
+    if newest <= catalog.newest_layer():
+        return ""
+    return (
+        f"the catalog is older than what is kept beside it, which has a layer {newest}: changes of it were lost, "
+        f"perhaps snapshots, and what the others read from the device may be wrong"
+    )
 
 
 def _invalidate_all(catalog: Catalog, cause: str) -> str:

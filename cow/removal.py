@@ -129,7 +129,13 @@ class Removal:
         try:
             return await trio.to_thread.run_sync(change, *arguments)
         except StoreFullError:
-            await trio.to_thread.run_sync(self._space.let_go)
+            pass
+        with self._space.in_need() as let_go:
+            await trio.to_thread.run_sync(let_go)
+            try:
+                return await trio.to_thread.run_sync(change, *arguments)
+            except StoreFullError:
+                await trio.to_thread.run_sync(let_go)
             return await trio.to_thread.run_sync(change, *arguments)
 
     def _heir_of(self, snapshot: Snapshot) -> int | None:

@@ -22,7 +22,7 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
-from cow.recovery import load_layer, open_journal, recover
+from cow.recovery import layers_beyond, load_layer, needed_layers, open_journal, recover
 from cow.store import Store
 from cow.sums import SUM_BYTES
 
@@ -178,16 +178,18 @@ def _look(
     renewed: dict[int, dict[int, bytes]] = {number: {} for number in layers}
     problems = []
     for row in catalog.layers():
-        layer = layers[row.id]
-        load_layer(layer, row.generation)
-        if layer.damage is not None:
-            problems.append(layer.damage)
+        load_layer(layers[row.id], row.generation)
+    problems += [damage for row in needed_layers(catalog) if (damage := layers[row.id].damage) is not None]
+    recorded = {0}
     try:
         for record in journal.records():
+            recorded.add(record.layer)
             if record.layer in layers:
                 _follow(record, layers[record.layer], renewed[record.layer])
     except JournalDamagedError as error:
         problems.append(f"{error}: which old bytes were kept since the last checkpoint is unknown")
+    if beyond := layers_beyond(catalog, layers_directory.names(), recorded):
+        problems.append(beyond)
     for layer in layers.values():
         layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
     return layers, renewed, problems

@@ -65,7 +65,8 @@ def check_name(name: bytes) -> None:
     """Raise BadNameError or NameTooLongError unless a snapshot may be called so."""
     if len(name) > MOST_NAME_BYTES:
         raise NameTooLongError(f"a snapshot's name has at most {MOST_NAME_BYTES} bytes, and this one {len(name)}")
-    if not name or name.startswith(b".") or b"/" in name or any(byte < 0x20 or byte == 0x7F for byte in name):
+    controls = any(character < " " or "\x7f" <= character < "\xa0" for character in name.decode("utf-8", "replace"))
+    if not name or name.startswith(b".") or b"/" in name or controls:
         raise BadNameError(
             f"{printable(name)!r} cannot name a snapshot: no leading dot, no slash and no control character, please"
         )

@@ -11,6 +11,7 @@ A file `reserve` holds space back for what must not fail when the disk is full: 
 a journal file, a clean stop. It is let go for those moments only, and a part of it for nothing but the next opening.
 """
 
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from cow.journal import FILE_BYTES
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 OPENING_BYTES = FILE_BYTES // 2  # of it: what an opening needs, which saves the maps before it begins a journal file
-_STEPS = 32  # in which as much of it is held back as there is room for
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
@@ -60,6 +60,8 @@ class Space:
         self._on_warning = on_warning
         self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
+        self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
+        self._in_need = 0  #: how many need what was let go of it
         self._beside_layers = directory.allocated_here()
         self._layers, self._in_layers = self._count_layers()
         self._new_layers = 0  #: whose directories came since the layers were measured
@@ -241,19 +243,35 @@ class Space:
         self._promised += count
         self._plenty -= -(-count // CHUNK_BYTES)
 
-    def let_go(self) -> None:
-        """Give the reserve back to the file system, save what the next opening needs. Blocks."""
-        self.holding_back = False
-        shrink_reserve(self._directory, OPENING_BYTES)
+    @contextmanager
+    def in_need(self) -> Iterator[Callable[[], None]]:
+        """Yields what lets the reserve go, which blocks; it is not filled up before the end.
+
+        What the next opening needs is kept; half of that goes as well when it is called again.
+        """
+        levels = iter((OPENING_BYTES, OPENING_BYTES // 2))
+        self._in_need += 1
+        try:
+            yield lambda: self._let_go(next(levels, 0))
+        finally:
+            self._in_need -= 1
+
+    def _let_go(self, most_bytes: int) -> None:
+        with self._reserve:
+            self.holding_back = False
+            shrink_reserve(self._directory, most_bytes)
 
     def hold_back(self) -> bool:
-        """Fill the reserve up again, as far as there is room; whether it is full. Blocks."""
-        file = self._directory.open(RESERVE_NAME, create=True)
-        try:
-            self.holding_back = _allocated(file, RESERVE_BYTES) or _allocated_in_steps(file)
-        finally:
-            file.close()
-        return self.holding_back
+        """Fill the reserve up again, as far as there is room; False when that is not enough. Blocks."""
+        with self._reserve:
+            if self._in_need:
+                return True  # later
+            file = self._directory.open(RESERVE_NAME, create=True)
+            try:
+                self.holding_back = _allocated(file, RESERVE_BYTES) or _allocated_in_part(file)
+            finally:
+                file.close()
+            return self.holding_back
 
 
 def shrink_reserve(directory: Directory, most_bytes: int) -> None:
@@ -268,9 +286,14 @@ def shrink_reserve(directory: Directory, most_bytes: int) -> None:
         file.close()
 
 
-def _allocated_in_steps(file: File) -> bool:
-    step = RESERVE_BYTES // _STEPS
-    return all(_allocated(file, length) for length in range(step, RESERVE_BYTES + 1, step))
+def _allocated_in_part(file: File) -> bool:
+    """Allocate what can be had of the reserve, to the last 4 KiB; False."""
+    length, step = 0, RESERVE_BYTES // 2
+    while step >= 4096:
+        if _allocated(file, length + step):
+            length += step
+        step //= 2
+    return False
 
 
 def _allocated(file: File, length: int) -> bool:

@@ -14,6 +14,7 @@ States of a snapshot, and who makes each step:
 """
 
 import os
+import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -43,14 +44,16 @@ from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal
 from cow.layer import Layer
+from cow.layerfiles import OPEN_FILES_OF_A_LAYER
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
-from cow.preserver import OnFull, Preserver
+from cow.preserver import OnFull, Preserver, is_full
 from cow.removal import Removal
 from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
+_OTHER_OPEN_FILES = 64
 NO_LAYER = 0  # an id that the catalog never gives
 _TRUSTED = (State.VALID, State.DAMAGED)
 
@@ -101,7 +104,7 @@ class Store:
         self._gate = Gate()
         self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
         self._commits = Commits(
-            journal, self._layers.values, self.housekeeping.keep_checkpoint, space.let_go, catalog.record_saved,
+            journal, self._layers.values, self.housekeeping.keep_checkpoint, space.in_need, catalog.record_saved,
             self._settled,
         )  # fmt: skip
         self._flattener = Flattener(
@@ -151,6 +154,7 @@ class Store:
         await self._remove_abandoned()
         self._check_name_is_free(name)
         await self.space.check_for_snapshot()
+        self._check_open_files()
         snapshot: Snapshot | None = None
         try:
             async with quiesce() as evidence:
@@ -190,8 +194,21 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
+        if any(origin.newest_layer.lost for origin in self.origins):  # since the epoch began
+            self._tell_lost()
         self.housekeeping.wake()
         self._flattener.wake()
+
+    def _check_open_files(self) -> None:
+        """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        layers = sum(1 for layer in self._layers.values() if layer.held) + 2 * len(self.origins)
+        if layers * OPEN_FILES_OF_A_LAYER + _OTHER_OPEN_FILES > limit:
+            raise StoreFullError(
+                f"{len(self._snapshots)} snapshots have {layers} layers with up to {OPEN_FILES_OF_A_LAYER} open files "
+                f"each, and this process may open {limit} files: rmdir snapshots, or raise its limit (ulimit -n, "
+                f"LimitNOFILE=) and mount again"
+            )
 
     def _check_name_is_free(self, name: bytes) -> None:
         if name in self._named:
@@ -389,6 +406,15 @@ class Store:
 
         Raises what a disk says, when it has been tried with every device and image: none pays for another. # I9
         """
+        failures = await self._sync_all()
+        if any(is_full(error) for error in failures):
+            with self.space.in_need() as let_go:
+                await trio.to_thread.run_sync(let_go)
+                failures = await self._sync_all()
+        if failures:
+            raise failures[0]
+
+    async def _sync_all(self) -> list[Exception]:
         failures: list[Exception] = []
 
         async def attempt(sync: Callable[[], Awaitable[None]]) -> None:
@@ -402,19 +428,19 @@ class Store:
         for image in [image for snapshot in self._snapshots.values() for image in snapshot.images]:
             if image.is_usable:
                 await attempt(image.sync)
-        if failures:
-            raise failures[0]
+        return failures
 
     async def close(self) -> None:
         """Record a clean stop. After `drain`; `run` has ended, and no call is under way.
 
         Raises where that cannot be done; the next opening recovers then.
         """
-        await trio.to_thread.run_sync(self.space.let_go)
-        await self._commits.checkpoint()
-        await self.housekeeping.do_all(closing=True)
-        stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]
-        await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped)
+        with self.space.in_need() as let_go:
+            await trio.to_thread.run_sync(let_go)
+            await self._commits.checkpoint()
+            await self.housekeeping.do_all(closing=True)
+            stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]
+            await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped)
 
     async def suspect(self, reason: str) -> None:
         """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.

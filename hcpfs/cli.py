@@ -196,9 +196,14 @@ def umount(mountpoint: str) -> None:
 
 
 def _stopped_clean(store: str) -> bool:
-    catalog = sqlite3.connect(f"file:{os.path.join(store, FILE_NAME)}?mode=ro", uri=True)
+    try:
+        catalog = sqlite3.connect(f"file:{os.path.join(store, FILE_NAME)}?mode=ro", uri=True)
+    except sqlite3.Error:
+        return False  # the store is gone
     try:
         return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
+    except sqlite3.Error:
+        return False
     finally:
         catalog.close()
 

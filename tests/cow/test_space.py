@@ -188,9 +188,13 @@ def test_i6_the_reserve_is_counted_at_once(tmp_path: Path) -> None:
         assert space.hold_back()
         await space.measure()
         before = space.used_bytes
-        for change, difference in ((space.let_go, RESERVE_BYTES - OPENING_BYTES), (space.hold_back, 0)):
-            change()
+        with space.in_need() as let_go:
+            let_go()
+            assert space.hold_back(), "later"
             await space.keep_up()
-            assert space.used_bytes == before - difference
+            assert space.used_bytes == before - RESERVE_BYTES + OPENING_BYTES
+        assert space.hold_back()
+        await space.keep_up()
+        assert space.used_bytes == before
 
     trio.run(main)

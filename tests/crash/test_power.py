@@ -1,16 +1,12 @@
 """Power cuts at every moment of every short workload, and again during the recovery: nothing lost, nothing false."""
 
-import errno
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from unittest.mock import patch
 
-from tests.crash import harness
-from tests.crash.calls import Call, Fault
 from tests.crash.cut import states_of
-from tests.crash.disk import STORE_INODE, Disk, State, empty_state
+from tests.crash.disk import STORE_INODE, Disk, empty_state
 from tests.crash.harness import CONTENT, Tally, check_workload, record, run, sweep
 
 SHARE, DOUBLES = 0.05, 0.055
@@ -32,29 +28,6 @@ def test_i5_power_cuts_while_a_store_is_made() -> None:
     tally = Tally()
     run(lambda: check_workload(("sync live",), random.Random(1), tally, doubles=0.2, whole=True))
     assert tally.states > 200
-
-
-class _FullDisk(Disk):
-    """Has no room for a new journal file when the store is opened, before the older ones are gone."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__(state)
-        self.refused = 0
-        self.decide = self._refuse
-
-    def _refuse(self, call: Call) -> Fault | None:
-        if call.kind != "allocate" or call.site != "journal.Journal.start_file<recovery._start_journal":
-            return None
-        self.refused += 1
-        return Fault(errno.ENOSPC) if self.refused % 2 else None
-
-
-def test_i1_i3_i4_i5_power_cuts_while_a_store_is_opened_on_a_full_disk() -> None:
-    tally = Tally()
-    workload = ("write live chunks", "write chunks of the oldest", "sync the newest", "write live chunks", "sync live")
-    with patch.object(harness, "Disk", _FullDisk):
-        run(lambda: check_workload(workload, random.Random(1), tally, share=0.2, doubles=0.5))
-    assert tally.in_recovery > 50
 
 
 def test_the_simulated_disk_leaves_what_it_should() -> None:
