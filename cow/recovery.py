@@ -200,7 +200,7 @@ def needed_layers(catalog: Catalog) -> list[LayerRow]:
 
 
 def layers_beyond(catalog: Catalog, directory_names: Iterable[str], recorded: Iterable[int]) -> str:
-    """A sentence when there are layers that the catalog never made: it lacks its latest changes. "" when there are none.
+    """A sentence when there are layers that the catalog never made: it lacks its latest changes. Else "".
 
     Ids of layers are never given twice, and nothing is written of a layer before the catalog has it, durably.
     """

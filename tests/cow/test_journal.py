@@ -1,12 +1,14 @@
 """The journal: what was committed is found again, what was torn is not, and damage is told from both."""
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from cow.device import Directory
+from cow.device import Directory, Io
 from cow.errors import CowError
 from cow.geometry import Run
 from cow.journal import (
@@ -176,6 +178,48 @@ def test_after_a_failed_append_a_new_file_makes_it_void(directory: Directory) ->
     journal.append([_record(3)])
     journal.close()
     assert _replay(directory) == [_record(1), _record(3)]
+
+
+def test_what_a_failed_append_left_may_be_anything(directory: Directory) -> None:
+    """A newer file makes it void; what came before it still has to be right."""
+    journal = Journal(directory, UUID)
+    journal.start_file()
+    journal.append([_record(1)])
+    journal._broken = "an append failed"
+    journal.start_file()
+    journal.append([_record(2)])
+    journal.close()
+    first = Path(directory.label, "journal.00000001")
+    _change(first, 2 * SECTOR_BYTES, b"torn" * 50)
+    assert _replay(directory) == [_record(1), _record(2)]
+    _change(first, SECTOR_BYTES, b"torn" * 50)
+    with pytest.raises(JournalDamagedError, match="sector 1"):
+        _replay(directory)
+
+
+@pytest.mark.parametrize(("number", "offset", "counts"), [(1, 1 << 20, False), (1, 5 * 512, True), (2, 1 << 20, True)])
+def test_i4_a_sector_that_cannot_be_read_is_damage_where_it_counts(
+    tmp_path: Path, number: int, offset: int, counts: bool
+) -> None:
+    class Unreadable(Io):
+        def pread(self, fd: int, length: int, start: int) -> bytes:
+            if start <= offset < start + length and os.readlink(f"/proc/self/fd/{fd}").endswith(f"{number}"):
+                raise OSError(errno.EIO, "unreadable")
+            return os.pread(fd, length, start)
+
+    records = [_record(one) for one in range(1, 16)]
+    with closing(Directory.open_path(str(tmp_path), Unreadable())) as directory:
+        journal = Journal(directory, UUID)
+        journal.start_file()
+        journal.append(records[:14])
+        journal.start_file()
+        journal.append(records[14:])
+        journal.close()
+        if counts:
+            with pytest.raises(JournalDamagedError, match="cannot be read"):
+                _replay(directory)
+        else:
+            assert _replay(directory) == records
 
 
 def _sealed_record(record: Record, *, sequence: int, number: int, sector: int) -> bytes:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,15 @@ def test_umount_says_what_keeps_it(sandbox: Sandbox) -> None:
     assert device in done.stderr
     sandbox.unloop(device)
     wait_until(lambda: run(*HCPFS, "umount", served.path, check=False).returncode == 0, what="the umount")
+
+
+def test_umount_says_so_when_the_store_is_gone(sandbox: Sandbox) -> None:
+    served = sandbox.mount(sandbox.disk())
+    shutil.rmtree(served.store)
+    done = run(*HCPFS, "umount", served.path, check=False)
+    assert done.returncode == 1
+    assert "not clean" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("way", ["umount", "SIGTERM", "SIGINT"])

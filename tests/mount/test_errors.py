@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import random
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,20 @@ def test_eexist(served: Served) -> None:
     assert sorted(os.listdir(served.snaps)) == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["new\nline", "tab\t", "\x7f", "\x01", ".hidden", "..."])
+def test_enospc_when_the_open_files_would_run_out(served: Served) -> None:
+    resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (80, 80))
+
+    def take_many() -> None:
+        for number in range(10):
+            (served.snaps / f"s{number}").mkdir()
+            _write(served.live, number * 4096, b"n" * 4096)
+
+    _fails(served, errno.ENOSPC, take_many, "may open 80 files")
+    assert len(os.listdir(served.snaps)) > 2
+    assert {served.info(name)["state"] for name in os.listdir(served.snaps)} == {"valid"}
+
+
+@pytest.mark.parametrize("name", ["new\nline", "tab\t", "\x7f", "\x01", "\x85", "\x9b31m", ".hidden", "..."])
 def test_einval(served: Served, name: str) -> None:
     _fails(served, errno.EINVAL, lambda: os.mkdir(served.snaps / name), "cannot name a snapshot")
     _fails(served, errno.EINVAL, lambda: os.rename(served.snaps / "a", served.snaps / name), "cannot name a snapshot")

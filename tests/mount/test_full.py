@@ -97,6 +97,7 @@ def test_i8_a_store_that_is_killed_each_time_it_has_run_full_opens_again(sandbox
             _overwrite_what_can_be(path, random.Random(number))
         served.kill()
         served = served.again()
+        assert (served.store / "catalog.sqlite-wal").stat().st_size < 1 << 17, "it grows with each start"
         if "a" in os.listdir(served.snaps) and served.info("a")["state"] != "invalid":
             continue
         (served.snaps / "a").rmdir()

@@ -208,6 +208,37 @@ def test_an_edited_catalog_is_refused_and_repair_gives_up_its_snapshots(sandbox:
     assert served.image("fresh").read_bytes() == served.live.read_bytes()
 
 
+def test_i4_a_catalog_that_lost_its_latest_changes_is_noticed(sandbox: Sandbox) -> None:
+    """SQLite passes over all of its -wal from the first damaged page on."""
+    served = sandbox.mount(sandbox.disk(size=64 * MIB))
+    (served.snaps / "s1").mkdir()
+    wal = served.store / "catalog.sqlite-wal"
+    before = wal.stat().st_size
+    (served.snaps / "s2").mkdir()
+    with served.live.open("r+b", buffering=0) as live:  # what no sample of the fingerprint has
+        os.pwrite(live.fileno(), os.urandom(16 * 4096), 263 * 4096)
+        os.fsync(live.fileno())
+    served.kill()
+    _flip(wal, before + 124)
+    done = _verify(served.store)
+    assert done.returncode == 3
+    assert "the catalog is older" in done.stdout
+    served = served.again()
+    assert "the catalog is older" in served.status["found"]
+    assert served.info("s1")["state"] == "suspect"
+    with pytest.raises(OSError, match="Input/output error"), served.image("s1").open("rb", buffering=0) as image:
+        os.pread(image.fileno(), 4096, 263 * 4096)
+
+
+def test_repair_ends_where_a_map_is_gone(served: Served) -> None:
+    served.umount()
+    for layer in _layers(served.store, "preserved"):
+        os.truncate(layer / "map", 0)
+    assert _verify(served.store, "--repair").returncode == 4
+    assert _verify(served.store).returncode == 0
+    assert _verify(served.store, "--repair").returncode == 0
+
+
 def test_what_is_no_store_is_left_alone(sandbox: Sandbox) -> None:
     places = [sandbox.path / "empty", sandbox.path / "missing", sandbox.disk()]
     places[0].mkdir(mode=0o700)

@@ -1,0 +1,274 @@
+"""A write fails half way: what was acknowledged before is kept, and what a crash then leaves is right or an error."""
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from cow import OnFull, commits
+from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError
+from cow.geometry import CHUNK_BYTES, Run
+from tests.support.engine import Engine
+from tests.support.failing import BadIo, at_first, engines, take, write
+from tests.support.sandbox import wait_until
+
+
+@pytest.fixture
+def io() -> BadIo:
+    return BadIo()
+
+
+@pytest.fixture
+def start(tmp_path: Path, io: BadIo) -> Iterator[Callable[..., Engine]]:
+    yield from engines(tmp_path, io)
+
+
+def test_i4_a_chunk_whose_intent_did_not_reach_the_journal_is_not_overwritten_in_place(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"A")
+    io.fails = lambda call, path: "journal" in path
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: False
+    engine.call(image.write, 0, b"C" * CHUNK_BYTES)
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    assert engine.call(snapshot.images[0].read, 0, CHUNK_BYTES) in (b"A" * CHUNK_BYTES, b"C" * CHUNK_BYTES)
+    assert snapshot.row.state == "valid"
+
+
+def test_i4_a_failed_commit_that_is_on_the_disk_is_void_before_its_chunks_are_written_anew(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    engine.call(image.write, 0, b"A" * CHUNK_BYTES)
+    io.fails = lambda call, path: call in ("fdatasync", "fallocate") and "journal" in path
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: False
+    engine.call(image.write, 0, b"C" * CHUNK_BYTES)
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    engine.call(snapshot.images[0].read, 0, CHUNK_BYTES)  # not synced: what it has is open
+    assert snapshot.row.state == "valid"
+
+
+@pytest.mark.parametrize("bad", ["data of a", "checksums of a", "the disk"])
+def test_i9_what_cannot_be_synced_at_the_stop_costs_no_other_snapshot_its_writes(
+    start: Callable[..., Engine], io: BadIo, bad: str
+) -> None:
+    engine = start(write_behind=True)
+    a, b = take(engine, b"a"), take(engine, b"b")
+    engine.call(a.write, 0, b"A" * CHUNK_BYTES)
+    engine.call(b.write, 0, b"B" * CHUNK_BYTES)
+    call, file = {
+        "data of a": ("fdatasync", f"{a.delta.name}/data.0000"),
+        "checksums of a": ("pwrite", f"{a.delta.name}/sums"),
+        "the disk": ("fdatasync", "disk.img"),
+    }[bad]
+    io.fails = lambda called, path: called == call and path.endswith(file)
+    with pytest.raises(OSError, match=r"Input/output error|still in memory"):
+        engine.close()
+    io.fails = lambda called, path: False
+    engine = start()
+    assert not engine.was_clean
+    assert engine.call(engine.store.find(b"b").images[0].read, 0, CHUNK_BYTES) == b"B" * CHUNK_BYTES
+
+
+def test_i4_a_chunk_whose_new_checksum_could_not_be_written_is_what_it_is_now(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    """Also when the next attempt fails as well."""
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"A")
+    io.fails = at_first(2, "pwrite", f"{image.delta.name}/sums")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            engine.call(image.write, 100, b"B" * 200)
+    content = engine.call(image.read, 0, CHUNK_BYTES)
+    assert content == b"A" * 100 + b"B" * 200 + b"A" * (CHUNK_BYTES - 300)
+    engine.call(image.sync)
+    assert engine.store.snapshots[0].row.state == "valid"
+    engine.kill()
+    engine = start()
+    assert engine.call(engine.store.snapshots[0].images[0].read, 0, CHUNK_BYTES) == content
+
+
+def test_a_chunk_that_was_torn_and_cannot_be_read_is_lost_and_no_other(start: Callable[..., Engine], io: BadIo) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"A")
+    write(engine, image, 1, b"A")
+    io.fails = at_first(1, "pwrite", f"{image.delta.name}/sums")
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: call == "pread" and path.endswith(f"{image.delta.name}/data.0000")
+    with pytest.raises(LostError, match="are lost"):
+        write(engine, image, 5, b"C")
+    io.fails = lambda call, path: False
+    engine.call(image.sync)
+    with pytest.raises(LostError):
+        engine.call(image.read, 0, CHUNK_BYTES)
+    assert engine.call(image.read, CHUNK_BYTES, 1) == b"A"
+    wait_until(lambda: engine.store.snapshots[0].row.state == "damaged", what="the snapshot to be marked")
+    engine.close()
+    image = start().store.snapshots[0].images[0]
+    assert image.lost() == [Run(0, 1)]
+
+
+def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_read(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start(write_behind=True)
+    image, origin = take(engine, b"a"), engine.store.origins[0]
+    overwritten = threading.Event()
+
+    def fails(call: str, path: str) -> bool:
+        if path.endswith("disk.img") and call == "pwrite":
+            overwritten.set()
+        return path.endswith("disk.img") and call == "pread" and not overwritten.is_set()
+
+    io.fails = fails
+    engine.call(image.write, 7 * CHUNK_BYTES, b"i" * CHUNK_BYTES)
+    assert engine.call(image.read, 7 * CHUNK_BYTES, CHUNK_BYTES) == b"i" * CHUNK_BYTES
+    engine.call(origin.write, 9 * CHUNK_BYTES, b"l" * CHUNK_BYTES)
+    assert engine.call(origin.read, 9 * CHUNK_BYTES, CHUNK_BYTES) == b"l" * CHUNK_BYTES
+
+
+def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
+    start: Callable[..., Engine], io: BadIo, tmp_path: Path
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"A")
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def fails(call: str, path: str) -> bool:
+        if call == "fdatasync" and "journal" in path:
+            waiting.set()
+            go_on.wait()
+        return False
+
+    io.fails = fails
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(engine.call, image.write, 0, b"B" * CHUNK_BYTES)
+        waiting.wait()
+        engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+        engine.call(engine.store.housekeeping.sweep)
+        go_on.set()
+        with suppress(InvalidSnapshotError):
+            writing.result()
+    delta = tmp_path / "store" / "layers" / image.delta.name
+    wait_until(lambda: not delta.exists(), what="the directory to be removed")
+    engine.call(engine.store.housekeeping.sweep)
+    assert not delta.exists()
+
+
+def test_i6_what_waits_of_a_snapshot_that_is_given_up_is_let_go(start: Callable[..., Engine], io: BadIo) -> None:
+    engine = start(write_behind=True)
+    image = take(engine, b"a")
+    io.fails = lambda call, path: call == "pwrite" and path.endswith(f"{image.delta.name}/data.0000")
+    engine.call(image.write, 0, b"A" * CHUNK_BYTES)
+    with pytest.raises(OSError, match="still in memory"):
+        engine.call(image.sync)
+    assert engine.store.space.waiting_chunks == 1
+    engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+    wait_until(lambda: engine.store.space.waiting_chunks == 0, what="the buffer to be empty")
+
+
+def test_i3_what_a_killed_process_made_is_synced_before_it_is_relied_on(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    engine.call(image.write, 0, b"A" * CHUNK_BYTES)  # its files are there, and nothing was synced
+    engine.kill()
+    synced = []
+    io.fails = lambda call, path: call == "fsync" and bool(synced.append(Path(path).name))
+    engine = start()
+    write(engine, engine.store.snapshots[0].images[0], 0, b"B")
+    assert {"layers", image.delta.name} <= set(synced)
+
+
+def test_i3_what_a_failed_sync_left_in_the_cache_is_written_once_more(start: Callable[..., Engine], io: BadIo) -> None:
+    """The kernel shows it, and takes it for written; the disk may not have it."""
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"A")
+    data = f"{image.delta.name}/data.0000"
+    engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(data)
+    with pytest.raises(OSError, match="Input/output error"):
+        engine.call(image.sync)
+    engine.kill()
+    calls = []
+    io.fails = lambda call, path: path.endswith(data) and bool(calls.append(call))
+    start()
+    assert calls.index("pwrite") < calls.index("fdatasync")
+
+
+def test_i6_an_image_that_cannot_be_synced_adds_no_more_intents_than_there_may_be(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    """Else a journal file would be full of them, and nobody's old bytes could be recorded."""
+    engine = start()
+    image = take(engine, b"a")
+    engine.call(image.write, 0, b"A" * 100 * CHUNK_BYTES)
+    engine.call(image.sync)
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{image.delta.name}/data.0000")
+    with patch.object(commits, "MOST_INTENDED_CHUNKS", 4):
+        for chunk in range(100):
+            with suppress(OSError, CowError):
+                engine.call(image.write, chunk * CHUNK_BYTES, b"B" * CHUNK_BYTES)
+    assert len(image.delta.intended) == 5
+
+
+def test_i8_a_file_system_that_is_full_at_the_sync_is_full(start: Callable[..., Engine], io: BadIo) -> None:
+    """Thin pools and network file systems find out late. It is for the policy, and no chunk is lost."""
+    engine = start(on_full=OnFull.BLOCK_WRITES)
+    image, origin = take(engine, b"a"), engine.store.origins[0]
+    before = engine.call(image.read, 0, CHUNK_BYTES)
+    io.errno = errno.ENOSPC
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{origin.newest_layer.name}/data.0000")
+    with pytest.raises(StoreFullError):
+        engine.call(origin.write, 0, b"n" * CHUNK_BYTES)
+    io.fails = lambda call, path: False
+    engine.call(origin.write, 0, b"n" * CHUNK_BYTES)
+    assert engine.call(image.read, 0, CHUNK_BYTES) == before
+    assert engine.store.snapshots[0].row.state == "valid"
+
+
+def test_i4_a_chunk_that_is_lost_while_its_snapshot_is_taken_marks_it(start: Callable[..., Engine], io: BadIo) -> None:
+    engine = start()
+    origin = engine.store.origins[0]
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def fails(call: str, path: str) -> bool:
+        if call == "fdatasync" and path.endswith("disk.img"):
+            waiting.set()
+            go_on.wait()
+        return call == "pwrite" and path.endswith("data.0000")
+
+    io.fails = fails
+    with ThreadPoolExecutor() as pool:
+        taking = pool.submit(engine.call, engine.store.create_snapshot, b"a")
+        waiting.wait()
+        engine.call(origin.write, 0, b"n" * CHUNK_BYTES)
+        go_on.set()
+        snapshot = taking.result()
+    assert snapshot.row.state == "damaged"
+    assert snapshot.images[0].lost() == [Run(0, 1)]
