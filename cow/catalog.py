@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cow.device import Directory
+from cow.device import FULL, Directory
 from cow.errors import CowError, RefusedError, StoreFullError, without_surrogates
 from cow.rowsum import RowSum
 
@@ -417,6 +417,10 @@ def _allocate_shared_memory(directory: Directory) -> None:
         return
     try:
         file.allocate(max(_SHARED_BYTES, file.size_bytes))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise StoreFullError(f"no space left for the catalog {file.label}: make room there") from error
     finally:
         file.close()
 
