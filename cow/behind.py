@@ -167,7 +167,7 @@ class Behind:
 
     def try_again(self) -> None:
         """Have taken what was not taken the last time: now it can be, or nobody needs it any more."""
-        if self._gathering.contents:
+        if self.chunks:
             self._hurry(self._gathering)
 
     def _hurry(self, generation: _Generation) -> None:

@@ -13,11 +13,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cow.device import FULL, Directory
+from cow.device import Directory, File
 from cow.errors import CowError, RefusedError, StoreFullError, without_surrogates
 from cow.rowsum import RowSum
 
@@ -25,6 +25,7 @@ FORMAT = 3
 FILE_NAME = "catalog.sqlite"
 DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
+_NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP}
 _SHARED_BYTES = 32768  # one region, enough for the index of 4,096 pages in the -wal: walformat.html of SQLite
 
 _SCHEMA = """
@@ -154,22 +155,27 @@ class Catalog:
         for name in (FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in _COMPANIONS)):
             if name == FILE_NAME or name in present:
                 directory.open(name, create=True).close()
+        has_contents = any(name.startswith("journal.") for name in present) or _has_layers(directory)
         self._connection = directory.io.connect(self._path)
+        self._shared: File | None = None  #: SQLite's shared memory, kept open: see `_allocated_shared_memory`
         self._sum = RowSum(self._connection, _SUMMED)
         try:
-            self._open(repair, any(name.startswith("journal.") for name in present))
+            self._open(repair, has_contents)
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process left of it only grows
-            _allocate_shared_memory(directory)
+            self._shared = _allocated_shared_memory(directory)
             if not directory.is_at_its_path:
                 raise RefusedError(f"the store {directory.label} was moved while it was opened: try again")
         except (sqlite3.Error, CatalogError, ValueError) as error:  # ValueError: text that is not UTF-8
-            self._connection.close()
+            self.close()
+            cause = error.__cause__ if isinstance(error, CatalogError) else error
+            if getattr(cause, "sqlite_errorcode", None) in _NO_ROOM:
+                raise StoreFullError(f"no space left for the catalog {self._path}: make room there") from error
             raise RefusedError(
                 f"{self._path} is not a catalog of hcpfs, or is damaged ({error}): name another store, or restore it "
                 f"from a backup"
             ) from error
-        except RefusedError:
-            self._connection.close()
+        except BaseException:
+            self.close()
             raise
 
     def _open(self, repair: bool, has_contents: bool) -> None:
@@ -180,7 +186,7 @@ class Catalog:
             if not do.execute("SELECT 1 FROM sqlite_master WHERE name = 'store'").fetchone():
                 if has_contents:
                     raise RefusedError(
-                        f"{self._path} is missing or empty, and there is a journal beside it: restore it from a "
+                        f"{self._path} is missing or empty, and what belongs to one is beside it: restore it from a "
                         f"backup, or name another store; nothing was changed"
                     )
                 for statement in filter(str.strip, _SCHEMA.split(";")):
@@ -254,6 +260,9 @@ class Catalog:
         """Close the database; SQLite folds the write-ahead log in."""
         with self._lock:
             self._connection.close()
+            if self._shared is not None:
+                self._shared.close()
+                self._shared = None
 
     # -- settings ------------------------------------------------------------------------------------------------
 
@@ -366,13 +375,20 @@ class Catalog:
         with self._transaction() as do:
             _set_state(do, snapshot, state, reason)
 
-    def suspect_snapshots(self, snapshots: Sequence[int], reason: str) -> list[LayerRow]:
+    def suspect_snapshots(self, snapshots: Sequence[int], reason: str, newest_layer: int = 0) -> list[LayerRow]:
         """Make snapshots suspect, and give the newest of them one more preserved layer for each origin.
 
         Old bytes that are preserved from now on go into those or into later ones, so `DOUBTED_FROM` in the evidence
-        tells which layers a suspect snapshot must not believe; where it is there already it stays.
+        tells which layers a suspect snapshot must not believe; where it is there already it stays. The ids of layers
+        are higher than `newest_layer` from then on.
         """
         with self._transaction() as do:
+            if not do.execute(
+                "UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'layers'", (newest_layer,)
+            ).rowcount:
+                do.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('layers', ?)", (newest_layer,))
+            if not snapshots:
+                return []
             origins = [row[0] for row in do.execute("SELECT id FROM origins ORDER BY id").fetchall()]
             layers = [_add_layer(do, origin, max(snapshots), Role.PRESERVED) for origin in origins]
             for snapshot in snapshots:
@@ -406,23 +422,27 @@ def _set_state(do: sqlite3.Connection, snapshot: int, state: State, reason: str)
     do.execute("UPDATE snapshots SET state = ?, reason = ? WHERE id = ?", (state, without_surrogates(reason), snapshot))
 
 
-def _allocate_shared_memory(directory: Directory) -> None:
+def _has_layers(directory: Directory) -> bool:
+    try:
+        with closing(directory.subdirectory("layers")) as layers:
+            return bool(layers.names())
+    except FileNotFoundError:
+        return False
+
+
+def _allocated_shared_memory(directory: Directory) -> File | None:
     """Leave no holes in what SQLite maps: on a full disk who writes into one is killed (SIGBUS, mmap(2)).
 
-    SQLite writes one byte in 4,096, which is not enough where the blocks are smaller.
+    SQLite writes one byte in 4,096, which is not enough where the blocks are smaller. The file is to be closed after
+    the database: to close it drops SQLite's lock on it (fcntl(2)), and who opens the database next would cut it.
     """
     try:
         file = directory.open(f"{FILE_NAME}-shm")
     except FileNotFoundError:
-        return
-    try:
+        return None
+    with suppress(OSError):
         file.allocate(max(_SHARED_BYTES, file.size_bytes))
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise StoreFullError(f"no space left for the catalog {file.label}: make room there") from error
-    finally:
-        file.close()
+    return file
 
 
 def _add_layer(do: sqlite3.Connection, origin: int, snapshot: int, role: Role) -> LayerRow:

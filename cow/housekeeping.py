@@ -136,7 +136,7 @@ class Housekeeping:
                 raise
 
     async def _punch(self) -> None:
-        failures = []
+        failures: list[Exception] = []
         for punch in list(self._punches):
             layer, chunks = punch
             if layer.files.pins:  # who reads there may have looked before the chunks were moved to another layer
@@ -165,7 +165,7 @@ class Housekeeping:
 
     async def sweep(self) -> None:
         """Remove the directories of dropped layers that no thread works in any more; recovery removes any others."""
-        failures = []
+        failures: list[Exception] = []
         async with self._files:
             for name, layer in list(self._dropped.items()):
                 if layer.files.pins:
@@ -174,7 +174,7 @@ class Housekeeping:
                 with self._space.changing_layers():
                     try:
                         await trio.to_thread.run_sync(remove_layer_directory, self._layers_directory, name)
-                    except OSError as error:
+                    except (CowError, OSError) as error:
                         failures.append(error)
                         continue
                 del self._dropped[name]

@@ -398,7 +398,7 @@ class Image:
 
         While no write to this image is under way. Raises OSError or CowError when the store fails yet.
         """
-        if not self._torn:
+        if not self._torn or not self.is_usable:
             return
         with pinned([self.delta]):
             unreadable = await trio.to_thread.run_sync(self.delta.rehash, self._torn)

@@ -238,7 +238,12 @@ class Layer:
                 return BitMap64([part.first])
             return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
         data = data.ljust(part.length, b"\0")
-        self.files.file(segment).pwrite(data, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+        try:
+            self.files.file(segment).pwrite(data, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+        except OSError:
+            if part.chunks > 1:
+                return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
+            # It stays as it can be read. Where the disk has something else, the checksum will tell.
         self.sums.write(part.first, self.sums.of_data(part.first, data))
         self.files.note_unsynced(segment)
         return BitMap64()

@@ -23,7 +23,7 @@ from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recovery import open_journal, recover
-from cow.space import RESERVE_NAME, Space, shrink_reserve
+from cow.space import RESERVE_NAME, Space, keep_for_opening, shrink_reserve
 from cow.store import Store
 
 
@@ -87,8 +87,6 @@ async def open_store(
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
-        if recovered.doubt:
-            await store.suspect(recovered.doubt)
         for origin, row in zip(store.origins, rows, strict=True):
             recovered.findings += await _check_fingerprint(store, origin, row)
         catalog.set_setting("clean", 0)
@@ -136,6 +134,7 @@ def open_directory(
     stack.callback(lock.close)
     if create or repair:
         shrink_reserve(directory, 0)  # on a full disk the catalog alone needs some of it
+        stack.callback(keep_for_opening, directory)  # also where this one is refused
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()

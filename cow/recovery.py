@@ -22,14 +22,10 @@ from cow.layerfiles import remove_layer_directory
 
 @dataclass
 class Recovered:
-    """The layers by id, and sentences on what was found.
-
-    `doubt` is "", or says why what is on the device may be wrong for the snapshots.
-    """
+    """The layers by id, and sentences on what was found."""
 
     layers: dict[int, Layer]
     findings: list[str] = field(default_factory=list)
-    doubt: str = ""
 
 
 def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
@@ -74,8 +70,12 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
                 )
             layer.intended = BitMap64()
             layer.dirty = True
-    doubt = layers_beyond(catalog, layers_directory.names(), recorded)
-    findings += [doubt] if doubt else []
+    newest = newest_layer(layers_directory.names(), recorded)
+    if doubt := layers_beyond(catalog, newest):
+        findings.append(doubt)
+        trusted = [row.id for row in catalog.snapshots() if row.state in (State.VALID, State.DAMAGED)]
+        for row in catalog.suspect_snapshots(trusted, doubt, newest):
+            layers[row.id] = Layer(layers_directory, row.id, chunks[row.origin])
     findings += _invalidate_unknown(catalog, layers)
     findings += _forget_dropped(catalog, layers, layers_directory)
     _save(layers, catalog)
@@ -83,7 +83,7 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     journal.retire(journal.numbers)  # before there is a new one: on a full disk that has their room
     journal.start_file()
     catalog.set_setting("journal", journal.numbers[-1])
-    return Recovered(layers, findings, doubt)
+    return Recovered(layers, findings)
 
 
 def _save(layers: dict[int, Layer], catalog: Catalog) -> None:
@@ -135,7 +135,7 @@ def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory
         if name not in names:
             try:
                 remove_layer_directory(layers_directory, name)
-            except OSError as error:
+            except (CowError, OSError) as error:
                 findings.append(f"{layers_directory.label}/{name} is needed no more and cannot be removed: {error}")
     return findings
 
@@ -199,13 +199,17 @@ def needed_layers(catalog: Catalog) -> list[LayerRow]:
     ]
 
 
-def layers_beyond(catalog: Catalog, directory_names: Iterable[str], recorded: Iterable[int]) -> str:
-    """A sentence when there are layers that the catalog never made: it lacks its latest changes. Else "".
+def newest_layer(directory_names: Iterable[str], recorded: Iterable[int]) -> int:
+    """The highest id of a layer that has a directory or that the journal names; 0 when there is none."""
+    present = [int(name, 16) for name in directory_names if re.fullmatch("[0-9a-f]{16}", name)]
+    return max([*present, *recorded], default=0)
+
+
+def layers_beyond(catalog: Catalog, newest: int) -> str:
+    """A sentence when there is a layer that the catalog never made: it lacks its latest changes. Else "".
 
     Ids of layers are never given twice, and nothing is written of a layer before the catalog has it, durably.
     """
-    present = [int(name, 16) for name in directory_names if re.fullmatch("[0-9a-f]{16}", name)]
-    newest = max([*present, *recorded], default=0)
     if newest <= catalog.newest_layer():
         return ""
     return (

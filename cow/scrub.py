@@ -22,7 +22,7 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
-from cow.recovery import layers_beyond, load_layer, needed_layers, open_journal, recover
+from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover
 from cow.store import Store
 from cow.sums import SUM_BYTES
 
@@ -188,7 +188,7 @@ def _look(
                 _follow(record, layers[record.layer], renewed[record.layer])
     except JournalDamagedError as error:
         problems.append(f"{error}: which old bytes were kept since the last checkpoint is unknown")
-    if beyond := layers_beyond(catalog, layers_directory.names(), recorded):
+    if beyond := layers_beyond(catalog, newest_layer(layers_directory.names(), recorded)):
         problems.append(beyond)
     for layer in layers.values():
         layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery

@@ -14,7 +14,7 @@ a journal file, a clean stop. It is let go for those moments only, and a part of
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 import trio
@@ -268,7 +268,7 @@ class Space:
                 return True  # later
             file = self._directory.open(RESERVE_NAME, create=True)
             try:
-                self.holding_back = _allocated(file, RESERVE_BYTES) or _allocated_in_part(file)
+                self.holding_back = _filled(file, RESERVE_BYTES)
             finally:
                 file.close()
             return self.holding_back
@@ -286,9 +286,21 @@ def shrink_reserve(directory: Directory, most_bytes: int) -> None:
         file.close()
 
 
-def _allocated_in_part(file: File) -> bool:
-    """Allocate what can be had of the reserve, to the last 4 KiB; False."""
-    length, step = 0, RESERVE_BYTES // 2
+def keep_for_opening(directory: Directory) -> None:
+    """Have what the next opening needs held back, as far as there is room. Blocks."""
+    with suppress(OSError):
+        file = directory.open(RESERVE_NAME)
+        try:
+            _filled(file, OPENING_BYTES)
+        finally:
+            file.close()
+
+
+def _filled(file: File, size: int) -> bool:
+    """Allocate so much, or what can be had of it, to the last 4 KiB. Whether it is all."""
+    if _allocated(file, size):
+        return True
+    length, step = 0, size // 2
     while step >= 4096:
         if _allocated(file, length + step):
             length += step

@@ -30,6 +30,8 @@ from cow.device import Directory, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import (
     CowError,
+    InvalidSnapshotError,
+    LostError,
     NameTakenError,
     NotFoundError,
     ReadOnlyError,
@@ -194,7 +196,8 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
-        if any(origin.newest_layer.lost for origin in self.origins):  # since the epoch began
+        layers = (layer for origin in self.origins for layer in origin.layers_for(snapshot.id))
+        if any(layer.lost for layer in layers):  # since its epoch began
             self._tell_lost()
         self.housekeeping.wake()
         self._flattener.wake()
@@ -203,7 +206,7 @@ class Store:
         """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         layers = sum(1 for layer in self._layers.values() if layer.held) + 2 * len(self.origins)
-        if layers * OPEN_FILES_OF_A_LAYER + _OTHER_OPEN_FILES > limit:
+        if limit != resource.RLIM_INFINITY and layers * OPEN_FILES_OF_A_LAYER + _OTHER_OPEN_FILES > limit:
             raise StoreFullError(
                 f"{len(self._snapshots)} snapshots have {layers} layers with up to {OPEN_FILES_OF_A_LAYER} open files "
                 f"each, and this process may open {limit} files: rmdir snapshots, or raise its limit (ulimit -n, "
@@ -410,7 +413,8 @@ class Store:
         if any(is_full(error) for error in failures):
             with self.space.in_need() as let_go:
                 await trio.to_thread.run_sync(let_go)
-                failures = await self._sync_all()
+                told_once = [error for error in failures if isinstance(error, LostError)]
+                failures = told_once + await self._sync_all()
         if failures:
             raise failures[0]
 
@@ -420,6 +424,8 @@ class Store:
         async def attempt(sync: Callable[[], Awaitable[None]]) -> None:
             try:
                 await sync()
+            except InvalidSnapshotError:
+                pass  # given up meanwhile, of which it is told otherwise
             except (CowError, OSError) as error:
                 failures.append(error)
 

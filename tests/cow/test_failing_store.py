@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +12,11 @@ from pathlib import Path
 import pytest
 from pyroaring import BitMap64
 
-from cow.errors import LostError
+from cow import Source
+from cow.errors import LostError, RefusedError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
+from cow.space import OPENING_BYTES
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, engines, take, write
 from tests.support.sandbox import wait_until
@@ -221,3 +225,41 @@ def test_a_layer_that_cannot_be_removed_blocks_no_other_and_no_opening(
     engine = start()
     assert engine.findings == []
     assert not stuck.exists()
+
+
+def test_a_refused_opening_leaves_what_the_next_one_needs_on_a_full_disk(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    start().close()
+    reserve = tmp_path / "store" / "reserve"
+    assert reserve.stat().st_size == OPENING_BYTES
+    with pytest.raises(RefusedError, match="was made for"):
+        Engine(str(tmp_path / "store"), [Source(b"other", str(tmp_path / "disk.img"))])
+    assert reserve.stat().st_blocks * 512 >= OPENING_BYTES
+
+
+def test_a_store_whose_catalog_and_journal_are_gone_is_refused_and_keeps_its_layers(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    write(engine, image, 0, b"1")
+    engine.close()
+    store = tmp_path / "store"
+    for path in [*store.glob("catalog.sqlite*"), *store.glob("journal.*")]:
+        path.unlink()
+    with pytest.raises(RefusedError, match="missing or empty"):
+        start()
+    assert (store / "layers" / image.delta.name / "data.0000").exists()
+
+
+def test_whoever_looks_at_the_catalog_does_not_cut_what_we_have_mapped(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """SQLite's lock on its shared memory must outlive all that we do with that file: else SIGBUS is next."""
+    engine = start()
+    take(engine, b"a")
+    look = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 128)"
+    shared = tmp_path / "store" / "catalog.sqlite-shm"
+    done = subprocess.run([sys.executable, "-c", look, shared], capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in done.stderr

@@ -1,6 +1,7 @@
 """A write fails half way: what was acknowledged before is kept, and what a crash then leaves is right or an error."""
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,3 +273,31 @@ def test_i4_a_chunk_that_is_lost_while_its_snapshot_is_taken_marks_it(start: Cal
         snapshot = taking.result()
     assert snapshot.row.state == "damaged"
     assert snapshot.images[0].lost() == [Run(0, 1)]
+
+
+def test_a_chunk_that_cannot_be_written_keeps_no_other_from_it_and_no_store_from_being_opened(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    engine.call(image.write, 0, b"A" * 8 * CHUNK_BYTES)
+    engine.call(image.sync)
+    data = f"{image.delta.name}/data.0000"
+    real = io.pwrite
+
+    def pwrite(fd: int, content: bytes, offset: int) -> int:
+        if offset < CHUNK_BYTES and os.readlink(f"/proc/self/fd/{fd}").endswith(data):
+            raise OSError(errno.EIO, "a bad sector")
+        return real(fd, content, offset)
+
+    io.pwrite = pwrite
+    with pytest.raises(OSError, match="a bad sector"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    write(engine, image, 5, b"C")
+    with pytest.raises(OSError, match="a bad sector"):
+        engine.call(image.write, 0, b"B" * CHUNK_BYTES)
+    engine.kill()
+    engine = start()
+    assert engine.findings == []
+    found = engine.call(engine.store.snapshots[0].images[0].read, 0, CHUNK_BYTES)
+    assert found == b"A" * CHUNK_BYTES

@@ -208,7 +208,8 @@ def test_an_edited_catalog_is_refused_and_repair_gives_up_its_snapshots(sandbox:
     assert served.image("fresh").read_bytes() == served.live.read_bytes()
 
 
-def test_i4_a_catalog_that_lost_its_latest_changes_is_noticed(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("repair", [False, True])
+def test_i4_a_catalog_that_lost_its_latest_changes_is_noticed(sandbox: Sandbox, repair: bool) -> None:
     """SQLite passes over all of its -wal from the first damaged page on."""
     served = sandbox.mount(sandbox.disk(size=64 * MIB))
     (served.snaps / "s1").mkdir()
@@ -223,8 +224,10 @@ def test_i4_a_catalog_that_lost_its_latest_changes_is_noticed(sandbox: Sandbox) 
     done = _verify(served.store)
     assert done.returncode == 3
     assert "the catalog is older" in done.stdout
+    if repair:
+        assert "the catalog is older" in _verify(served.store, "--repair").stdout
     served = served.again()
-    assert "the catalog is older" in served.status["found"]
+    assert repair or "the catalog is older" in served.status["found"]
     assert served.info("s1")["state"] == "suspect"
     with pytest.raises(OSError, match="Input/output error"), served.image("s1").open("rb", buffering=0) as image:
         os.pread(image.fileno(), 4096, 263 * 4096)
