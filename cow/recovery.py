@@ -19,6 +19,8 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer
 from cow.layerfiles import remove_layer_directory
 
+_HIGHEST_ID = 1 << 48  # of a layer; whatever names a higher one is damaged
+
 
 @dataclass
 class Recovered:
@@ -158,6 +160,8 @@ def load_layer(layer: Layer, generation: int) -> None:
 def _apply(record: Record, layers: dict[int, Layer]) -> None:
     layer = layers.get(record.layer)
     if layer is None:
+        if record.layer > _HIGHEST_ID:
+            raise JournalDamagedError(f"the journal names a layer {record.layer}, which there cannot be")
         return  # of a snapshot that was deleted since
     if any(run.end > layer.chunks for run in record.runs):
         raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
@@ -202,7 +206,7 @@ def needed_layers(catalog: Catalog) -> list[LayerRow]:
 def newest_layer(directory_names: Iterable[str], recorded: Iterable[int]) -> int:
     """The highest id of a layer that has a directory or that the journal names; 0 when there is none."""
     present = [int(name, 16) for name in directory_names if re.fullmatch("[0-9a-f]{16}", name)]
-    return max([*present, *recorded], default=0)
+    return max([one for one in (*present, *recorded) if one <= _HIGHEST_ID], default=0)
 
 
 def layers_beyond(catalog: Catalog, newest: int) -> str:

@@ -44,6 +44,7 @@ HUNTS: list[Workload] = [
     ("write a chunk of the newest", "write live during a create"),
     ("write the same live chunks at once", "create") * 4,
     ("delete while merging", "idle", "delete while merging", "sync live"),
+    ("restart without write-behind", *("create", "write the same live chunks at once") * 2),
 ]
 # Calls that are made for a reason, and that nothing is lost without.
 NEEDLESS = {
