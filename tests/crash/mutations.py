@@ -28,6 +28,8 @@ OPENINGS: Workload = ("sync live", "restart")  # in the end every state is check
 HUNTS: list[Workload] = [
     ("delete the newest", "sync live"),
     ("rename", "delete the oldest"),
+    ("restart without write-behind", *("create", "write the same live chunks at once") * 2),
+    ("restart without write-behind", *("create", "write the same live chunks at once") * 3),
     ("restart without write-behind", "write live during a create", "write the same live chunks at once", "create"),
     ("checkpoint", "idle", "delete and flatten", "idle", "checkpoint", "idle", "delete and flatten", "sync live"),
     ("write a chunk of the newest", "idle", "checkpoint", "idle", "create", "write live chunks", "sync live"),
@@ -44,7 +46,6 @@ HUNTS: list[Workload] = [
     ("write a chunk of the newest", "write live during a create"),
     ("write the same live chunks at once", "create") * 4,
     ("delete while merging", "idle", "delete while merging", "sync live"),
-    ("restart without write-behind", *("create", "write the same live chunks at once") * 2),
 ]
 # Calls that are made for a reason, and that nothing is lost without.
 NEEDLESS = {
