@@ -195,11 +195,14 @@ def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]
 
 def needed_layers(catalog: Catalog) -> list[LayerRow]:
     """The layers that some usable snapshot reads."""
-    usable = [row.id for row in catalog.snapshots() if row.state != State.INVALID]
+    usable = {row.id for row in catalog.snapshots() if row.state != State.INVALID}
+    if not usable:
+        return []
+    oldest = min(usable)
     return [
         row
         for row in catalog.layers()
-        if (row.snapshot in usable if row.role == Role.DELTA else any(number <= row.snapshot for number in usable))
+        if (row.snapshot in usable if row.role == Role.DELTA else oldest <= row.snapshot)
     ]
 
 
