@@ -6,9 +6,11 @@ covered may be there or not for ever after, and no later sync changes that. A tr
 not while it is being committed, and when its commit failed until the next one succeeds.
 """
 
+import marshal
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 from xxhash import xxh3_128_digest
@@ -21,6 +23,8 @@ MOST_EXHAUSTIVE = 8
 SEEDED = 24  #: random subsets where not all can be tried
 _KEPT, _DROPPED = None, ()
 
+Choice = tuple[Sequence[int] | None, ...]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -29,7 +33,12 @@ class Found:
     state: State
     mark: object
     event: int
-    story: str
+    tell: Callable[[], str]
+
+    @property
+    def story(self) -> str:
+        """What became of each change that was pending."""
+        return self.tell()
 
 
 class Cutter:
@@ -91,19 +100,20 @@ class Cutter:
             apply_to(content, op)
             self._files[op.inode] = bytes(content)
 
-    def states(self, random_: random.Random) -> Iterator[tuple[State, str]]:
+    def states(self, random_: random.Random) -> Iterator[tuple[State, Callable[[], str]]]:
         """All states that may be found now, up to `MOST_EXHAUSTIVE` pending operations, else a sample."""
         for catalog in self._catalogs:
+            tell = self._teller(catalog)
             for choice in self._choices(random_):
-                yield self._build(choice, catalog), self._story(choice, catalog)
+                yield self._build(choice, catalog), partial(tell, choice)
 
-    def one_state(self, random_: random.Random) -> tuple[State, str]:
+    def one_state(self, random_: random.Random) -> tuple[State, Callable[[], str]]:
         """One of them, at random."""
         choice = tuple(random_.choice((_KEPT, _DROPPED)) for _ in self._pending)
         catalog = random_.choice(self._catalogs)
-        return self._build(choice, catalog), self._story(choice, catalog)
+        return self._build(choice, catalog), partial(self._teller(catalog), choice)
 
-    def _choices(self, random_: random.Random) -> Iterator[tuple[Sequence[int] | None, ...]]:
+    def _choices(self, random_: random.Random) -> Iterator[Choice]:
         """For each pending operation None (kept), or the sectors of it that are kept."""
         count = len(self._pending)
         if count <= MOST_EXHAUSTIVE:
@@ -125,7 +135,7 @@ class Cutter:
                 fixed = others if others is not None else random_.choice((_KEPT, _DROPPED))
                 yield tuple(some if place == at else fixed for at in range(count))
 
-    def _build(self, choice: tuple[Sequence[int] | None, ...], catalog: bytes | None) -> State:
+    def _build(self, choice: Choice, catalog: bytes | None) -> State:
         files: dict[int, bytearray] = {}
         directories = self._directories
         copied: set[int] = set()
@@ -160,14 +170,20 @@ class Cutter:
                     files[target] = bytes(changed[target]) if target in changed else self._files.get(target, b"")
         return State(files, found, catalog)
 
-    def _story(self, choice: tuple[Sequence[int] | None, ...], catalog: bytes | None) -> str:
-        told = []
-        for op, kept in zip(self._pending, choice, strict=True):
-            fate = "kept" if kept is None else "dropped" if not kept else f"kept in sectors {list(kept)}"
-            told.append(f"    {fate}: {op}")
-        if len(self._catalogs) > 1:
-            told.append(f"    catalog: {self._catalogs.index(catalog) + 1} of {len(self._catalogs)} possible ones")
-        return "\n".join(told) or "    nothing was pending"
+    def _teller(self, catalog: bytes | None) -> Callable[[Choice], str]:
+        """What tells of a choice among what is pending now: asked of few states, and later."""
+        found = f"catalog: {self._catalogs.index(catalog) + 1} of {len(self._catalogs)} possible ones"
+        return partial(_story, tuple(self._pending), found if len(self._catalogs) > 1 else None)
+
+
+def _story(pending: Sequence[Op], catalog: str | None, choice: Choice) -> str:
+    told = []
+    for op, kept in zip(pending, choice, strict=True):
+        fate = "kept" if kept is None else "dropped" if not kept else f"kept in sectors {list(kept)}"
+        told.append(f"    {fate}: {op}")
+    if catalog is not None:
+        told.append(f"    {catalog}")
+    return "\n".join(told) or "    nothing was pending"
 
 
 def _apply_entry(entries: dict[str, int], op: Op) -> None:
@@ -197,17 +213,17 @@ def _torn(op: Op, kept: Sequence[int]) -> Iterator[Op]:
 
 def digest(state: State) -> bytes:
     """Equal for states that recovery cannot tell apart."""
-    parts = [state.files[SOURCE_INODE], state.catalog or b""]
+    parts: list[bytes | str] = [state.files[SOURCE_INODE], state.catalog or b""]
     todo = [("", STORE_INODE), ("elsewhere", ELSEWHERE_INODE)]
     while todo:
         path, number = todo.pop()
         for name, target in sorted(state.directories[number].items()):
-            parts.append(f"{path}/{name}".encode())
+            parts.append(f"{path}/{name}")
             if target in state.directories:
                 todo.append((f"{path}/{name}", target))
             else:
                 parts.append(state.files[target])
-    return xxh3_128_digest(b"\0".join(len(part).to_bytes(8, "little") + part for part in parts))
+    return xxh3_128_digest(marshal.dumps(parts, 2))  # version 2 knows no references: equal for what is equal
 
 
 def random_state_of(disk: Disk, random_: random.Random, first: int, end: int) -> Found:
