@@ -18,7 +18,7 @@ from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
 from cow.image import MOST_WAITING_CHUNKS, Image
 from cow.origin import Origin
-from tests.support.engine import Engine
+from tests.support.engine import Engine, engines
 from tests.support.sandbox import wait_until
 
 SIZE = 64 * CHUNK_BYTES + 1536
@@ -26,17 +26,8 @@ SIZE = 64 * CHUNK_BYTES + 1536
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    (tmp_path / "disk.img").write_bytes(os.urandom(SIZE))
-    engines: list[Engine] = []
-
-    def start(**options: object) -> Engine:
-        engines.append(Engine(str(tmp_path / "store"), [Source(b"disk.img", str(tmp_path / "disk.img"))], **options))
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        if engine.is_open:
-            engine.kill()
+    with engines(tmp_path, SIZE) as start:
+        yield start
 
 
 def _hold_preserving(engine: Engine) -> threading.Event:

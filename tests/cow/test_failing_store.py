@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,8 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
 from cow.space import OPENING_BYTES
 from tests.support.engine import Engine
-from tests.support.failing import BadIo, engines, take, write
+from tests.support.failing import BadIo, take, write
 from tests.support.sandbox import wait_until
-
-
-@pytest.fixture
-def io() -> BadIo:
-    return BadIo()
-
-
-@pytest.fixture
-def start(tmp_path: Path, io: BadIo) -> Iterator[Callable[..., Engine]]:
-    yield from engines(tmp_path, io)
 
 
 def test_i8_the_origin_goes_on_where_files_of_given_up_snapshots_cannot_be_removed(

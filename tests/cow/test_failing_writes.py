@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,18 +15,8 @@ from cow import OnFull, commits
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
 from tests.support.engine import Engine
-from tests.support.failing import BadIo, at_first, engines, take, write
+from tests.support.failing import BadIo, at_first, take, write
 from tests.support.sandbox import wait_until
-
-
-@pytest.fixture
-def io() -> BadIo:
-    return BadIo()
-
-
-@pytest.fixture
-def start(tmp_path: Path, io: BadIo) -> Iterator[Callable[..., Engine]]:
-    yield from engines(tmp_path, io)
 
 
 def test_i4_a_chunk_whose_intent_did_not_reach_the_journal_is_not_overwritten_in_place(

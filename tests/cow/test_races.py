@@ -11,36 +11,22 @@ import pytest
 import trio
 import trio.testing
 
-from cow import Source, commits, image, journal, space
+from cow import commits, image, journal, space
 from cow.device import Io
 from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES
 from cow.image import Image
 from cow.scrub import Finding, OpenScrub
 from cow.store import Evidence
-from tests.support.engine import Engine
+from tests.support.engine import Engine, engines
 
 SIZE = 1 << 20
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    (tmp_path / "disk.img").write_bytes(os.urandom(SIZE))
-    return tmp_path / "disk.img"
-
-
-@pytest.fixture
-def start(disk: Path, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    engines: list[Engine] = []
-
-    def start(**options: object) -> Engine:
-        engines.append(Engine(str(tmp_path / "store"), [Source(b"disk.img", str(disk))], **options))
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        if engine.is_open:
-            engine.kill()
+def start(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    with engines(tmp_path, SIZE) as start:
+        yield start
 
 
 def _take(engine: Engine, name: bytes) -> Image:
@@ -225,7 +211,7 @@ def test_i5_a_snapshot_whose_thaw_fails_is_not_taken_and_leaves_nothing(start: C
 
 
 def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
-    start: Callable[..., Engine], disk: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it has to be carried over into each new file. Here everything is 64 times smaller."""
     scale = 64
@@ -236,7 +222,7 @@ def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
     monkeypatch.setattr(image, "MOST_WAITING_CHUNKS", image.MOST_WAITING_CHUNKS // scale)
     monkeypatch.setattr(commits, "MOST_INTENDED_CHUNKS", commits.MOST_INTENDED_CHUNKS // scale)
     chunks = 1100
-    disk.write_bytes(bytes(chunks * CHUNK_BYTES))
+    (tmp_path / "disk.img").write_bytes(bytes(chunks * CHUNK_BYTES))
     engine = start()
     images = [_take(engine, b"%d" % number) for number in range(10)]
 

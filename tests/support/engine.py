@@ -1,7 +1,10 @@
 """Runs the engine on a trio thread of its own, for tests that are not async themselves."""
 
+import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
@@ -75,3 +78,20 @@ class Engine:
     def kill(self) -> None:
         self._killed = True
         self.close()
+
+
+@contextmanager
+def engines(place: Path, size: int, **always: Any) -> Iterator[Callable[..., Engine]]:
+    """What opens a store for a `disk.img` of random bytes, both in `place`; what is still open at the end is killed."""
+    (place / "disk.img").write_bytes(os.urandom(size))
+    opened: list[Engine] = []
+
+    def start(**options: Any) -> Engine:
+        source = Source(b"disk.img", str(place / "disk.img"))
+        opened.append(Engine(str(place / "store"), [source], **{**always, **options}))
+        return opened[-1]
+
+    yield start
+    for engine in opened:
+        if engine.is_open:
+            engine.kill()

@@ -2,15 +2,11 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-from cow import Source
 from cow.device import FALLOC_PUNCH_HOLE, Io
 from cow.geometry import CHUNK_BYTES
 from tests.support.engine import Engine
-
-CHUNKS = 2000  #: of the disk
 
 
 class BadIo(Io):
@@ -55,24 +51,6 @@ class BadIo(Io):
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self._check("punch" if mode & FALLOC_PUNCH_HOLE else "fallocate", os.readlink(f"/proc/self/fd/{fd}"))
         super().fallocate(fd, mode, offset, length)
-
-
-def engines(place: Path, io: BadIo) -> Iterator[Callable[..., Engine]]:
-    """What opens a store for `disk.img`, both in `place`; what is still open at the end is killed."""
-    (place / "disk.img").write_bytes(os.urandom(CHUNKS * CHUNK_BYTES))
-    opened: list[Engine] = []
-
-    def start(**options: object) -> Engine:
-        source = Source(b"disk.img", str(place / "disk.img"))
-        # What a write does shall be seen when it returns.
-        opened.append(Engine(str(place / "store"), [source], io=io, **{"write_behind": False, **options}))
-        return opened[-1]
-
-    yield start
-    io.fails = lambda call, path: False
-    for engine in opened:
-        if engine.is_open:
-            engine.kill()
 
 
 def at_first(count: int, call: str, file: str) -> Callable[[str, str], bool]:

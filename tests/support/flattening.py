@@ -1,15 +1,12 @@
-"""Merging layers when a test wants it: a long chain, a look at its layers, a stop among the pieces, failing syncs."""
+"""Merging layers when a test wants it: a long chain, a look at its layers, a stop among the pieces."""
 
-import errno
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cow import flatten
-from cow.device import Io
 from cow.geometry import CHUNK_BYTES, Run
 from cow.image import Image
 from cow.layer import Layer
@@ -107,15 +104,3 @@ class Stop:
             return sums
 
         monkeypatch.setattr(flatten, "_copy", copy)
-
-
-class BadIo(Io):
-    """The system's calls, of which syncs fail where `fails` says so of the path."""
-
-    def __init__(self) -> None:
-        self.fails: Callable[[str], bool] = lambda path: False
-
-    def fdatasync(self, fd: int) -> None:
-        if self.fails(os.readlink(f"/proc/self/fd/{fd}")):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        os.fdatasync(fd)

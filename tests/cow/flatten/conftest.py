@@ -1,19 +1,14 @@
 """A store whose layers are merged only where a test says so."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cow import Source, flatten
-from tests.support.engine import Engine
-from tests.support.flattening import SIZE, BadIo, Stop
-
-
-@pytest.fixture
-def io() -> BadIo:
-    return BadIo()
+from cow import flatten
+from tests.support.engine import Engine, engines
+from tests.support.failing import BadIo
+from tests.support.flattening import SIZE, Stop
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +22,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path, io: BadIo) -> Iterator[Callable[..., Engine]]:
-    (tmp_path / "disk.img").write_bytes(os.urandom(SIZE))
-    engines: list[Engine] = []
-
-    def start(**options: object) -> Engine:
-        source = Source(b"disk.img", str(tmp_path / "disk.img"))
-        engines.append(Engine(str(tmp_path / "store"), [source], io=io, **options))
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        if engine.is_open:
-            engine.kill()
+    with engines(tmp_path, SIZE, io=io) as start:
+        yield start
 
 
 @pytest.fixture

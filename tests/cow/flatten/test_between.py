@@ -18,11 +18,11 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.layer import Layer, pinned
 from cow.preserver import OnFull
 from tests.support.engine import Engine
+from tests.support.failing import BadIo
 from tests.support.flattening import (
     CHUNKS,
     MOST,
     SIZE,
-    BadIo,
     Stop,
     chain,
     contents_of,
@@ -263,13 +263,13 @@ def test_i3_a_layer_that_cannot_be_synced_is_left_as_it_is(start: Callable[..., 
     chain(engine)
     before = contents_of(engine)
     _, bad = _first_pair(engine)
-    io.fails = lambda path: path.endswith(f"{bad.name}/data.0000")
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{bad.name}/data.0000")
     merge(engine)
     wait_until_flat(engine)
     assert len(engine.troubles) == 1
     assert bad.name in engine.troubles[0]
     assert contents_of(engine) == before
-    io.fails = lambda path: False
+    io.fails = lambda call, path: False
     engine.kill()
     engine = start()
     assert contents_of(engine) == before
