@@ -79,24 +79,25 @@ class Commits:
     async def commit(self, records: Sequence[Record], apply: Callable[[], None]) -> None:
         """Make the records durable, then call `apply`, which updates the layers' sets.
 
-        The data that the records speak of must be durable already. Raises OSError or CowError; nothing is applied
-        then.
+        The data that the records speak of must be durable already. Together the records must fit into a journal file.
+        Raises OSError or CowError; nothing is applied then.
         """
         async with holding(self._lock):
-            for record in records:
-                await self._append(record)
+            # All go to one file: a new one tells what to save, and that is without what is not applied yet. # I1
+            if not self._journal.has_room(records):
+                await self._start_file()
+            try:
+                await self._append(records)
+            except OSError:
+                # What that file has of them is unknown, so all are written anew, to another one.
+                await self._start_file()
+                await self._append(records)
             apply()
 
-    async def _append(self, record: Record) -> None:
-        if not self._journal.has_room(record):
-            await self._start_file()
-        try:
+    async def _append(self, records: Sequence[Record]) -> None:
+        for record in records:
             short = self._journal.is_in_memory and len(record.runs) <= MOST_CHUNKS_HERE
             await offload(self._journal.append, [record], here=short)
-        except OSError:
-            # What that file has of the record is unknown, so it is written anew, to another one.
-            await self._start_file()
-            await trio.to_thread.run_sync(self._journal.append, [record])
 
     async def checkpoint(self) -> None:
         """Start a new journal file, so that all before it can be saved and dropped."""

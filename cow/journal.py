@@ -121,12 +121,12 @@ class Journal:
         """Whether an append failed since the last `start_file`, so that recovery may find it or not."""
         return self._broken is not None
 
-    def has_room(self, record: Record) -> bool:
-        """Whether the present file can take the record; none can after a failed append."""
+    def has_room(self, records: Sequence[Record]) -> bool:
+        """Whether the present file can take the records; none can after a failed append."""
         if self._file is None or self._broken is not None:
             return False
-        size = _RECORD_HEADER.size + 16 * len(record.runs) + len(record.sums)
-        return (self._next_sector + _sectors_of(size)) * SECTOR_BYTES <= FILE_BYTES
+        sectors = sum(_sectors_of(_RECORD_HEADER.size + 16 * len(record.runs) + len(record.sums)) for record in records)
+        return (self._next_sector + sectors) * SECTOR_BYTES <= FILE_BYTES
 
     def append(self, records: Sequence[Record]) -> None:
         """Append the records and sync: all of them are durable on return.
@@ -281,22 +281,29 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
     """Yield the records of a file with numbers below `limit`, and return the number after the last."""
     sectors, sequence = content.sectors, content.sequence
     at = 1
+    kinds = set()
     while at < len(sectors) and sequence != limit:
         taken = _read_record(content, at, sequence)
         if taken is None:
             break
         record, used = taken
+        kinds.add(record.kind)
         yield record
         sequence += 1
         at += used
     # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing. What is
-    # there from `limit` on is of an append that failed, and may be anything.
+    # there from `limit` on is of an append that failed, and may be anything. Of several records at once are only the
+    # INTENTs that a file begins with; where there is nothing else, those were the last append.
+    missing = False
     for sector in range(at, len(sectors)) if sequence != limit else ():
         if sectors[sector] is _DAMAGED:
             raise _damaged_sector(content.label, sector)
         header = _record_header(sectors[sector])
         if header is not None and header[1] > sequence:
-            raise JournalDamagedError(f"{content.label}: record {sequence} at sector {at} is missing")
+            missing = True
+            kinds.add(header[2])
+    if missing and kinds != {Kind.INTENT}:
+        raise JournalDamagedError(f"{content.label}: record {sequence} at sector {at} is missing")
     return sequence
 
 

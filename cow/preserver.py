@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -211,21 +212,21 @@ class Preserver:
         """Have the jobs copied, in a thread, and commit what became of them."""
         with pinned([job.layer for job in jobs]):
             here = all(is_short(job.chunks) and job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
-            records = await offload(_records_of, copy, jobs, here=here)
-            await self._commits.commit(records, lambda: self._apply(jobs))
+            commits = await offload(_records_of, copy, jobs, here=here)
+            for job, records in zip(jobs, commits, strict=True):  # what one origin loses costs the others nothing
+                await self._commits.commit(records, partial(self._apply, job))
 
-    def _apply(self, jobs: list[_Job]) -> None:
-        for job in jobs:
-            job.layer.commit(job.kept)
-            if job.lost:
-                affected = job.origin.needing(job.lost)
-                job.layer.lose(job.lost)
-                job.layer.files.give_up_unsynced()
-                self._on_lost(
-                    affected,
-                    f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
-                    f"first at offset {job.lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
-                )
+    def _apply(self, job: _Job) -> None:
+        job.layer.commit(job.kept)
+        if job.lost:
+            affected = job.origin.needing(job.lost)
+            job.layer.lose(job.lost)
+            job.layer.files.give_up_unsynced()
+            self._on_lost(
+                affected,
+                f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
+                f"first at offset {job.lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
+            )
 
     async def _when_full(self, batch: _Batch, error: Exception) -> None:
         if self._on_full is OnFull.BLOCK_WRITES:
@@ -257,10 +258,10 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, (QuotaError, StoreFullError)) or (isinstance(error, OSError) and error.errno in FULL)
 
 
-def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[Record]:
-    """Have the jobs copied, and say what became of them."""
+def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[list[Record]]:
+    """Have the jobs copied, and say what became of each."""
     copy(jobs)
-    return [record for job in jobs for record in job.records()]
+    return [list(job.records()) for job in jobs]
 
 
 def _copy_durably(jobs: list[_Job]) -> None:

@@ -291,3 +291,38 @@ def test_a_chunk_that_cannot_be_written_keeps_no_other_from_it_and_no_store_from
     assert engine.findings == []
     found = engine.call(engine.store.snapshots[0].images[0].read, 0, CHUNK_BYTES)
     assert found == b"A" * CHUNK_BYTES
+
+
+def test_i1_what_was_preserved_beside_a_lost_chunk_is_kept_where_the_journal_fails_in_between(
+    start: Callable[..., Engine], io: BadIo, tmp_path: Path
+) -> None:
+    """Both go to the new file, as the checkpoint that it brings knows of neither."""
+    engine = start()
+    take(engine, b"a")
+    old = (tmp_path / "disk.img").read_bytes()
+    origin = engine.store.origins[0]
+    (journal,) = engine.store._commits._journal.numbers
+    appends: list[str] = []
+
+    def fails(call: str, path: str) -> bool:
+        if call == "pwrite" and "/journal." in path:
+            appends.append(path)
+            return len(appends) == 2
+        return False
+
+    def read_chunks(run: Run) -> bytes:
+        if 1002 in range(run.first, run.first + run.chunks):
+            raise OSError(errno.EIO, "a bad sector")
+        return real(run)
+
+    real, origin.read_chunks = origin.read_chunks, read_chunks
+    io.fails = fails
+    engine.call(origin.write, 1000 * CHUNK_BYTES, b"N" * 4 * CHUNK_BYTES)
+    wait_until(lambda: journal not in engine.store._commits._journal.numbers, what="the end of the older file")
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    assert snapshot.images[0].lost() == [Run(1002, 1)]
+    for chunk in (1000, 1001, 1003):
+        kept = engine.call(snapshot.images[0].read, chunk * CHUNK_BYTES, CHUNK_BYTES)
+        assert kept == old[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]

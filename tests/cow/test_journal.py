@@ -143,7 +143,7 @@ def test_knows_when_a_record_needs_a_new_file(directory: Directory) -> None:
     journal.start_file()
     large = _record(1, 200_000)
     appended = 0
-    while journal.has_room(large):
+    while journal.has_room([large]):
         journal.append([large])
         appended += 1
     journal.close()
@@ -163,7 +163,7 @@ def test_after_a_failed_append_a_new_file_makes_it_void(directory: Directory) ->
         journal.append([_record(2)])
     os.dup2(saved, journal._file.fd)
     os.close(saved)
-    assert not journal.has_room(_record(3))
+    assert not journal.has_room([_record(3)])
     with pytest.raises(CowError, match="closed after an error"):
         journal.append([_record(3)])
 
@@ -237,3 +237,33 @@ def test_a_file_that_could_not_be_finished_is_passed_over(directory: Directory) 
     journal.append([_record(3)])
     journal.close()
     assert _replay(directory) == [_record(1), _record(2), _record(3)]
+
+
+def test_of_several_intents_that_a_new_file_begins_with_a_crash_may_leave_any(directory: Directory) -> None:
+    """They are one append, the only one of several records: a gap among them is no damage."""
+    intents = [Record(Kind.INTENT, layer, 1000, [Run(7, 1)]) for layer in range(3)]
+    for missing in range(3):
+        journal = Journal(directory, UUID)
+        list(journal.replay())
+        journal.start_file(intents)
+        journal.close()
+        path = Path(directory.label, f"journal.{journal.numbers[-1]:08d}")
+        _change(path, (1 + missing) * SECTOR_BYTES, bytes(SECTOR_BYTES))
+        assert _replay(directory) == intents[:missing]
+        journal = Journal(directory, UUID)
+        list(journal.replay())
+        journal.start_file()
+        journal.append([_record(9)])
+        assert list(Journal(directory, UUID).replay()) == [*intents[:missing], _record(9)]
+        journal.retire(journal.numbers)
+        journal.close()
+
+
+def test_a_gap_among_intents_that_something_was_committed_after_is_damage(directory: Directory) -> None:
+    journal = Journal(directory, UUID)
+    journal.start_file([Record(Kind.INTENT, layer, 1000, [Run(7, 1)]) for layer in range(3)])
+    journal.append([_record(9)])
+    journal.close()
+    _change(Path(directory.label, "journal.00000001"), 2 * SECTOR_BYTES, bytes(SECTOR_BYTES))
+    with pytest.raises(JournalDamagedError, match="record 2 at sector 2 is missing"):
+        _replay(directory)
