@@ -281,7 +281,7 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
     """Yield the records of a file with numbers below `limit`, and return the number after the last."""
     sectors, sequence = content.sectors, content.sequence
     at = 1
-    kinds = set()
+    kinds: set[int] = set()
     while at < len(sectors) and sequence != limit:
         taken = _read_record(content, at, sequence)
         if taken is None:
