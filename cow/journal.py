@@ -105,6 +105,7 @@ class Journal:
         self._next_sector = 0
         self._sequence = 1
         self._broken: str | None = None
+        self._without_header: int | None = None  #: the newest file, when its header failed: the next try is with it
 
     @property
     def numbers(self) -> list[int]:
@@ -160,8 +161,8 @@ class Journal:
         theirs with the number of the first one here, or a later one, are void.
         On an error the present file stays in use, unless an append failed or the new file may have got its header.
         """
-        older = list(self._numbers)
-        number = self._newest + 1
+        number = self._without_header or self._newest + 1
+        older = [one for one in self._numbers if one != number]
         name = f"{_PREFIX}{number:08d}"
         file = self._directory.open(name, create=True)
         try:
@@ -170,8 +171,9 @@ class Journal:
             self._directory.sync()
         except OSError:
             file.close()
-            with suppress(OSError):  # it will be written over; recovery passes over a file without a header
-                self._directory.unlink(name)
+            if self._without_header is None:
+                with suppress(OSError):  # it will be written over; recovery passes over a file without a header
+                    self._directory.unlink(name)
             raise
         header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number, self._sequence)
         try:
@@ -180,18 +182,20 @@ class Journal:
         except OSError as error:
             file.close()
             self._add(number)
+            self._without_header = number
             self._broken = f"{error.strerror} in the header of {name}"  # which may be there, and ends the older files
             raise
         self.close()
-        self._file, self._next_sector, self._broken = file, 1, None
+        self._file, self._next_sector, self._broken, self._without_header = file, 1, None, None
         self._add(number)
         if records:
             self.append(records)
         return older
 
     def _add(self, number: int) -> None:
-        self._numbers.append(number)
-        self._newest = number
+        if number != self._newest:
+            self._numbers.append(number)
+            self._newest = number
 
     def retire(self, numbers: Sequence[int]) -> None:
         """Remove older files after a checkpoint; durable on return."""

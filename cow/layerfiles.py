@@ -24,6 +24,7 @@ class LayerFiles:
         self._directory: Directory | None = None
         self._unsynced: set[int] = set()  #: segments
         self._entries_unsynced = True  #: whether files were made since the directory was synced, or by a killed process
+        self._syncing = threading.Lock()  #: held by who syncs, so that nobody takes what is on its way for durable
         self._opening = threading.Lock()  #: guards `_directory`, `opened` and what is unsynced
         self._closing = False
 
@@ -79,6 +80,10 @@ class LayerFiles:
 
     def sync_data(self) -> None:
         """Make all data written so far durable. The checksums become durable with the journal's record."""
+        with self._syncing:
+            self._sync_data()
+
+    def _sync_data(self) -> None:
         with self._opening:
             segments, self._unsynced = self._unsynced, set()
             entries = self._entries_unsynced and self._directory is not None

@@ -13,8 +13,8 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import FULL, Directory
 from cow.elsewhere import Elsewhere
-from cow.errors import CowError, StoreFullError
-from cow.geometry import chunks_in, chunks_of
+from cow.errors import CowError, StoreFullError, SyncError
+from cow.geometry import Run, chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer
 from cow.layerfiles import remove_layer_directory
@@ -59,12 +59,20 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     try:
         for record in journal.replay():
             recorded.add(record.layer)
-            _apply(record, layers)
+            if unwritable := _apply(record, layers):
+                name = layers[record.layer].name
+                findings.append(
+                    f"checksums of {len(unwritable)} chunks of layer {name} cannot be written: they are lost"
+                )
     except JournalDamagedError as error:
         findings.append(_invalidate_all(catalog, str(error)))
     for layer in layers.values():
         if layer.intended:
-            unreadable = layer.rehash(layer.intended & layer.held)
+            try:
+                unreadable = layer.rehash(layer.intended & layer.held)
+            except (OSError, SyncError) as error:
+                _mark_damaged(layer, error)
+                continue
             if unreadable:
                 layer.lose(unreadable)
                 findings.append(
@@ -80,7 +88,9 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
             layers[row.id] = Layer(layers_directory, row.id, chunks[row.origin])
     findings += _invalidate_unknown(catalog, layers)
     findings += _forget_dropped(catalog, layers, layers_directory)
-    _save(layers, catalog)
+    if not _save(layers, catalog):
+        findings += _invalidate_unknown(catalog, layers)
+        findings += _forget_dropped(catalog, layers, layers_directory)
     catalog.set_setting("journal", 0)
     journal.retire(journal.numbers)  # before there is a new one: on a full disk that has their room
     journal.start_file()
@@ -88,14 +98,28 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     return Recovered(layers, findings)
 
 
-def _save(layers: dict[int, Layer], catalog: Catalog) -> None:
-    saved = []
+def _save(layers: dict[int, Layer], catalog: Catalog) -> bool:
+    """Whether all could be saved."""
+    saved, all_saved = [], True
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
-            layer.save(layer.encode_map())
+            try:
+                layer.save(layer.encode_map())
+            except (OSError, SyncError) as error:
+                _mark_damaged(layer, error)
+                all_saved = False
+                continue
             layer.dirty = False
             saved.append((layer.id, layer.generation))
     catalog.record_saved(saved)
+    return all_saved
+
+
+def _mark_damaged(layer: Layer, error: OSError | SyncError) -> None:
+    """One layer that cannot be made durable costs its readers, and not the store. Raises the error of a full disk."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
+    layer.damage = f"layer {layer.name} cannot be made durable ({error}): what it holds is unknown"
 
 
 def heir_of(catalog_order: Sequence[tuple[int, State]], snapshot: int) -> int | None:
@@ -157,26 +181,46 @@ def load_layer(layer: Layer, generation: int) -> None:
         layer.damage = f"the map of layer {layer.name} cannot be read ({error}): what it holds is unknown"
 
 
-def _apply(record: Record, layers: dict[int, Layer]) -> None:
+def _apply(record: Record, layers: dict[int, Layer]) -> BitMap64:
+    """Take over what a record says. The chunks whose checksums cannot be written, and which are lost by that."""
+    lost = BitMap64()
     layer = layers.get(record.layer)
     if layer is None:
         if record.layer > _HIGHEST_ID:
             raise JournalDamagedError(f"the journal names a layer {record.layer}, which there cannot be")
-        return  # of a snapshot that was deleted since
+        return lost  # of a snapshot that was deleted since
     if any(run.end > layer.chunks for run in record.runs):
         raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
     layer.written_ns = max(layer.written_ns, record.time_ns)
     if record.kind is Kind.LOST:
         layer.lose(chunks_in(record.runs))
-        return
+        return lost
     if record.kind is Kind.INTENT:
         layer.intended |= chunks_in(record.runs)
-        return
+        return lost
     at = 0
     for run in record.runs:
-        layer.sums.write(run.first, record.sums[at : at + 8 * run.chunks])
+        lost |= _write_sums(layer, run, record.sums[at : at + 8 * run.chunks])
         at += 8 * run.chunks
-    layer.commit(chunks_in(record.runs))
+    layer.commit(chunks_in(record.runs) - lost)
+    if lost:
+        layer.lose(lost)
+    return lost
+
+
+def _write_sums(layer: Layer, run: Run, sums: bytes) -> BitMap64:
+    """The chunks whose slots cannot be written."""
+    try:
+        layer.sums.write(run.first, sums)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        if run.chunks == 1:
+            return BitMap64([run.first])
+        return BitMap64.union(
+            *(_write_sums(layer, Run(run.first + at, 1), sums[8 * at : 8 * at + 8]) for at in range(run.chunks))
+        )
+    return BitMap64()
 
 
 def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:

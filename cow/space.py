@@ -62,7 +62,7 @@ class Space:
         self.holding_back = False  #: whether the reserve is filled
         self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
         self._in_need = 0  #: how many need what was let go of it
-        self._beside_layers = directory.allocated_here()
+        self._beside_layers = self._count_beside_layers()
         self._layers, self._in_layers = self._count_layers()
         self._new_layers = 0  #: whose directories came since the layers were measured
         self._measure_from = 0.0  #: until then the layers are not measured anew without need
@@ -119,7 +119,7 @@ class Space:
             self._measure_from = 0.0
 
     async def _look_beside_layers(self) -> None:
-        self._beside_layers = await trio.to_thread.run_sync(self._directory.allocated_here)
+        self._beside_layers = await trio.to_thread.run_sync(self._count_beside_layers)
         present = await trio.to_thread.run_sync(self._layers_directory.names)
         self._new_layers = max(0, len(present) - self._layers)
 
@@ -134,6 +134,18 @@ class Space:
         self._new_layers = 0
         self._promised -= promised
         self._plenty = -1
+
+    def _count_beside_layers(self) -> int:
+        """What the files beside them take, with the whole reserve: what was let go of it is filled up again. Blocks."""
+        with self._reserve:
+            try:
+                file = self._directory.open(RESERVE_NAME)
+            except FileNotFoundError:
+                reserve = 0
+            else:
+                reserve = file.allocated_bytes
+                file.close()
+            return self._directory.allocated_here() + max(0, RESERVE_BYTES - reserve)
 
     def _count_layers(self) -> tuple[int, int]:
         """How many layers have a directory, and what they take. Blocks."""

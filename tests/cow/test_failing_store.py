@@ -253,3 +253,45 @@ def test_whoever_looks_at_the_catalog_does_not_cut_what_we_have_mapped(
     shared = tmp_path / "store" / "catalog.sqlite-shm"
     done = subprocess.run([sys.executable, "-c", look, shared], capture_output=True, text=True, check=False)
     assert "BlockingIOError" in done.stderr
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_layer_whose_checksums_cannot_be_restored_costs_its_snapshot_and_not_the_store(
+    start: Callable[..., Engine], io: BadIo, call: str, tmp_path: Path
+) -> None:
+    engine = start()
+    bad, good = take(engine, b"bad"), take(engine, b"good")
+    write(engine, bad, 0, b"A")
+    write(engine, good, 0, b"B")
+    name = bad.delta.name
+    engine.kill()
+    io.fails = lambda called, path: called == call and path.endswith(f"{name}/sums")
+    engine = start()
+    assert name in "".join(engine.findings)
+    snapshots = {snapshot.name: snapshot for snapshot in engine.store.snapshots}
+    assert engine.call(snapshots[b"good"].images[0].read, 0, CHUNK_BYTES) == b"B" * CHUNK_BYTES
+    if call == "pwrite":
+        assert snapshots[b"bad"].images[0].lost() == [Run(0, 1)]
+    else:
+        assert not snapshots[b"bad"].usable
+    engine.kill()
+    list(scrub_store(str(tmp_path / "store"), repair=True, io=io))
+
+
+def test_i6_journal_files_whose_header_fails_do_not_gather(
+    start: Callable[..., Engine], io: BadIo, tmp_path: Path
+) -> None:
+    engine = start()
+    image = take(engine, b"a")
+    io.fails = lambda call, path: call == "pwrite" and "/journal." in path
+    for chunk in range(10):
+        with pytest.raises(OSError, match="Input/output error"):
+            write(engine, image, chunk, b"x")
+    assert len(list((tmp_path / "store").glob("journal.*"))) == 2
+    io.fails = lambda call, path: False
+    write(engine, image, 3, b"y")
+    engine.kill()
+    engine = start()
+    (snapshot,) = engine.store.snapshots
+    assert snapshot.row.state == "valid"
+    assert engine.call(snapshot.images[0].read, 3 * CHUNK_BYTES, CHUNK_BYTES) == b"y" * CHUNK_BYTES

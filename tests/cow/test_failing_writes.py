@@ -12,8 +12,10 @@ from unittest.mock import patch
 import pytest
 
 from cow import OnFull, commits
-from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError
+from cow.device import Directory
+from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError
 from cow.geometry import CHUNK_BYTES, Run
+from cow.layer import Layer
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, at_first, take, write
 from tests.support.sandbox import wait_until
@@ -326,3 +328,33 @@ def test_i1_what_was_preserved_beside_a_lost_chunk_is_kept_where_the_journal_fai
     for chunk in (1000, 1001, 1003):
         kept = engine.call(snapshot.images[0].read, chunk * CHUNK_BYTES, CHUNK_BYTES)
         assert kept == old[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+
+
+def test_i1_who_syncs_what_another_thread_is_syncing_waits_and_is_told_that_it_failed(tmp_path: Path) -> None:
+    """Else the second one would take for durable what is on its way, and commit it."""
+    io, syncing, go_on = BadIo(), threading.Event(), threading.Event()
+    layer = Layer(Directory.open_path(str(tmp_path), io), 1, 100)
+    layer.write(0, bytes(CHUNK_BYTES))
+
+    def fails(call: str, path: str) -> bool:
+        if call != "fdatasync":
+            return False
+        syncing.set()
+        go_on.wait()
+        return True
+
+    io.fails = fails
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(layer.files.sync_data)
+        syncing.wait()
+        second = threads.submit(layer.files.sync_data)
+        try:
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+        finally:
+            go_on.set()
+        with pytest.raises(OSError, match="Input/output error"):
+            first.result()
+        with pytest.raises(SyncError):
+            second.result()
+    layer.close()

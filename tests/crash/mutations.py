@@ -285,8 +285,8 @@ ORDER = [
     Edit(
         "recovery drops the journal before the layers are saved",
         "recovery:_recover",
-        "    _save(layers, catalog)\n",
-        "    journal.retire(journal.numbers)\n    _save(layers, catalog)\n",
+        "    if not _save(layers, catalog):\n",
+        "    journal.retire(journal.numbers)\n    if not _save(layers, catalog):\n",
     ),
     Edit(
         "recovery does not rehash what was being overwritten",
@@ -295,11 +295,16 @@ ORDER = [
         "        if False:\n",
     ),
     Edit("recovery keeps half-taken snapshots", "recovery:_drop_pending", "row.state == State.PENDING]", "False]"),
-    Edit("recovery does not apply the journal", "recovery:_apply", "    layer.commit(chunks_in(record.runs))\n", ""),
+    Edit(
+        "recovery does not apply the journal",
+        "recovery:_apply",
+        "    layer.commit(chunks_in(record.runs) - lost)\n",
+        "",
+    ),
     Edit(
         "recovery does not restore the checksums",
         "recovery:_apply",
-        "        layer.sums.write(run.first, record.sums[at : at + 8 * run.chunks])\n",
+        "        lost |= _write_sums(layer, run, record.sums[at : at + 8 * run.chunks])\n",
         "",
     ),
     Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
