@@ -165,6 +165,13 @@ class Behind:
                 self._hurry(generation)
                 await _in_place(generation)
 
+    async def drain_or(self, error: Exception) -> None:
+        """As `drain` for a reader, who met `error` and is told of that when this fails."""
+        try:
+            await self.drain()
+        except (CowError, OSError):
+            raise error from None
+
     def try_again(self) -> None:
         """Have taken what was not taken the last time: now it can be, or nobody needs it any more."""
         if self.chunks:

@@ -26,6 +26,7 @@ FILE_NAME = "catalog.sqlite"
 DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP}
+_LOG_PAGES = 64  # from here on the write-ahead log starts over: 256 KiB, which `space` has room for
 _SHARED_BYTES = 32768  # one region, enough for the index of 4,096 pages in the -wal: walformat.html of SQLite
 
 _SCHEMA = """
@@ -182,6 +183,7 @@ class Catalog:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute("PRAGMA foreign_keys=ON")
+        self._connection.execute(f"PRAGMA wal_autocheckpoint={_LOG_PAGES}")
         with self._transaction() as do:
             if not do.execute("SELECT 1 FROM sqlite_master WHERE name = 'store'").fetchone():
                 if has_contents:

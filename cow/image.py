@@ -206,10 +206,10 @@ class Image:
         newer = self._behind.pieces(offset, length)
         try:
             data = await self._read_chunks(run)
-        except (CowError, OSError):
+        except (CowError, OSError) as error:
             if not newer:
                 raise
-            await self._behind.drain()  # perhaps what cannot be read is overwritten
+            await self._behind.drain_or(error)  # perhaps what cannot be read is overwritten
             newer, data = [], await self._read_chunks(run)
         start = offset - run.offset
         data = data if start == 0 and length == len(data) else data[start : start + length]
@@ -330,7 +330,7 @@ class Image:
         return len(data)
 
     async def _check_parts(self, offset: int, length: int) -> None:
-        """Raise when a partial chunk cannot be filled up: later it would keep all that waits from being written."""
+        """Raise when a partial chunk cannot be filled up, while there is somebody to tell."""
         for chunk in ragged(offset, length):
             if not self._behind.has(chunk):
                 await self._read_chunks(Run(chunk, 1))
@@ -348,22 +348,43 @@ class Image:
         self._space.waiting_chunks += chunks
 
     async def _take(self, contents: Contents) -> Untaken:
-        """Write what was buffered into the delta."""
+        """Write what was buffered into the delta.
+
+        A part of a chunk whose rest was lost meanwhile is lost with it; one whose rest cannot be read now stays.
+        """
+        unfilled: dict[int, Exception] = {}
         try:
-            await self._write_into_delta(contents, self._space.keeping)
+            await self._write_into_delta(contents, self._space.keeping, unfilled)
         except InvalidSnapshotError as error:
             return Untaken(Contents(), error)  # nobody will ever read it
-        return Untaken(Contents(), None)
+        lost = {chunk: error for chunk, error in unfilled.items() if isinstance(error, CowError)}
+        if lost:
+            self._untold = (
+                f"acknowledged writes to a part of each of {len(lost)} chunks are lost, as the rest of each is: "
+                f"{next(iter(lost.values()))}"
+            )
+        kept = unfilled.keys() - lost.keys()
+        return Untaken(contents.only(kept), next((unfilled[chunk] for chunk in kept), None))
 
-    async def _write_into_delta(self, contents: Contents, room: Callable[[int], Room]) -> None:
-        chunks = contents.chunks()
+    async def _write_into_delta(
+        self, contents: Contents, room: Callable[[int], Room], unfilled: dict[int, Exception] | None = None
+    ) -> None:
+        """Chunks that cannot be filled up are left out, with the error, in `unfilled`; without it that is raised."""
         async with holding(self._changing):
             self.origin.group_of(self._snapshot)
             with pinned([self.delta]):  # until it is written, also when the snapshot is given up meanwhile
                 await self._heal()
                 if self._has_much_to_commit or self._is_crowded:
                     await self._commit()  # in vain the last time, when the store failed
-                rows = contents.rows(await self._filled_up(contents))
+                failed: dict[int, Exception] = {}
+                rows = contents.rows(await self._filled_up(contents, failed))
+                if unfilled is not None:
+                    unfilled |= failed
+                elif failed:
+                    raise next(iter(failed.values()))
+                if not rows:
+                    return
+                chunks = contents.chunks() - BitMap64(failed)
                 async with room(self.delta.new_bytes(chunks)):
                     self._is_crowded = await self._announce(chunks)
                     await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))
@@ -411,12 +432,15 @@ class Image:
                 await self._on_damage(self._untold)
             self._torn = BitMap64()
 
-    async def _filled_up(self, contents: Contents) -> dict[int, bytes]:
-        """The chunks of which not all was written, as they shall be."""
-        return {
-            chunk: overlaid(await self._read_settled(Run(chunk, 1)), 0, part.pieces())
-            for chunk, part in contents.parts().items()
-        }
+    async def _filled_up(self, contents: Contents, failed: dict[int, Exception]) -> dict[int, bytes]:
+        """The chunks of which not all was written, as they shall be; the rest of others cannot be read."""
+        filled = {}
+        for chunk, part in contents.parts().items():
+            try:
+                filled[chunk] = overlaid(await self._read_settled(Run(chunk, 1)), 0, part.pieces())
+            except (LostError, DamagedError, OSError) as error:
+                failed[chunk] = error
+        return filled
 
     async def _announce(self, chunks: BitMap64) -> bool:
         """Put an INTENT into the journal for the committed chunks that will be overwritten in place.

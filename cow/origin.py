@@ -96,10 +96,10 @@ class Origin:
         newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
         try:
             data = await self._read_device(offset, length)
-        except OSError:
+        except OSError as error:
             if not newer:
                 raise
-            await self._behind.drain()  # perhaps what cannot be read is overwritten
+            await self._behind.drain_or(error)  # perhaps what cannot be read is overwritten
             return await self._read_device(offset, length)
         return overlaid(data, offset, newer) if newer else data
 

@@ -27,6 +27,8 @@ from cow.journal import FILE_BYTES
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
 OPENING_BYTES = FILE_BYTES // 2  # of it: what an opening needs, which saves the maps before it begins a journal file
+CATALOG_BYTES = 1 << 20  # that it may grow by between two looks, with its write-ahead log
+UNPROMISED_BYTES = FILE_BYTES + CATALOG_BYTES  # a journal file may come beside another
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
@@ -82,7 +84,7 @@ class Space:
     @property
     def available_bytes(self) -> int:
         """What may still be kept in it."""
-        return max(0, self.total_bytes - FILE_BYTES - self.used_bytes)  # one journal file may come beside another
+        return max(0, self.total_bytes - UNPROMISED_BYTES - self.used_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -213,7 +215,7 @@ class Space:
     def _passes_quota(self, count: int, percent: int) -> bool:
         """Whether `count` bytes more are more than so much of the quota."""
         quota = self.quota_bytes
-        return quota is not None and self.used_bytes + count > (quota - FILE_BYTES) * percent // 100
+        return quota is not None and self.used_bytes + count > (quota - UNPROMISED_BYTES) * percent // 100
 
     async def check_for_merge(self, count: int) -> None:
         """Raise StoreFullError when `count` bytes more would bring the store to where it warns: merging can wait."""
@@ -241,8 +243,8 @@ class Space:
         if self._passes_quota(count, percent):
             raise QuotaError(
                 f"the store {self._directory.label} is full: {self.used_bytes} of {self.quota_bytes} bytes are "
-                f"taken ({RESERVE_BYTES + FILE_BYTES} are held back for the journal): remove snapshots, or mount "
-                f"with a larger quota"
+                f"taken ({RESERVE_BYTES + UNPROMISED_BYTES} are held back for the journal and the catalog): remove "
+                f"snapshots, or mount with a larger quota"
             )
 
     def open_promise(self, count: int) -> None:

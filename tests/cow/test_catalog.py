@@ -13,6 +13,7 @@ from cow import rowsum
 from cow.catalog import FILE_NAME, Catalog, CatalogError, OriginRow, State
 from cow.device import Directory
 from cow.errors import RefusedError
+from cow.space import CATALOG_BYTES
 
 TABLES = ["store", "origins", "snapshots", "evidence", "layers"]
 EDITED = "do not match their checksum"
@@ -240,3 +241,12 @@ def test_the_work_of_a_transaction_does_not_grow_with_the_snapshots(
     many = list(_work(tmp_path / "many", 400, monkeypatch))
     assert few == many
     assert all(rows and steps for rows, steps in few)
+
+
+def test_i6_the_write_ahead_log_starts_over(tmp_path: Path) -> None:
+    with _opened(tmp_path) as catalog:
+        catalog.add_origins([OriginRow(0, b"a", b"/a", 1 << 20, 1)])
+        row = _take(catalog, b"0")
+        for number in range(1, 300):
+            catalog.rename_snapshot(row, b"%d" % number)
+        assert (tmp_path / f"{FILE_NAME}-wal").stat().st_size < CATALOG_BYTES // 2

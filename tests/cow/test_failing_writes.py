@@ -358,3 +358,73 @@ def test_i1_who_syncs_what_another_thread_is_syncing_waits_and_is_told_that_it_f
         with pytest.raises(SyncError):
             second.result()
     layer.close()
+
+
+@pytest.mark.parametrize("way", ["a sync", "in the background"])
+def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
+    start: Callable[..., Engine], io: BadIo, way: str
+) -> None:
+    """A part of it was acknowledged while it could be read. It is told once, and the others are kept."""
+    engine = start(write_behind=True)
+    image, origin = take(engine, b"a"), engine.store.origins[0]
+    layer = origin.newest_layer.name
+    data = b"".join(bytes([chunk]) * CHUNK_BYTES for chunk in range(10))
+    engine.call(image.write, 100 * CHUNK_BYTES, data)
+    engine.call(image.write, 5 * CHUNK_BYTES + 512, b"B" * 512)
+    io.fails = lambda call, path: call == "pwrite" and f"{layer}/data" in path
+    engine.call(origin.write, 5 * CHUNK_BYTES, b"L" * CHUNK_BYTES)
+    engine.call(origin.drain)
+    io.fails = lambda call, path: False
+    assert image.lost() == [Run(5, 1)]
+    if way == "in the background":
+        wait_until(lambda: not image._behind.chunks, what="the end of the buffer")
+    with pytest.raises(LostError, match="part of each of 1 chunks are lost"):
+        engine.call(image.sync)
+    engine.call(image.sync)
+    engine.call(image.write, 200 * CHUNK_BYTES, b"D" * CHUNK_BYTES)
+    engine.call(image.sync)
+    engine.kill()
+    engine = start()
+    (image,) = engine.store.snapshots[0].images
+    assert engine.call(image.read, 100 * CHUNK_BYTES, len(data)) == data
+    assert engine.call(image.read, 200 * CHUNK_BYTES, CHUNK_BYTES) == b"D" * CHUNK_BYTES
+    with pytest.raises(LostError):
+        engine.call(image.read, 5 * CHUNK_BYTES, CHUNK_BYTES)
+
+
+def test_i3_a_chunk_whose_rest_cannot_be_read_for_now_waits_and_no_other_does(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start(write_behind=True)
+    image, origin = take(engine, b"a"), engine.store.origins[0]
+    real = origin.read_chunks_into
+
+    def read_chunks_into(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "a bad sector of the device")
+
+    engine.call(image.write, 100 * CHUNK_BYTES, b"A" * CHUNK_BYTES)
+    engine.call(image.write, 5 * CHUNK_BYTES + 512, b"B" * 512)
+    origin.read_chunks_into = read_chunks_into
+    with pytest.raises(OSError, match="a bad sector of the device"):
+        engine.call(image.sync)
+    assert list(image.delta.held) == [100]
+    origin.read_chunks_into = real
+    engine.call(image.sync)
+    assert engine.call(image.read, 5 * CHUNK_BYTES + 512, 512) == b"B" * 512
+    assert list(image.delta.held) == [5, 100]
+
+
+def test_a_reader_is_told_why_it_cannot_read_and_not_why_others_cannot_be_written(
+    start: Callable[..., Engine], io: BadIo
+) -> None:
+    engine = start(write_behind=True)
+    image, origin = take(engine, b"a"), engine.store.origins[0]
+    layer = origin.newest_layer.name
+    engine.call(image.write, 6 * CHUNK_BYTES, b"A" * CHUNK_BYTES)
+    io.fails = lambda call, path: call == "pwrite" and "/data" in path
+    engine.call(origin.write, 5 * CHUNK_BYTES, b"L" * CHUNK_BYTES)
+    engine.call(origin.drain)
+    assert layer != image.delta.name
+    io.errno = errno.ENOSPC
+    with pytest.raises(LostError):
+        engine.call(image.read, 5 * CHUNK_BYTES, 2 * CHUNK_BYTES)
