@@ -75,7 +75,10 @@ class Removal:
         if not usable:
             return False
         least_wanted = min(usable, key=lambda one: (not one.frees_something(self._heir_of(one)), one.is_open, one.id))
-        await self.give_up([least_wanted.id], "the store was full, and this was the oldest snapshot not in use")
+        why = (
+            "no other made room without being in use too" if least_wanted.is_open else "this was the oldest not in use"
+        )
+        await self.give_up([least_wanted.id], f"the store was full, and of the snapshots {why}")
         try:
             async with self._flattener.moving:  # no files are removed while they are in use
                 await self._housekeeping.sweep()

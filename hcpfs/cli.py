@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import select
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,16 +19,16 @@ from rich.progress import DownloadColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from cow.catalog import FILE_NAME
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover
+from hcpfs import __version__, background, beneath, recover, stores
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
+_WIDE = 10_000  # columns of what is no terminal
 
 
 class _Sentence(click.ClickException):
@@ -89,7 +88,8 @@ def mount(
         wanted = _mount_options(sources, store, quota, options)
         wanted.sync |= sync
         wanted.foreground |= foreground
-    except UsageError as error:
+        stores.check_no_other(wanted)
+    except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
     if recovering:
         record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
@@ -115,6 +115,8 @@ def _complain(sentence: str) -> None:
 def _mount_options(
     sources: tuple[str, ...], store: str | None, quota: str | None, options: tuple[str, ...]
 ) -> MountOptions:
+    if "" in (*sources, store):
+        raise UsageError("a SOURCE, the MOUNTPOINT or the store is empty: an unset variable, perhaps?")
     wanted = MountOptions(mountpoint=os.path.abspath(sources[-1]))
     wanted.sources = [parse_source(source) for source in sources[:-1]]
     apply_options(wanted, options)
@@ -186,26 +188,15 @@ def umount(mountpoint: str) -> None:
     if done.returncode != 0:
         users = [loop.path for loop in beneath.loops() if loop.backing_device == os.stat(path).st_dev]
         hint = f" Loop devices on its images: {' '.join(users)}." if users else ""
-        raise _Sentence(f"{path} cannot be unmounted: {done.stderr.strip()}.{hint} Unmount and detach what uses it.")
+        raise _Sentence(
+            f"{path} cannot be unmounted: {done.stderr.strip().rstrip('.')}.{hint} Unmount and detach what uses it."
+        )
     select.select([daemon], [], [])
-    if not _stopped_clean(status["store"]):
+    if not stores.stopped_clean(status["store"]):
         raise _Sentence(
             f"the daemon ended, but not clean; the next mount recovers. Its log says why: "
             f"{os.path.join(status['store'], background.LOG_NAME)}"
         )
-
-
-def _stopped_clean(store: str) -> bool:
-    try:
-        catalog = sqlite3.connect(f"file:{os.path.join(store, FILE_NAME)}?mode=ro", uri=True)
-    except sqlite3.Error:
-        return False  # the store is gone
-    try:
-        return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
-    except sqlite3.Error:
-        return False
-    finally:
-        catalog.close()
 
 
 @cli.command("ls")
@@ -226,16 +217,21 @@ def list_snapshots(mountpoint: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
+    rows = [
+        (
+            *(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-")),
+            *(_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")),
+        )
+        for one in found
+    ]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("NAME", overflow="fold")
-    for title in ("CREATED", "STATE", "QUIESCED"):
-        table.add_column(title)
-    for title in ("SIZE", "PRESERVED", "WRITTEN"):
-        table.add_column(title, justify="right")
-    for one in found:
-        sizes = [_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")]
-        table.add_row(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-"), *sizes)
-    Console(markup=False, highlight=False).print(table)
+    table.add_column("NAME", overflow="fold", min_width=8)
+    for place, title in enumerate(("CREATED", "STATE", "QUIESCED", "SIZE", "PRESERVED", "WRITTEN"), 1):
+        width = max(len(title), *(len(row[place]) for row in rows)) if rows else None  # the name alone is broken
+        table.add_column(title, min_width=width, justify="right" if place > 3 else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 @cli.command()

@@ -1,5 +1,6 @@
 """What a person writes on the command line or in /etc/fstab, turned into values: sizes, sources, mount options."""
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from hcpfs.tree import Access
 
 STORES = "/var/lib/hcpfs"
 _TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
+_HIGHEST_ID = (1 << 32) - 2  # of a user or group; the one above says "none"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 # Options of mount(8) and of fstab that are its own business, or true of this file system anyway.
 _IGNORED = {
@@ -44,10 +46,10 @@ class MountOptions:
 
     @property
     def store_path(self) -> str:
-        """The store's directory: as given, or one for this set of sources."""
+        """The store's directory: as given, or one for this set of sources, in whatever order."""
         if self.store is not None:
             return os.path.abspath(self.store)
-        names = "+".join(os.fsdecode(source.name) for source in self.sources)
+        names = "+".join(sorted(os.fsdecode(source.name) for source in self.sources))
         paths = "\0".join(sorted(os.path.abspath(source.path) for source in self.sources))
         return os.path.join(STORES, f"{names[:100]}-{xxh3_64_hexdigest(os.fsencode(paths))}")
 
@@ -150,12 +152,16 @@ def _apply_option(options: MountOptions, option: str) -> None:
                 number = int(value, 8 if key == "mode" else 10)
             except ValueError:
                 raise UsageError(f"{key}={value} is not a number") from None
+            if not 0 <= number <= _HIGHEST_ID:
+                raise UsageError(f"{key}={value} is out of range: there are 0 to {_HIGHEST_ID}")
             options.access = options.access._replace(**{key: number & 0o777 if key == "mode" else number})
         case "freeze":
             try:
                 options.freeze_seconds = float(value)
             except ValueError:
                 raise UsageError(f"freeze={value} is not a number of seconds") from None
+            if not 0 <= options.freeze_seconds < math.inf:
+                raise UsageError(f"freeze={value} makes no sense: write how many seconds mkdir may wait, 0 or more")
         case _:
             if key not in _IGNORED and not key.startswith(("x-", "comment")):
                 raise UsageError(

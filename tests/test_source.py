@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
-    {"hcpfs.session"},
+    {"hcpfs.session", "hcpfs.stores"},
     {"hcpfs.mount", "hcpfs.recover"},
     {"hcpfs.cli"},
     {"hcpfs.__main__"},

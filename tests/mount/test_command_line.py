@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cow import Source
-from hcpfs import __version__
+from cow.errors import RefusedError
+from hcpfs import __version__, stores
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.quiesce import WRITE_BACK_SECONDS
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
@@ -64,6 +65,28 @@ def test_default_stores_are_one_for_each_set_of_sources() -> None:
     assert store("/dev/sdb1").startswith("/var/lib/hcpfs/sdb1.img-")
     assert len({store("/dev/sdb1"), store("/dev/sdc1"), store("/dev/sdb1", "/dev/sdc1")}) == 3
     assert store("/dev/sdb1") == store("/dev/sdb1")
+    assert store("/dev/sdb1", "data=/dev/sda1") == store("data=/dev/sda1", "/dev/sdb1")
+
+
+def test_i4_no_second_default_store_is_made_for_a_device_whose_snapshots_are_in_another(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written with it would not be kept for them, and they would read wrong bytes."""
+    monkeypatch.setattr(stores, "STORES", str(sandbox.path / "stores"))
+    device, store = sandbox.loop(sandbox.disk()), sandbox.path / "stores" / "one"
+    store.parent.mkdir()
+    (sandbox.path / "alias").symlink_to(device)
+    served = sandbox.mount(device, store=store)
+    other = MountOptions(sources=[parse_source(str(sandbox.path / "alias"))])
+    stores.check_no_other(other)  # that has no snapshots yet
+    (served.snaps / "a").mkdir()
+    for spelled in (f"{sandbox.path}/alias", f"data={device}"):
+        other = MountOptions(sources=[parse_source(spelled)])
+        with pytest.raises(RefusedError, match=f"has snapshots in the store {store}"):
+            stores.check_no_other(other)
+    stores.check_no_other(MountOptions(sources=[parse_source(str(sandbox.disk("b.img")))]))
+    other.store = "/elsewhere"
+    stores.check_no_other(other)
 
 
 def test_options_of_mount_and_fstab() -> None:
@@ -101,6 +124,11 @@ def test_ls(sandbox: Sandbox) -> None:
     assert table[0].split() == ["NAME", "CREATED", "STATE", "QUIESCED", "SIZE", "PRESERVED", "WRITTEN"]
     assert "aardvark [bold]" in table[2]
     assert table[2].split()[-3:] == ["8.0M", "8.0K", "0B"]
+    (served.snaps / ("n" * 200)).mkdir()
+    table = run(*HCPFS, "ls", served.path).stdout.splitlines()
+    assert len(table) == 4, "nothing is broken or cut where it is no terminal"
+    assert table[3].startswith("n" * 200 + "  20")
+    assert "…" not in "".join(table)
 
 
 @pytest.mark.parametrize("command", ["ls", "umount"])

@@ -206,6 +206,10 @@ def test_a_mount_point_with_a_dead_daemon(sandbox: Sandbox) -> None:
         (["-o", "frobnicate"], "the mount option 'frobnicate' is not known"),
         (["-o", "store="], "the option store needs a value"),
         (["-o", "mode=rw"], "mode=rw is not a number"),
+        (["-o", "uid=-5"], "uid=-5 is out of range"),
+        (["-o", "gid=99999999999999999999"], "gid=99999999999999999999 is out of range"),
+        (["-o", "freeze=nan"], "freeze=nan makes no sense"),
+        (["--store", ""], "the store is empty: an unset variable"),
     ],
 )
 def test_nonsense(sandbox: Sandbox, where: list[object], words: list[str], sentence: str) -> None:
