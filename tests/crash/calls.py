@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 _ENGINE = f"{os.sep}cow{os.sep}"
 _DEVICE = f"{_ENGINE}device.py"
@@ -63,12 +64,20 @@ def site_of_caller() -> tuple[str, int]:
     line = 0
     frame = sys._getframe(1)
     while frame is not None and len(found) < 2:
-        code = frame.f_code
-        if _ENGINE in code.co_filename and not code.co_filename.endswith(_DEVICE) and "<" not in code.co_name:
+        name = _name_in_engine(frame.f_code.co_filename, frame.f_code.co_qualname)
+        if name is not None:
             line = line or frame.f_lineno
-            found.append(f"{os.path.basename(code.co_filename)[:-3]}.{code.co_qualname}")
+            found.append(name)
         frame = frame.f_back
     return "<".join(found), line
+
+
+@cache
+def _name_in_engine(file: str, function: str) -> str | None:
+    """None for what is not of the engine, or only the way from it to the disk."""
+    if _ENGINE not in file or file.endswith(_DEVICE) or function.endswith(">"):  # such as <lambda>
+        return None
+    return f"{os.path.basename(file)[:-3]}.{function}"
 
 
 def resize(content: bytearray, length: int) -> None:

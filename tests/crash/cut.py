@@ -51,6 +51,9 @@ class Cutter:
         self._covered: dict[Op, list[Op]] = {}
         self._lost: set[Op] = set()
         self._catalogs: list[bytes | None] = [start.catalog]
+        self._bits: dict[Op, int] = {}  #: of what has begun, one each
+        self._durable = 0  #: the bits of what is durable
+        self._given: set[object] = set()  #: what `states` gave out or passed over, since `forget`
 
     def follow(self, edge: str, op: Op) -> bool:
         """Take the next event; whether it changed what may be found."""
@@ -74,6 +77,7 @@ class Cutter:
                 self._catalogs = [op.database]
             return True
         if edge == "begin":
+            self._bits[op] = 1 << len(self._bits)
             self._pending.append(op)
             if op.is_directory:
                 self._directories.setdefault(op.target, {})
@@ -93,6 +97,7 @@ class Cutter:
             self._lost.update(left)
 
     def _make_durable(self, op: Op) -> None:
+        self._durable |= self._bits.get(op, 0)
         if op.kind in ("link", "unlink"):
             _apply_entry(self._directories.setdefault(op.inode, {}), op)
         else:
@@ -100,12 +105,34 @@ class Cutter:
             apply_to(content, op)
             self._files[op.inode] = bytes(content)
 
-    def states(self, random_: random.Random) -> Iterator[tuple[State, Callable[[], str]]]:
-        """All states that may be found now, up to `MOST_EXHAUSTIVE` pending operations, else a sample."""
+    def forget(self) -> None:
+        """Give out again what `states` has given out."""
+        self._given.clear()
+
+    def states(self, random_: random.Random, share: float = 1.0) -> Iterator[tuple[State, Callable[[], str]]]:
+        """A `share` of the states that may be found now and were not given out before, each with what tells of it.
+
+        Of all such states, up to `MOST_EXHAUSTIVE` pending operations, else of a sample.
+        """
         for catalog in self._catalogs:
             tell = self._teller(catalog)
             for choice in self._choices(random_):
-                yield self._build(choice, catalog), partial(tell, choice)
+                if self._is_new(choice, catalog) and random_.random() < share:
+                    yield self._build(choice, catalog), partial(tell, choice)
+
+    def _is_new(self, choice: Choice, catalog: bytes | None) -> bool:
+        """Whether that was not looked at before. It follows from what is kept, durable or not: no state is built."""
+        if self._lost:
+            return True  # then it depends on the order too
+        kept, torn = self._durable, []
+        for op, sectors in zip(self._pending, choice, strict=True):
+            if sectors is None:
+                kept |= self._bits[op]
+            elif sectors:
+                torn.append((self._bits[op], *sectors))
+        before = len(self._given)
+        self._given.add((kept, catalog, *torn))
+        return len(self._given) > before
 
     def one_state(self, random_: random.Random) -> tuple[State, Callable[[], str]]:
         """One of them, at random."""
@@ -240,24 +267,20 @@ def random_state_of(disk: Disk, random_: random.Random, first: int, end: int) ->
     return Found(state, mark, event, story)
 
 
-def states_of(
-    disk: Disk, random_: random.Random, *, first: int = 0, seen: set[object] | None = None
-) -> Iterator[Found]:
-    """Every state that a cut after event `first` of the disk's log may leave, each once for each mark.
-
-    `seen` has what was given out before, over several logs.
-    """
-    seen = set() if seen is None else seen
+def states_of(disk: Disk, random_: random.Random, *, first: int = 0, share: float = 1.0) -> Iterator[Found]:
+    """A `share` of the states that a cut after event `first` of the disk's log may leave, each once for each mark."""
+    seen: set[object] = set()
     cutter = Cutter(disk.start)
     mark: object = None
     for event, (edge, what) in enumerate(disk.log):
         if edge == "mark":
             mark, changed = what, True
+            cutter.forget()
         else:
             changed = cutter.follow(edge, what)
         if event < first or not changed:
             continue
-        for state, story in cutter.states(random_):
+        for state, story in cutter.states(random_, share):
             key = (digest(state), mark)
             if key not in seen:
                 seen.add(key)

@@ -171,9 +171,7 @@ async def check_workload(
     """
     disk, first = await record(workload, disk)
     tally.workloads += 1
-    for found in states_of(disk, random_, first=0 if whole else first):
-        if random_.random() >= share:
-            continue
+    for found in states_of(disk, random_, first=0 if whole else first, share=share):
         recovered = await _examine(workload, found, "")
         tally.states += 1
         if random_.random() < doubles:

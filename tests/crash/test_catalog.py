@@ -149,6 +149,7 @@ def test_i5_a_transaction_of_the_catalog_is_there_or_not_after_a_cut(tmp_path: P
     for event in events:
         if isinstance(event, int):
             done = event
+            cutter.forget()
             continue
         changed = cutter.follow("begin", event)
         event.ended = True
@@ -159,7 +160,7 @@ def test_i5_a_transaction_of_the_catalog_is_there_or_not_after_a_cut(tmp_path: P
             seen.add(key)
             states += 1
             held = _found_after_a_cut(state, tmp_path / "found")
-            assert held in contents[done : done + 2], f"after step {done}, with\n{story}\nthere is {held}"
+            assert held in contents[done : done + 2], f"after step {done}, with\n{story()}\nthere is {held}"
         cutter.follow("end", event)
     assert states > 500
 
