@@ -149,16 +149,16 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
     """
     directory = Directory.open_path(path, io, create=create)
     try:
-        directory.check_ours()
         names = directory.names()
+        if not create and FILE_NAME not in names:
+            raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
+        directory.check_ours()
         foreign = [name for name in names if not _is_ours(name)]
         if foreign:
             raise RefusedError(
                 f"the directory {path} holds other things than a store ({printable(os.fsencode(foreign[0]))}): name an "
                 f"empty or a new directory"
             )
-        if not create and FILE_NAME not in names:
-            raise RefusedError(f"{path} is not a store of hcpfs: it has no {FILE_NAME}")
         directory.check_ours_below()
     except (OSError, RefusedError):
         directory.close()

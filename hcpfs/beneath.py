@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64_BYTES = 232
+_MOST_LINKS = 40  # as in the kernel
 FILESYSTEM_TYPE = "fuse.hcpfs"
 
 
@@ -59,6 +60,25 @@ def mounts() -> list[Mount]:
 
 def _unescape(field: bytes) -> str:
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+
+
+def real_path(mountpoint: str) -> str:
+    """The path as the kernel tells it of a mount: absolute, and without symbolic links.
+
+    What is mounted there is asked nothing, as os.path.realpath would: its daemon may hang. Relative to the current
+    directory.
+    """
+    path = os.path.join(os.getcwd(), mountpoint)
+    for _ in range(_MOST_LINKS):
+        above, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            return os.path.realpath(path)
+        path = os.path.join(os.path.realpath(above), name)
+        try:
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        except OSError:  # it is no link, or is not there
+            break
+    return path
 
 
 def loops() -> Iterator[Loop]:

@@ -26,6 +26,7 @@ from hcpfs import __version__, background, beneath, recover, stores
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
+from hcpfs.text import path_in
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
 _WIDE = 10_000  # columns of what is no terminal
@@ -117,7 +118,7 @@ def _mount_options(
 ) -> MountOptions:
     if "" in (*sources, store):
         raise UsageError("a SOURCE, the MOUNTPOINT or the store is empty: an unset variable, perhaps?")
-    wanted = MountOptions(mountpoint=os.path.abspath(sources[-1]))
+    wanted = MountOptions(mountpoint=beneath.real_path(sources[-1]))
     wanted.sources = [parse_source(source) for source in sources[:-1]]
     apply_options(wanted, options)
     if store is not None:
@@ -169,7 +170,7 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
     Exits with 0 when everything is back, with 1 when it refused or the daemon did not start, with 2 when the mount is
     served again but something that sat on it is not back.
     """
-    path = os.path.abspath(mountpoint)
+    path = beneath.real_path(mountpoint)
     try:
         sys.exit(recover.recover(path, Voice(click.echo, _complain), force=force, mount_again=not no_mount))
     except (CowError, OSError) as error:
@@ -180,10 +181,13 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
 @click.argument("mountpoint")
 def umount(mountpoint: str) -> None:
     """Unmount MOUNTPOINT and wait until all is durable and the devices are released. The snapshots stay."""
-    path = os.path.abspath(mountpoint)
+    path = beneath.real_path(mountpoint)
     status = _read_status(path)
     command = ["umount", path] if os.geteuid() == 0 else ["fusermount3", "-u", path]
-    daemon = os.pidfd_open(int(status["pid"]))
+    try:
+        daemon = os.pidfd_open(int(status["pid"]))
+    except ProcessLookupError as error:
+        raise _dead(path) from error
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         users = [loop.path for loop in beneath.loops() if loop.backing_device == os.stat(path).st_dev]
@@ -192,10 +196,11 @@ def umount(mountpoint: str) -> None:
             f"{path} cannot be unmounted: {done.stderr.strip().rstrip('.')}.{hint} Unmount and detach what uses it."
         )
     select.select([daemon], [], [])
-    if not stores.stopped_clean(status["store"]):
+    store = path_in(status["store"])
+    if not stores.stopped_clean(store):
         raise _Sentence(
             f"the daemon ended, but not clean; the next mount recovers. Its log says why: "
-            f"{os.path.join(status['store'], background.LOG_NAME)}"
+            f"{os.path.join(store, background.LOG_NAME)}"
         )
 
 
@@ -204,7 +209,7 @@ def umount(mountpoint: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_snapshots(mountpoint: str, as_json: bool) -> None:
     """List the snapshots at MOUNTPOINT."""
-    path = os.path.abspath(mountpoint)
+    path = beneath.real_path(mountpoint)
     _read_status(path)
     found = []
     for name in sorted(os.listdir(os.path.join(os.fsencode(path), b"snaps"))):
@@ -212,6 +217,8 @@ def list_snapshots(mountpoint: str, as_json: bool) -> None:
             text = Path(os.fsdecode(os.path.join(os.fsencode(path), b"snaps", name, b"info"))).read_bytes()
         except FileNotFoundError:
             continue  # removed meanwhile
+        except OSError as error:
+            raise _Sentence(f"{path} cannot be read: {error.strerror}") from error
         found.append({"name": name.decode("utf-8", "backslashreplace"), **_parse(text)})
     found.sort(key=lambda one: one["created"])
     if as_json:
@@ -244,8 +251,9 @@ def verify(place: str, repair: bool) -> None:
     4, it was, and --repair gave it up, so that reading it is an error and the rest can be relied on; 1, it could not be
     checked.
     """
-    path = os.path.abspath(place)
+    path = beneath.real_path(place)
     mounted = any(mount.mountpoint == path for mount in beneath.mounts())
+    path = path if mounted else os.path.abspath(place)
     try:
         found = list(_show_progress(_verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair)))
     except (CowError, OSError) as error:
@@ -306,15 +314,29 @@ def _read_status(path: str) -> dict[str, str]:
             return _parse(Path(path, "status").read_bytes())
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            raise _Sentence(f"the daemon of {path} is dead: hcpfs recover {path} gets it going again") from error
+            raise _dead(path) from error
         raise _Sentence(f"{path} cannot be read: {error.strerror}") from error
     raise _Sentence(f"no hcpfs is mounted at {path}")
+
+
+def _dead(path: str) -> _Sentence:
+    return _Sentence(f"the daemon of {path} is dead: hcpfs recover {path} gets it going again")
 
 
 def main() -> NoReturn:
     """Run the command line. Without a command it is a mount, as mount(8) calls `hcpfs SOURCE MOUNTPOINT -o ...`."""
     words = sys.argv[1:]
-    if len(words) >= 2 and words[0] not in cli.commands and not words[0].startswith("-"):
+    if len(words) >= 2 and words[0] not in cli.commands and _may_be_source(words[0]):
         words.insert(0, "mount")
-    cli.main(args=words, prog_name="hcpfs")
+    try:
+        cli.main(args=words, prog_name="hcpfs")
+    except OSError as error:  # what else can fail says so where it does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left fails again at the exit
+        _complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
+        sys.exit(1)
     raise AssertionError("click exits")
+
+
+def _may_be_source(word: str) -> bool:
+    """Rather than a command that is mistyped."""
+    return not word.startswith("-") and ("/" in word or "=" in word or os.path.exists(word))

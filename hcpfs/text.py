@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from cow.errors import printable
 from cow.snapshot import Snapshot
 from cow.store import Store
 from hcpfs import __version__
+
+_ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
+_ESCAPED = re.compile(r"\\([\\nr]|u[0-9a-f]{4})")
 
 
 @dataclass
@@ -28,6 +32,11 @@ def lines(pairs: Iterable[tuple[str, object]]) -> bytes:
 
 def _one_line(value: str) -> str:
     return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def path_in(value: str) -> str:
+    """The path that stands in a line as its value, for the system calls: what `lines` escaped is as it was."""
+    return _ESCAPED.sub(lambda match: _ESCAPES.get(match[1]) or chr(int(match[1][1:], 16)), value)
 
 
 def when(time_ns: int) -> str:

@@ -16,7 +16,7 @@ from itertools import product
 from xxhash import xxh3_128_digest
 
 from tests.crash.calls import Op, apply_to
-from tests.crash.disk import ELSEWHERE_INODE, SOURCE_INODE, STORE_INODE, Disk, State
+from tests.crash.disk import ELSEWHERE_INODE, SOURCE_INODES, STORE_INODE, Disk, State
 
 SECTOR = 512
 MOST_EXHAUSTIVE = 8
@@ -184,7 +184,8 @@ class Cutter:
     def _reachable(
         self, changed: dict[int, bytearray], directories: dict[int, dict[str, int]], catalog: bytes | None
     ) -> State:
-        files = {SOURCE_INODE: bytes(changed.get(SOURCE_INODE, self._files[SOURCE_INODE]))}
+        sources = [number for number in SOURCE_INODES if number in self._files]
+        files = {number: bytes(changed.get(number, self._files[number])) for number in sources}
         found: dict[int, dict[str, int]] = {}
         todo = [STORE_INODE, ELSEWHERE_INODE]
         while todo:
@@ -240,7 +241,7 @@ def _torn(op: Op, kept: Sequence[int]) -> Iterator[Op]:
 
 def digest(state: State) -> bytes:
     """Equal for states that recovery cannot tell apart."""
-    parts: list[bytes | str] = [state.files[SOURCE_INODE], state.catalog or b""]
+    parts: list[bytes | str] = [*state.sources.values(), state.catalog or b""]
     todo = [("", STORE_INODE), ("elsewhere", ELSEWHERE_INODE)]
     while todo:
         path, number = todo.pop()

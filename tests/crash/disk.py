@@ -19,9 +19,12 @@ from typing import Any
 from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
 from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
 
-STORE, SOURCE, ELSEWHERE = "/store", "/disk.img", "/elsewhere"
-STORE_INODE, SOURCE_INODE, ELSEWHERE_INODE = 1, 2, 3
-_ROOTS = {STORE: STORE_INODE, SOURCE: SOURCE_INODE, ELSEWHERE: ELSEWHERE_INODE}
+STORE, SOURCE, ELSEWHERE, SECOND_SOURCE = "/store", "/disk.img", "/elsewhere", "/second.img"
+STORE_INODE, SOURCE_INODE, ELSEWHERE_INODE, SECOND_SOURCE_INODE = 1, 2, 3, 4
+SOURCE_INODES = (SOURCE_INODE, SECOND_SOURCE_INODE)
+_ROOTS = {
+    STORE: STORE_INODE, SOURCE: SOURCE_INODE, ELSEWHERE: ELSEWHERE_INODE, SECOND_SOURCE: SECOND_SOURCE_INODE,
+}  # fmt: skip
 PAGE = 4096
 UNLIMITED = 1 << 40
 # What these contain means nothing, and whether they are there neither.
@@ -35,6 +38,11 @@ class State:
     files: dict[int, bytes]
     directories: dict[int, dict[str, int]]
     catalog: bytes | None
+
+    @property
+    def sources(self) -> dict[int, bytes]:
+        """The content of the one source, or of both."""
+        return {number: self.files[number] for number in SOURCE_INODES if number in self.files}
 
 
 @dataclass
@@ -52,9 +60,9 @@ class Inode:
         self.pages.update(range(offset // PAGE, -(-(offset + length) // PAGE)))
 
 
-def empty_state(content: bytes) -> State:
-    """A source with that content, and no store yet."""
-    return State({SOURCE_INODE: content}, {STORE_INODE: {}, ELSEWHERE_INODE: {}}, None)
+def empty_state(*contents: bytes) -> State:
+    """One source, or two, with that content, and no store yet."""
+    return State(dict(zip(SOURCE_INODES, contents, strict=False)), {STORE_INODE: {}, ELSEWHERE_INODE: {}}, None)
 
 
 class Disk(Io):
@@ -82,7 +90,7 @@ class Disk(Io):
             inode.touch(0, len(inode.content))
             for name, number in inode.entries.items():
                 self._inodes[number].meaningless = name in _MEANINGLESS
-        self._next_inode = max(self._inodes) + 1
+        self._next_inode = max(*self._inodes, *SOURCE_INODES) + 1
         self._elsewhere = {ELSEWHERE_INODE, *self._inodes[ELSEWHERE_INODE].entries.values()}
         self._descriptors: dict[int, Inode] = {}
         self._next_descriptor = 1000
@@ -94,8 +102,13 @@ class Disk(Io):
         self.log.append(("mark", what))
 
     def content(self) -> bytes:
-        """The source as a running system sees it."""
-        return bytes(self._inodes[SOURCE_INODE].content)
+        """The sources as a running system sees them, one behind the other."""
+        return b"".join(self._inodes[number].content for number in self.start.sources)
+
+    @property
+    def sources(self) -> list[str]:
+        """Their paths."""
+        return [path for path, number in _ROOTS.items() if number in self.start.sources]
 
     @property
     def open_descriptors(self) -> int:
@@ -110,7 +123,7 @@ class Disk(Io):
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _ask(self, kind: str, inode: int) -> tuple[Call, Fault | None]:
-        call = Call(kind, *site_of_caller(), inode == SOURCE_INODE, inode in self._elsewhere)
+        call = Call(kind, *site_of_caller(), inode in SOURCE_INODES, inode in self._elsewhere)
         if self.calls is not None:
             self.calls[call] += 1
         fault = self.decide(call) if self.decide is not None else None
@@ -274,7 +287,7 @@ class Disk(Io):
         return len(written)
 
     def _take_space(self, inode: Inode, offset: int, length: int) -> None:
-        if inode.number == SOURCE_INODE:
+        if inode.number in SOURCE_INODES:
             return
         before = set() if self.capacity_bytes == UNLIMITED else set(inode.pages)
         inode.touch(offset, length)

@@ -177,7 +177,7 @@ async def _read_right(session: Session) -> None:
     assert set(present) == set(session.oracle.snapshots), f"there are {set(present)}"
     for name, versions in session.oracle.snapshots.items():
         try:
-            found = await present[name].images[0].read(0, SIZE)
+            found = await session.image(name).read(0, SIZE)
         except (CowError, OSError) as error:
             _has_a_sentence(error)
             continue

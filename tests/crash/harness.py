@@ -15,10 +15,11 @@ from cow import behind, contents, flatten, journal, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
-from tests.crash.workloads import OPERATIONS, SIZE, Session, Workload, long_workloads, prepare, short_workloads
+from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, long_workloads, prepare, short_workloads
 
 LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
+SPLIT = 3 * CHUNK  # where the second disk of two begins
 CONTENT = bytes(0x80 | (place // 512 + 1) for place in range(SIZE))
 
 T = TypeVar("T")
@@ -101,7 +102,8 @@ async def opened(disk: Disk, oracle: Oracle) -> AsyncIterator[Session]:
 
 async def read_all(session: Session) -> dict[str, bytes]:
     """Every snapshot's content."""
-    return {snapshot.name.decode(): await snapshot.images[0].read(0, SIZE) for snapshot in session.store.snapshots}
+    names = [snapshot.name.decode() for snapshot in session.store.snapshots]
+    return {name: await session.image(name).read(0, SIZE) for name in names}
 
 
 async def examine(state: State, oracle: Oracle) -> Disk:
@@ -203,9 +205,13 @@ async def _examine(workload: Workload, found: Found, before: str) -> Disk:
 async def check_workloads(
     workloads: Iterable[Workload], random_: random.Random, tally: Tally, *, share: float = 1.0, doubles: float = 0.0
 ) -> None:
-    """Check many workloads, every other one as if all were in memory, and the making of a store with the first."""
+    """Check many workloads, and the making of a store with the first.
+
+    Every other one is done as if all were in memory, and every third on two disks, which are a consistency group.
+    """
     for number, workload in enumerate(workloads):
-        disk = Disk(empty_state(CONTENT), in_memory=number % 2 == 1)
+        contents = (CONTENT[:SPLIT], CONTENT[SPLIT:]) if number % 3 == 2 else (CONTENT,)
+        disk = Disk(empty_state(*contents), in_memory=number % 2 == 1)
         await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0, disk=disk)
 
 

@@ -7,9 +7,9 @@ from multiprocessing import get_context
 
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE_INODE, Disk, empty_state
-from tests.crash.harness import CONTENT, Tally, check_workload, record, run, sweep
+from tests.crash.harness import CONTENT, SPLIT, Tally, check_workload, record, run, sweep
 
-SHARE, DOUBLES = 0.036, 0.03
+SHARE, DOUBLES = 0.027, 0.035
 
 
 def test_i1_i2_i3_i4_i5_power_cuts_everywhere() -> None:
@@ -22,6 +22,18 @@ def test_i1_i2_i3_i4_i5_power_cuts_everywhere() -> None:
     print(f"{states} crash states checked, {in_recovery} of them after a second cut, in the recovery")
     assert states >= 20_000
     assert in_recovery >= 1_000
+
+
+def test_i1_i9_power_cuts_where_two_disks_are_overwritten_at_once() -> None:
+    """What is preserved for both together, at each place of a journal file: none may go with a file that is dropped."""
+    tally = Tally()
+    disk = Disk(empty_state(CONTENT[:SPLIT], CONTENT[SPLIT:]))
+    workload = (
+        "restart without write-behind",
+        *("create", "write a live chunk", "write live chunks everywhere at once") * 3,
+    )
+    run(lambda: check_workload(workload, random.Random(1), tally, share=0.2, disk=disk))
+    assert tally.states > 1_000
 
 
 def test_i5_power_cuts_while_a_store_is_made() -> None:

@@ -4,6 +4,7 @@ After ACE (the bounded black-box method of CrashMonkey): all sequences of up to 
 longer ones, from a small store that is in use, each ended by a persistence point.
 """
 
+import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -15,12 +16,10 @@ import trio
 
 from cow import Source, flatten, open_store
 from cow.errors import CowError
-from cow.image import Image
-from cow.origin import Origin
 from cow.store import Store
-from tests.crash.disk import ELSEWHERE, SOURCE, STORE, Disk
+from tests.crash.disk import ELSEWHERE, STORE, Disk
+from tests.crash.joined import Joined
 from tests.crash.oracle import Oracle, Versions
-from tests.support.served import write_served
 
 CHUNK = 4096
 SIZE = 6 * CHUNK + 1536  # the last chunk is a partial one
@@ -50,7 +49,7 @@ class Session:
         opened = await self._stack.enter_async_context(
             open_store(
                 STORE,
-                [Source(b"disk.img", SOURCE)],
+                [Source(os.path.basename(path).encode(), path) for path in self.disk.sources],
                 elsewhere=self._elsewhere,
                 io=self.disk,
                 on_trouble=self.troubles.append,
@@ -91,20 +90,20 @@ class Session:
         """From here on a cut leaves a stop that is not clean."""
         self._mark(replace(self.oracle, may_be_clean=False))
 
-    def image(self, name: str) -> Image:
+    def image(self, name: str) -> Joined:
         found = self.store.find(name.encode())
         assert found is not None, f"snapshot {name} is gone"
-        return found.images[0]
+        return Joined(found.images)
 
     @property
-    def origin(self) -> Origin:
-        return self.store.origins[0]
+    def origin(self) -> Joined:
+        return Joined(list(self.store.origins))
 
     async def write_live(self, offset: int, length: int) -> None:
         data = self.fresh(min(length, SIZE - offset))
         self._mark(replace(self.oracle, live=self.oracle.live.write(offset, data)))
         try:
-            await write_served(self.origin, offset, data)
+            await self.origin.write_served(offset, data)
         except (CowError, OSError):
             self._mark(replace(self.oracle, live=replace(self.oracle.live, loose=True)))
             raise
@@ -113,7 +112,7 @@ class Session:
         data = self.fresh(min(length, SIZE - offset))
         self._mark(self.oracle.wrote(name, self.oracle.snapshots[name].write(offset, data)))
         try:
-            await write_served(self.image(name), offset, data)
+            await self.image(name).write_served(offset, data)
         except (CowError, OSError):
             self._mark(self.oracle.wrote(name, replace(self.oracle.snapshots[name], loose=True)))
             raise
@@ -217,6 +216,14 @@ class Session:
             for delay in range(0, 60, 6):
                 nursery.start_soon(write, delay)
 
+    async def write_everywhere_at_once(self) -> None:
+        """Each chunk by a write of its own, so that those of both disks are preserved together."""
+        data = self.fresh(6 * CHUNK)
+        self._mark(replace(self.oracle, live=self.oracle.live.write(0, data)))
+        async with trio.open_nursery() as nursery:
+            for start in range(0, len(data), CHUNK):
+                nursery.start_soon(self.origin.write, start, data[start : start + CHUNK])
+
     async def write_again_and_again(self) -> None:
         """Overwrite chunks at many moments of their being preserved; the last write must win."""
         for turns in range(8):
@@ -250,7 +257,8 @@ class Session:
 
     async def _merged(self) -> None:
         for _ in range(10_000):
-            if all(len(group.layers) <= flatten.MOST_LAYERS for group in self.origin.groups[:-1]):
+            groups = [group for origin in self.store.origins for group in origin.groups[:-1]]
+            if all(len(group.layers) <= flatten.MOST_LAYERS for group in groups):
                 return
             await trio.lowlevel.checkpoint()
         raise AssertionError("the layers are not merged")
@@ -315,6 +323,7 @@ OPERATIONS: dict[str, Action] = {
     "idle": lambda session: _turns(300),  # so that the housekeeping comes to its end
     "restart": lambda session: session.restart(),
     "write the same live chunks at once": lambda session: session.write_the_same_at_once(),
+    "write live chunks everywhere at once": lambda session: session.write_everywhere_at_once(),
     "write the same live chunks again and again": lambda session: session.write_again_and_again(),
     "write live during a create": lambda session: session.write_during_create(),
     "write live during a sync of the newest": _on(

@@ -14,9 +14,10 @@ import pytest
 
 from cow import Source
 from cow.errors import RefusedError
-from hcpfs import __version__, stores
+from hcpfs import __version__, beneath, stores
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.quiesce import WRITE_BACK_SECONDS
+from hcpfs.text import path_in
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
 
 MOUNT_PATH = Path("/usr/local/sbin/hcpfs")  # mount(8) gives its helpers a PATH of its own, of which this is the first
@@ -146,6 +147,73 @@ def test_umount_returns_when_the_device_is_released(sandbox: Sandbox) -> None:
     with disk.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert not alive(served.pid)
+
+
+def test_the_mount_point_may_be_named_by_a_symbolic_link(sandbox: Sandbox) -> None:
+    """The kernel tells of its real path, by which what is mounted on the images is found, and who is to be freed."""
+    (sandbox.path / "mnt").mkdir()
+    link = sandbox.path / "link"
+    link.symlink_to("mnt")
+    served = sandbox.mount(sandbox.disk(), mountpoint=link)
+    assert served.status["mountpoint"] == str(sandbox.path / "mnt")
+    device = sandbox.loop(served.live)
+    sandbox.format(device, "ext4")
+    target = sandbox.mount_device(device)
+    (link / "snaps" / "a").mkdir()
+    assert "quiesced yes" in (link / "snaps" / "a" / "info").read_text()
+    assert json.loads(run(*HCPFS, "ls", link, "--json").stdout)[0]["name"] == "a"
+    assert run(*HCPFS, "verify", link).stdout == "all is well\n"
+    served.die()
+    run(*HCPFS, "recover", link)
+    sandbox.unmount(target)
+    sandbox.unloop(device)
+    wait_until(lambda: run(*HCPFS, "umount", link, check=False).returncode == 0, what="the umount")
+    assert not os.path.ismount(sandbox.path / "mnt")
+
+
+def test_the_real_path_of_a_mount_point(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "up").symlink_to("../a")
+    (tmp_path / "chain").symlink_to("a/up/b")
+    (tmp_path / "round").symlink_to("round")
+    real = os.path.realpath(tmp_path)
+    paths = {"chain": "a/b", "chain/": "a/b", "a/up": "a", "a/up/..": ".", "missing": "missing", "a/./b/../b": "a/b"}
+    for path, wanted in paths.items():
+        assert beneath.real_path(f"{tmp_path}/{path}") == os.path.normpath(os.path.join(real, wanted)), path
+    assert beneath.real_path(f"{tmp_path}/round") == os.path.join(real, "round")
+    assert beneath.real_path("/") == "/"
+
+
+def test_umount_of_a_store_whose_path_is_not_utf_8_or_has_a_line_break(sandbox: Sandbox) -> None:
+    store = sandbox.path / os.fsdecode(b"sto\xff\nre\\n")
+    served = sandbox.mount(sandbox.disk(), store=store)
+    assert path_in(served.status["store"]) == str(store)
+    served.umount()
+
+
+@pytest.mark.parametrize("command", [["ls"], ["ls", "--json"], ["verify"]])
+def test_an_answer_that_cannot_be_written_is_told_in_a_sentence(sandbox: Sandbox, command: list[str]) -> None:
+    served = sandbox.mount(sandbox.disk())
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*HCPFS, *command, served.path], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "hcpfs: standard output cannot be used: No space left on device"
+
+
+def test_a_mistyped_command_is_not_taken_for_a_mount(sandbox: Sandbox) -> None:
+    done = run(*HCPFS, "unmount", sandbox.path, check=False)
+    assert done.returncode == 2
+    assert "No such command 'unmount'" in done.stderr
+
+
+def test_a_directory_that_is_no_store_gets_no_advice_on_its_rights(sandbox: Sandbox) -> None:
+    sandbox.path.chmod(0o777)
+    done = run(*HCPFS, "verify", sandbox.path, check=False)
+    assert done.returncode == 1
+    assert "is not a store of hcpfs" in done.stderr
+    assert "chmod" not in done.stderr
 
 
 def test_umount_says_what_keeps_it(sandbox: Sandbox) -> None:

@@ -86,6 +86,23 @@ def test_i2_rsync_transfers_nothing_the_second_time(sandbox: Sandbox, served: Se
     assert "Number of regular files transferred: 0" in third
 
 
+def test_rsync_puts_the_disk_back_to_a_snapshot_by_writing_what_differs(sandbox: Sandbox) -> None:
+    """As the README has it: not all of the disk, which the other snapshots would have to keep."""
+    before = random.Random(4).randbytes(8 << 20)
+    disk = sandbox.disk(content=before)
+    served = sandbox.mount(disk)
+    (served.snaps / "monday").mkdir()
+    with served.live.open("r+b") as live:
+        live.seek(1 << 20)
+        live.write(bytes(64 << 10))
+    (served.snaps / "later").mkdir()
+    run("rsync", "-I", "--inplace", "--no-whole-file", "--fsync", served.image("monday"), served.live)
+    assert served.live.read_bytes() == before
+    assert 0 < int(served.info("later")["preserved_bytes"]) <= 128 << 10
+    served.umount()
+    assert disk.read_bytes() == before
+
+
 def test_rsync_sees_a_write_to_the_image(sandbox: Sandbox, served: Served, moment: bytes) -> None:
     target = sandbox.path / "backup"
     run("rsync", "-a", served.image("s"), f"{target}/")
