@@ -227,9 +227,10 @@ class Session:
     async def write_again_and_again(self) -> None:
         """Overwrite chunks at many moments of their being preserved; the last write must win."""
         for turns in range(8):
-            await self.write_live(2 * CHUNK, 3 * CHUNK)
-            await _turns(turns)
-            await self.write_live(3 * CHUNK, CHUNK)
+            for length in (CHUNK, 2 * CHUNK):
+                await self.write_live(2 * CHUNK, 3 * CHUNK)
+                await _turns(turns)
+                await self.write_live(3 * CHUNK, length)
 
     async def delete_and_flatten(self) -> None:
         """Delete a snapshot whose layer goes to an older one, and wait until that has been merged into its own."""
