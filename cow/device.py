@@ -446,7 +446,7 @@ class OriginDevice(File):
 
     def __init__(self, io: Io, fd: int, label: str, geometry: Geometry) -> None:
         super().__init__(io, fd, label)
-        self._size_bytes, self.logical_block_bytes, _ = geometry
+        self._size_bytes, self.logical_block_bytes, self.is_block = geometry
 
     @property
     def size_bytes(self) -> int:

@@ -18,6 +18,7 @@ from pyroaring import BitMap64
 
 from cow.behind import Behind, Untaken
 from cow.chain import Share, gather, holder_of, resolve
+from cow.clock import after
 from cow.commits import Commits
 from cow.contents import Contents, Row, contents_of, overlaid
 from cow.errors import (
@@ -70,8 +71,10 @@ class Image:
         self.size_bytes = origin.size_bytes
         self.delta = delta  #: written by this image alone # I9
         self.opened = 0  #: how many times the image is open
+        self.is_doubted = False  #: whether its device was changed by others, so that what it shows may have changed
         self._snapshot = snapshot
         self._created_ns = created_ns
+        self._doubted_ns = 0  #: when what it shows may have changed by others, at the latest
         self._commits = commits
         self._space = space
         self._on_damage = on_damage
@@ -94,8 +97,14 @@ class Image:
 
     @property
     def modified_ns(self) -> int:
-        """When the contents last changed: the snapshot's time, or the last write to this image."""
-        return max(self._created_ns, self.delta.written_ns)
+        """When the contents last changed: the snapshot's time, or the last write to this image.
+
+        With the device in doubt also the time from which it shows what it does now. It keeps that until it is opened
+        again, as what is overwritten is preserved. # I2
+        """
+        if self.is_doubted and not self._doubted_ns:
+            self._doubted_ns = self.origin.modified_ns
+        return max(self._created_ns, self.delta.written_ns, self._doubted_ns)
 
     @property
     def written_bytes(self) -> int:
@@ -293,7 +302,7 @@ class Image:
         if not self._space.is_roomy(length // CHUNK_BYTES):
             return None
         self._behind.put(offset, data, memory)
-        self.delta.written_ns = time.time_ns()
+        self.delta.written_ns = after(self.modified_ns)
         return length
 
     async def write(self, offset: int, data: bytes) -> int:
@@ -326,7 +335,7 @@ class Image:
         else:
             await self._behind.drain()
             await self._write_into_delta(contents_of(offset, data), self._space.room_for_write)
-        self.delta.written_ns = time.time_ns()
+        self.delta.written_ns = after(self.modified_ns)
         return len(data)
 
     async def _check_parts(self, offset: int, length: int) -> None:
@@ -455,7 +464,7 @@ class Image:
         if not overwritten:
             return False
         self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
-        record = Record(Kind.INTENT, self.delta.id, time.time_ns(), list(runs_of(overwritten)))
+        record = Record(Kind.INTENT, self.delta.id, after(self.modified_ns), list(runs_of(overwritten)))
         try:
             await self._commits.commit([record], lambda: None)
         except BaseException:

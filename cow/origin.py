@@ -7,7 +7,6 @@ first layer from its own group onwards that has it. So one copy serves all snaps
 Reads and writes are async and take any offset and length; what blocks is done in a thread.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from pyroaring import BitMap64
 
 from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
+from cow.clock import after
 from cow.contents import Contents, overlaid
 from cow.device import OriginDevice
 from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
@@ -56,7 +56,7 @@ class Origin:
         self.device = device
         self.size_bytes = device.size_bytes
         self.chunks = chunks_of(device.size_bytes)
-        self.modified_ns = row.modified_ns
+        self.modified_ns = row.modified_ns  #: when the contents last changed, or may have
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
         self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
         self.layout = 0  #: grows when the groups change
@@ -126,7 +126,7 @@ class Origin:
             may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
             if not may_write or not self.device.pwrite_nowait(data, offset):
                 return None
-        self.modified_ns = time.time_ns()
+        self.modified_ns = after(self.modified_ns)
         return length
 
     async def write(self, offset: int, data: bytes) -> int:
@@ -162,7 +162,7 @@ class Origin:
                 await self._preserver.preserve(self, chunks_in([run]))
                 if not self.device.pwrite_nowait(data, offset):
                     await trio.to_thread.run_sync(self.device.pwrite, data, offset)
-            self.modified_ns = time.time_ns()
+            self.modified_ns = after(self.modified_ns)
         finally:
             self._gate.leave()
         return len(data)
@@ -192,6 +192,12 @@ class Origin:
         """Make all writes that were acknowledged durable. # I3"""
         await self._behind.flush()
         await offload(self.device.sync, here=self.device.is_in_memory)
+
+    async def allocated_bytes(self) -> int:
+        """What the device takes where it is: less than its size for a sparse file."""
+        if self.device.is_block:
+            return self.size_bytes
+        return await offload(lambda: self.device.allocated_bytes, here=self.device.is_in_memory)
 
     @property
     def is_in_memory(self) -> bool:

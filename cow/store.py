@@ -24,6 +24,7 @@ from functools import partial
 import trio
 
 from cow.catalog import DOUBTED_FROM, Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
+from cow.clock import after
 from cow.commits import Commits
 from cow.damage import Damage
 from cow.device import Directory, OriginDevice
@@ -248,6 +249,8 @@ class Store:
             )
             for origin in self.origins
         ]
+        for image in images:
+            image.is_doubted = row.doubted_from is not None
         if self._tasks is not None:
             for image in images:
                 self._tasks.start_soon(image.run)
@@ -461,10 +464,12 @@ class Store:
         added = {row.origin: self._layers[row.id] for row in rows}
         for origin in self.origins:
             origin.add_layer(origin.groups[-1].snapshot, added[origin.id])
+            origin.modified_ns = after(origin.modified_ns)
         for snapshot in trusted:
             snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
             snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))
             for image in snapshot.images:
+                image.is_doubted = True
                 image.doubted_from = None if self._read_suspect else snapshot.row.doubted_from
 
     def close_files(self) -> None:

@@ -29,17 +29,21 @@ import trio
 
 from cow.geometry import covering_bytes
 from cow.memory import Memory
+from hcpfs.handles import Handle
 from hcpfs.protocol import (
     ANSWER,
     DATA_AT,
+    FORGET_CACHED,
+    FORGET_CACHED_CODE,
+    FROM_CACHE,
     MOST_DATA_BYTES,
     MOST_REQUEST_BYTES,
     REQUEST,
     WRITTEN,
     Opcode,
-    limit_writes,
+    change_init,
 )
-from hcpfs.tree import Handle
+from hcpfs.truncating import Truncating
 
 MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
 MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take two visits each
@@ -48,6 +52,7 @@ CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: i
 DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
 LONG_BYTES = 256 << 10  # of a write: from here on the memory that it came in may be kept, where it would be copied
 MOST_SPARE = 18  # of such memory, for the next ones: what one image may keep
+MOST_FORGETTING = 4  # threads in which the kernel drops what it has cached
 MOST_TASKS = 99  # that work on requests: pyfuse3's own number
 
 _UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
@@ -87,6 +92,7 @@ class FastPath:
         self._init = 0  #: the unique number of the request INIT
         self._passed: set[int] = set()  #: the unique numbers of the requests that libfuse has
         self._idle = trio.lowlevel.ParkingLot()
+        self._forgetting = trio.CapacityLimiter(MOST_FORGETTING)
         self._tasks = 0
         self._working = 0  #: tasks whose requests wait for something
         self._turn = 0  #: grows when the turn is given away
@@ -114,6 +120,15 @@ class FastPath:
         trio.lowlevel.notify_closing(self._kernel)
         trio.lowlevel.notify_closing(self._libfuse)
         self._idle.unpark_all()
+
+    async def forget_cached(self, inode: int, offset: int, length: int) -> None:
+        """Have the kernel drop what it has cached of an extent of a file; the next read comes here.
+
+        It waits for reads and writes of those pages, which need us: so in a thread, and none that they might need.
+        """
+        message = FORGET_CACHED.pack(FORGET_CACHED.size, FORGET_CACHED_CODE, 0, inode, offset, length)
+        with suppress(FileNotFoundError):  # it has nothing of that file
+            await trio.to_thread.run_sync(os.write, self._kernel, message, limiter=self._forgetting)
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +178,12 @@ class FastPath:
         kernel, request = self._kernel, self._request
         into: list[bytearray | memoryview] = [request, self._free_memory()]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
-        answered_here = {Opcode.READ: self._read, Opcode.WRITE: self._write, Opcode.FSYNC: self._sync}.get
+        answered_here = {
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.FSYNC: self._sync,
+            Opcode.FLUSH: self._flush,
+        }.get
         impatient = looked = 0.0
         while True:
             now = monotonic()
@@ -192,10 +212,10 @@ class FastPath:
             if not length:
                 return self._end_of_session()
             impatient = 0.0
-            length, opcode, unique, number, offset, size = unpack(request)
+            length, opcode, unique, number, offset, size, flags = unpack(request)
             answer = answered_here(opcode)
             if answer is not None:
-                waits = answer(unique, number, offset, size)
+                waits = answer(unique, number, offset, size, flags)
                 if waits is not None:
                     return _telling(waits, self._give_turn)
                 if size >= LONG_BYTES:
@@ -241,7 +261,7 @@ class FastPath:
 
     # -- requests: each is answered at once, or by what is returned ------------------------------------------------
 
-    def _read(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+    def _read(self, unique: int, number: int, offset: int, size: int, _flags: int) -> Waits | None:
         try:
             content = self._handles[number].read_nowait(offset, size, self._content)
         except Exception as error:
@@ -259,35 +279,52 @@ class FastPath:
             return self._fail("read", unique, error)
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
 
-    def _write(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+    def _write(self, unique: int, number: int, offset: int, size: int, flags: int) -> Waits | None:
         data, memory = self._memory.view[:size], self._memory if size >= LONG_BYTES else None
         try:
-            written = self._handles[number].write_nowait(offset, data, memory)
+            handle = self._handles[number]
+            if flags & FROM_CACHE and isinstance(handle, Truncating):
+                handle = handle.image  # perhaps not written through this open file
+            written = handle.write_nowait(offset, data, memory)
         except Exception as error:
             self._fail("write", unique, error)
             return None
         if written is None:
             if memory is None:
-                return self._write_waiting(unique, number, offset, bytes(data), None)
-            return self._write_long(unique, number, offset, data, memory)
+                return self._write_waiting(unique, handle, offset, bytes(data), None)
+            return self._write_long(unique, handle, offset, data, memory)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
         return None
 
-    async def _write_long(self, unique: int, number: int, offset: int, data: memoryview, memory: Memory) -> None:
+    async def _write_long(self, unique: int, handle: Handle, offset: int, data: memoryview, memory: Memory) -> None:
         memory.keep()
-        await self._write_waiting(unique, number, offset, data, memory)
+        await self._write_waiting(unique, handle, offset, data, memory)
         memory.release()
 
     async def _write_waiting(
-        self, unique: int, number: int, offset: int, data: bytes | memoryview, memory: Memory | None
+        self, unique: int, handle: Handle, offset: int, data: bytes | memoryview, memory: Memory | None
     ) -> None:
         try:
-            written = await self._handles[number].write_waiting(offset, data, memory)
+            written = await handle.write_waiting(offset, data, memory)
         except Exception as error:
             return self._fail("write", unique, error)
         self._send((WRITTEN.pack(WRITTEN.size, 0, unique, written, 0),))
 
-    async def _sync(self, unique: int, number: int, _offset: int, _size: int) -> None:
+    def _flush(self, unique: int, number: int, _offset: int, _size: int, _flags: int) -> Waits | None:
+        handle = self._handles.get(number)
+        if isinstance(handle, Truncating):
+            return self._flush_waiting(unique, handle)
+        self._send((ANSWER.pack(ANSWER.size, 0, unique),))
+        return None
+
+    async def _flush_waiting(self, unique: int, handle: Truncating) -> None:
+        try:
+            await handle.flush()
+        except Exception as error:
+            return self._fail("close", unique, error)
+        self._send((ANSWER.pack(ANSWER.size, 0, unique),))
+
+    async def _sync(self, unique: int, number: int, _offset: int, _size: int, _flags: int) -> None:
         try:
             await self._handles[number].sync()
         except Exception as error:
@@ -338,7 +375,7 @@ class FastPath:
             unique = ANSWER.unpack_from(answer)[2]
             self._passed.discard(unique)
             if unique == self._init:
-                limit_writes(answer)
+                change_init(answer)
             self._send((answer,))
 
 

@@ -19,6 +19,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -35,10 +36,14 @@ from pyfuse3 import (
 
 from cow.errors import CowError, NotFoundError
 from cow.geometry import covering_bytes
-from hcpfs.tree import Access, Attributes, NotPermittedError, Tree
+from hcpfs.handles import NotPermittedError
+from hcpfs.tree import Access, Attributes, Tree
 
 ENTRY_SECONDS = 300.0  # names change through this mount only
-ATTRIBUTE_SECONDS = 1.0  # st_blocks of a snapshot grows as the origin is overwritten
+_RENAME_FLAGS = pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE
+# Of files in statfs(2): more than there can be, so that nobody finds too few left, and in 32 bits, as programs of 32
+# bits fail at more.
+_MOST_FILES = 1 << 31
 
 log = logging.getLogger("hcpfs")
 
@@ -59,6 +64,12 @@ def _answered(
             raise self.answer(handler.__name__, error) from error
 
     return cast(Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]], answer)
+
+
+class UnknownFlagsError(CowError):
+    """A call was made with flags that mean nothing here."""
+
+    errno = errno.EINVAL
 
 
 class Operations(pyfuse3.Operations):
@@ -102,28 +113,39 @@ class Operations(pyfuse3.Operations):
         entry.st_blocks = found.blocks
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.modified_ns
         entry.entry_timeout = ENTRY_SECONDS
-        entry.attr_timeout = ATTRIBUTE_SECONDS
+        entry.attr_timeout = found.valid_seconds
         return entry
 
     @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(await self.tree.attributes(self.tree.lookup(parent_inode, name)))
+        return self._attributes(await self.tree.attributes(self.tree.lookup(parent_inode, name), ctx.pid))
 
     async def forget(self, inode_list: object) -> None:
         """Nothing is remembered for the kernel."""
 
     @_answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(await self.tree.attributes(inode))
+        return self._attributes(await self.tree.attributes(inode, ctx.pid))
 
     @_answered
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
+        found = await self.tree.attributes(inode, ctx.pid)
+        differs = (
+            (fields.update_mode and stat.S_IMODE(attr.st_mode) != stat.S_IMODE(found.mode))
+            or (fields.update_uid and attr.st_uid != self._access.uid)
+            or (fields.update_gid and attr.st_gid != self._access.gid)
+            or (fields.update_mtime and attr.st_mtime_ns != found.modified_ns)
+            or (fields.update_atime and attr.st_atime_ns != found.modified_ns)
+        )
+        if differs:
+            raise NotPermittedError(
+                "owner, mode and times are hcpfs's own, and can only be set to what they are: leave them out (cp "
+                "without -p, rsync without -pogt), or mount with the options uid, gid and mode"
+            )
         if fields.update_size:
-            await self.tree.set_size(inode, attr.st_size)
-        if fields.update_mode or fields.update_uid or fields.update_gid or fields.update_mtime:
-            raise NotPermittedError("owner, mode and times are hcpfs's own; mount with the options uid, gid and mode")
+            await self.tree.set_size(inode, attr.st_size, fh, ctx.pid)
         return self._attributes(await self.tree.attributes(inode))
 
     @_answered
@@ -144,6 +166,10 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
+        if flags & ~_RENAME_FLAGS:  # RENAME_WHITEOUT, and what may come
+            raise UnknownFlagsError(
+                "a snapshot is renamed without leaving anything behind: there are no whiteouts here"
+            )
         exchange = bool(flags & pyfuse3.RENAME_EXCHANGE)
         await self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, exchange=exchange)
 
@@ -171,7 +197,7 @@ class Operations(pyfuse3.Operations):
 
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        opening = self.tree.open(inode, flags)
+        opening = self.tree.open(inode, flags, ctx.pid)
         # Images change only through this mount, so the kernel may keep what it has cached of them. On a file opened
         # with O_DIRECT it would make EIO of the short write over an image's end, unless FUSE's own direct I/O is used.
         direct_io = opening.is_text or bool(flags & os.O_DIRECT)
@@ -232,6 +258,7 @@ class Operations(pyfuse3.Operations):
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = space.total_bytes // 4096
         data.f_bfree = data.f_bavail = space.available_bytes // 4096
-        data.f_files = data.f_ffree = data.f_favail = 1 << 32
+        data.f_files = _MOST_FILES
+        data.f_ffree = data.f_favail = _MOST_FILES - self.tree.count_files()
         data.f_namemax = 255
         return data

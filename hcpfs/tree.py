@@ -7,45 +7,42 @@ follow from its id. So nothing has to be remembered for the kernel, and `forget`
 """
 
 import errno
-import json
 import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import NamedTuple
 
 import trio
 
+from cow.clock import after
 from cow.errors import CowError, NotFoundError, SnapshotBusyError
 from cow.image import Image
-from cow.memory import Memory
 from cow.opening import Opened
 from cow.origin import Origin
-from cow.scrub import Finding, OpenScrub
+from cow.scrub import OpenScrub
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
+from hcpfs.handles import READ_ONLY_TEXT, Handle, NotPermittedError, ReadOnly, Scrub, Text
+from hcpfs.openfiles import OpenFiles, TextTimes
 from hcpfs.text import LastError, info, lost, status
+from hcpfs.truncating import Truncating
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
 _SCRUBS = {b".verify": 5, b".repair": 6}  # not listed, so that nobody who reads the whole tree starts one
-_SCRUB_LINE_SECONDS = 0.3
 _FIRST_LIVE_IMAGE = 16
 _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
 _INFO, _LOST = 1, 2
 _FIRST_IMAGE = 16
 _TEXTS = {_INFO: info, _LOST: lost}
 _RELEASE_GRACE_SECONDS = 0.5
-_READ_ONLY_TEXT = "status, info and lost can only be read"
+_LEAST_BYTES = 4096  # that an image takes: a file with contents and no blocks is a single hole to tar and others
+_IMAGE_SECONDS = 1.0  # st_blocks of a snapshot grows as the origin is overwritten
 
 log = logging.getLogger("hcpfs")
-
-
-class NotPermittedError(CowError):
-    """The tree has a fixed shape: only mkdir, rmdir and rename in snaps/, and writes to images."""
-
-    errno = errno.EPERM
 
 
 class DirectoryAsFileError(CowError):
@@ -70,7 +67,7 @@ class Access(NamedTuple):
 
 @dataclass(frozen=True)
 class Attributes:
-    """What stat(2) shows. `blocks` are 512 bytes each."""
+    """What stat(2) shows. `blocks` are 512 bytes each; for `valid_seconds` the kernel may say so without asking."""
 
     inode: int
     mode: int
@@ -78,6 +75,7 @@ class Attributes:
     size: int
     blocks: int
     modified_ns: int
+    valid_seconds: float = _IMAGE_SECONDS
 
 
 class Entry(NamedTuple):
@@ -88,97 +86,16 @@ class Entry(NamedTuple):
     cookie: int
 
 
-class Handle(Protocol):
-    """An open file."""
-
-    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
-        """Read, where that needs no waiting, else None; short only at the end.
-
-        What is returned may be a view of `into`, which is best as long as the engine's `covering_bytes(length)`.
-        """
-
-    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """Read what could not be had without waiting."""
-
-    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        """Write, where that needs no waiting, else None; short only at the end.
-
-        `data` may be a view of `memory`, which may be kept for longer; other views are not.
-        """
-
-    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """Write what could not be written without waiting. A view's memory stays as it is until the return."""
-
-    async def sync(self) -> None:
-        """Make writes durable."""
-
-
-class _ReadOnly:
-    """An open file that is no image."""
-
-    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
-        return None
-
-    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        return None
-
-    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        raise NotPermittedError(_READ_ONLY_TEXT)
-
-    async def sync(self) -> None:
-        return
-
-
-class _Text(_ReadOnly):
-    """An open `status` or `info`: the text as it was at the open."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    async def read_waiting(self, offset: int, length: int) -> bytes:
-        return self._content[offset : offset + length]
-
-
-class _Scrub(_ReadOnly):
-    """An open `.verify` or `.repair`: reading it does the work, and gives a line of JSON for each finding and so often.
-
-    `{"done": bytes, "total": bytes}`, `{"finding": sentence, "repaired": bool}`, and at last `{"end": true}`.
-    """
-
-    def __init__(self, scrub: OpenScrub) -> None:
-        self._scrub = scrub
-        self._text = b""
-        self._ended = False
-
-    async def read_waiting(self, offset: int, length: int) -> bytes:
-        if offset == len(self._text) and not self._ended:
-            self._text += await self._more()
-        return self._text[offset : offset + length]
-
-    async def _more(self) -> bytes:
-        lines: list[dict[str, object]] = []
-        deadline = time.monotonic() + _SCRUB_LINE_SECONDS
-        while time.monotonic() < deadline:
-            found = await self._scrub.step()
-            if found is None:
-                self._ended = True
-                lines.append({"end": True})
-                break
-            for one in found:
-                if isinstance(one, Finding):
-                    lines.append({"finding": one.sentence, "repaired": one.repaired})
-                elif not lines or "done" not in lines[-1]:
-                    lines.append({"done": one.done_bytes, "total": one.total_bytes})
-                else:
-                    lines[-1] = {"done": one.done_bytes, "total": one.total_bytes}
-        return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
 class Opening(NamedTuple):
     """The answer to an open: the handle's number, and whether it is text, whose size is not known beforehand."""
 
     number: int
     is_text: bool
+
+
+def _blocks(allocated_bytes: int) -> int:
+    """What st_blocks says of that: 512 bytes each, in whole pages."""
+    return -(-allocated_bytes // 4096) * 8
 
 
 class Tree:
@@ -190,10 +107,14 @@ class Tree:
         self._mountpoint = mountpoint
         self._quiesce = quiesce
         self._access = access
-        self.handles: dict[int, Handle] = {}  #: the open files by number
-        self._next_handle = 1
+        self._open = OpenFiles()
+        self.handles = self._open.handles  #: the open files by number
+        #: (inode, offset, length): the kernel drops what it has cached of that. Without it there is no O_TRUNC
+        self.forget_cached: Callable[[int, int, int], Awaitable[None]] | None = None
+        self._text_times = TextTimes()
         self._last_error: LastError | None = None
-        self._changed_ns = time.time_ns()  #: when the list of snapshots last changed
+        self._started_ns = time.time_ns()
+        self._changed_ns = self._started_ns  #: when the list of snapshots last changed
         self._released = trio.Event()  #: fires when an image is closed
 
     # -- names and attributes ------------------------------------------------------------------------------------
@@ -226,6 +147,11 @@ class Tree:
         for place, (name, number) in enumerate(named):
             yield Entry(name, number, 3 + place)
 
+    def count_files(self) -> int:
+        """How many files and directories there are."""
+        images = len(self.store.origins)
+        return 4 + images + len(self.store.snapshots) * (1 + images + len(_TEXTS))
+
     def lookup(self, parent: int, name: bytes) -> int:
         """The inode of a name. Raises NotFoundError."""
         if parent == SNAPS and name not in (b".", b".."):
@@ -240,19 +166,18 @@ class Tree:
                     return entry.inode
         raise NotFoundError("no such file or directory")
 
-    async def attributes(self, inode: int) -> Attributes:
-        """What stat(2) shows for the inode. Raises NotFoundError when it is gone."""
+    async def attributes(self, inode: int, process: int = 0) -> Attributes:
+        """What stat(2) shows for the inode to a process. Raises NotFoundError when it is gone."""
         if inode in (ROOT, LIVE, SNAPS):
             links = {ROOT: 4, LIVE: 2, SNAPS: 2 + len(self.store.snapshots)}[inode]
             return self._directory(inode, links, self._changed_ns)
         if inode == STATUS:
-            return self._text(inode, self._status(), time.time_ns())
+            return self._text_attributes(inode, process)
         if inode in _SCRUBS.values():
             return Attributes(inode, stat.S_IFREG | 0o400, 1, 0, 0, time.time_ns())
         if not inode >> _SNAPSHOT_SHIFT:
             origin = self._origin(inode)
-            blocks = -(-origin.size_bytes // 512)
-            return self._image(inode, origin.size_bytes, blocks, origin.modified_ns)
+            return self._image_attributes(inode, origin, origin.name, await origin.allocated_bytes(), process)
         snapshot = self._snapshot(inode)
         if snapshot is None:
             raise NotFoundError("the snapshot was removed")
@@ -260,21 +185,42 @@ class Tree:
         if place == 0:
             return self._directory(inode, 2, snapshot.row.created_ns)
         if place in _TEXTS:
-            return self._text(inode, _TEXTS[place](snapshot), max(image.modified_ns for image in snapshot.images))
+            return self._text_attributes(inode, process)
         image = self._snapshot_image(snapshot, inode)
-        allocated = await image.allocated_bytes()
-        return self._image(inode, image.size_bytes, -(-allocated // 512), image.modified_ns)
+        return self._image_attributes(inode, image, image.origin.name, await image.allocated_bytes(), process)
 
     def _directory(self, inode: int, links: int, modified_ns: int) -> Attributes:
         readable = self._access.mode & 0o444
         mode = stat.S_IFDIR | 0o700 | readable | readable >> 2
         return Attributes(inode, mode, links, 0, 0, modified_ns)
 
-    def _text(self, inode: int, content: bytes, modified_ns: int) -> Attributes:
-        return Attributes(inode, stat.S_IFREG | self._access.mode & 0o444, 1, len(content), 0, modified_ns)
+    def _text_attributes(self, inode: int, process: int) -> Attributes:
+        text = self._open.text_shown(inode, process) or self._text(inode)
+        mode, size = stat.S_IFREG | self._access.mode & 0o444, len(text.content)
+        return Attributes(inode, mode, 1, size, _blocks(size), text.modified_ns, valid_seconds=0)
 
-    def _image(self, inode: int, size: int, blocks: int, modified_ns: int) -> Attributes:
-        return Attributes(inode, stat.S_IFREG | self._access.mode, 1, size, blocks, modified_ns)
+    def _text(self, inode: int) -> Text:
+        """The present text of a file that is one."""
+        if inode == STATUS:
+            content, since_ns = self._status(), self._started_ns
+        else:
+            snapshot = self._snapshot(inode)
+            if snapshot is None:
+                raise NotFoundError("the snapshot was removed")
+            content = _TEXTS[inode - (snapshot.id << _SNAPSHOT_SHIFT)](snapshot)
+            since_ns = max(self._started_ns, snapshot.row.created_ns)
+        return Text(content, self._text_times.modified_ns(inode, content, since_ns))
+
+    def _image_attributes(
+        self, inode: int, image: Image | Origin, name: bytes, allocated_bytes: int, process: int
+    ) -> Attributes:
+        valid_seconds = _IMAGE_SECONDS
+        if self._open.is_truncated(inode):
+            valid_seconds = 0
+            self._open.note_look(inode, name, process)
+        blocks = _blocks(max(allocated_bytes, _LEAST_BYTES))
+        mode = stat.S_IFREG | self._access.mode
+        return Attributes(inode, mode, 1, image.size_bytes, blocks, image.modified_ns, valid_seconds)
 
     def _snapshot(self, inode: int) -> Snapshot | None:
         return self.store.by_id(inode >> _SNAPSHOT_SHIFT)
@@ -301,7 +247,7 @@ class Tree:
         if parent != SNAPS:
             raise NotPermittedError("directories can only be made in snaps/, where each is a snapshot")
         snapshot = await self.store.create_snapshot(name, self._quiesce)
-        self._changed_ns = time.time_ns()
+        self._changed_ns = after(self._changed_ns)
         log.info("snapshot %s taken: %s", os.fsdecode(name), snapshot.row.evidence)
         return snapshot.id << _SNAPSHOT_SHIFT
 
@@ -309,6 +255,7 @@ class Tree:
         """Drop a snapshot, whatever is listed in it."""
         if parent != SNAPS:
             raise NotPermittedError("only snapshots, the directories in snaps/, can be removed")
+        snapshot = self.store.find(name)
         try:
             await self.store.delete_snapshot(name)
         except SnapshotBusyError:
@@ -316,7 +263,10 @@ class Tree:
             with trio.move_on_after(_RELEASE_GRACE_SECONDS):
                 await self._until_closed(name)
             await self.store.delete_snapshot(name)
-        self._changed_ns = time.time_ns()
+        if snapshot is not None:
+            inode = snapshot.id << _SNAPSHOT_SHIFT
+            self._text_times.forget(range(inode, inode + _FIRST_IMAGE))
+        self._changed_ns = after(self._changed_ns)
         log.info("snapshot %s removed", os.fsdecode(name))
 
     async def _until_closed(self, name: bytes) -> None:
@@ -324,40 +274,50 @@ class Tree:
             await self._released.wait()
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool) -> None:
-        """Rename a snapshot; the new name must be free."""
+        """Rename a snapshot; the new name must be free, or the same."""
         if parent != SNAPS or new_parent != SNAPS or exchange:
             raise NotPermittedError("only snapshots can be renamed, and only within snaps/")
         await self.store.rename_snapshot(name, new_name)
-        self._changed_ns = time.time_ns()
+        self._changed_ns = after(self._changed_ns)
 
-    async def set_size(self, inode: int, size: int) -> None:
-        """Accept an image's own size, which tools set after writing, and refuse any other."""
-        if size != (await self.attributes(inode)).size:
-            raise NotPermittedError("an image has the size of its device and cannot be truncated or extended")
+    async def set_size(self, inode: int, size: int, number: int | None, process: int) -> None:
+        """Accept an image's own size, which tools set after writing, and 0 right after an open: that is O_TRUNC.
+
+        `number` is that of the open file for ftruncate(2), None for truncate(2) and O_TRUNC. Any other size is refused.
+        """
+        if size == (await self.attributes(inode)).size:
+            handle = self.handles.get(number) if number is not None else None
+            if isinstance(handle, Truncating):
+                await handle.extend()
+            return
+        opened = self._open.just_opened(inode, process) if size == 0 and number is None else None
+        handle = self.handles[opened.number] if opened is not None else None
+        if opened is None or self.forget_cached is None or not isinstance(handle, Image | Origin):
+            raise NotPermittedError(
+                "an image has the size of its device and cannot be truncated or extended (dd: conv=notrunc)"
+            )
+        self.handles[opened.number] = Truncating(handle, partial(self.forget_cached, inode))
 
     # -- open files ----------------------------------------------------------------------------------------------
 
-    def open(self, inode: int, flags: int) -> Opening:
-        """Give a handle for the file; the flags are as in <fcntl.h>."""
+    def open(self, inode: int, flags: int, process: int = 0) -> Opening:
+        """Give a handle for the file; the flags are as in <fcntl.h>. O_TRUNC comes as `set_size`."""
         handle = self._handle(inode)
-        if flags & os.O_TRUNC:
-            raise NotPermittedError(
-                "an image cannot be truncated: write over it in place (dd conv=notrunc, rsync --inplace)"
-            )
-        if isinstance(handle, _ReadOnly) and flags & os.O_ACCMODE != os.O_RDONLY:
-            raise NotPermittedError(_READ_ONLY_TEXT)
-        number = self._next_handle
-        self._next_handle += 1
-        self.handles[number] = handle
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if flags & os.O_TRUNC:  # only where requests take the slow path
+            raise NotPermittedError("an image cannot be truncated here: write over it in place (dd conv=notrunc)")
+        if isinstance(handle, ReadOnly) and writable:
+            raise NotPermittedError(READ_ONLY_TEXT)
+        number = self._open.add(inode, handle, process, writable=writable)
         if isinstance(handle, Image):
             handle.opened += 1
-        return Opening(number, isinstance(handle, _ReadOnly))
+        return Opening(number, isinstance(handle, ReadOnly))
 
     def _handle(self, inode: int) -> Handle:
         if inode == STATUS:
-            return _Text(self._status())
+            return self._text(inode)
         if inode in _SCRUBS.values():
-            return _Scrub(OpenScrub(self.store, repair=inode == _SCRUBS[b".repair"]))
+            return Scrub(OpenScrub(self.store, repair=inode == _SCRUBS[b".repair"]))
         if inode in (ROOT, LIVE, SNAPS):
             raise DirectoryAsFileError("a directory cannot be opened as a file")
         if not inode >> _SNAPSHOT_SHIFT:
@@ -367,12 +327,14 @@ class Tree:
             raise NotFoundError("the snapshot was removed")
         place = inode - (snapshot.id << _SNAPSHOT_SHIFT)
         if place in _TEXTS:
-            return _Text(_TEXTS[place](snapshot))
+            return self._text(inode)
         return self._snapshot_image(snapshot, inode)
 
     def close(self, number: int) -> None:
         """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
-        handle = self.handles.pop(number)
+        handle = self._open.remove(number)
+        if isinstance(handle, Truncating):
+            handle = handle.image
         if isinstance(handle, Image):
             handle.opened -= 1
             self._released.set()

@@ -14,7 +14,7 @@ ROOT = COW.parent
 
 # Each module may import only from rows above its own; modules of one row do not import each other.
 LAYERS = [
-    {"cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum"},
+    {"cow.clock", "cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum"},
     {"cow.geometry"},
     {"cow.contents", "cow.device"},
     {
@@ -45,12 +45,15 @@ LAYERS = [
         "hcpfs.aside",
         "hcpfs.background",
         "hcpfs.beneath",
+        "hcpfs.handles",
         "hcpfs.loops",
         "hcpfs.process",
         "hcpfs.protocol",
         "hcpfs.record",
         "hcpfs.text",
+        "hcpfs.truncating",
     },
+    {"hcpfs.openfiles"},
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.session", "hcpfs.stores"},
