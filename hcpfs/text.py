@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cow.errors import printable
 from cow.snapshot import Snapshot
+from cow.space import Space
 from cow.store import Store
 from hcpfs import __version__
 
@@ -85,6 +86,18 @@ def lost(snapshot: Snapshot) -> bytes:
     )
 
 
+def _available_bytes(space: Space) -> int:
+    """What is available; where the file system is what bounds it, to a sixteenth, rounded down.
+
+    Others write to that too, and with all digits the text would be another one whenever a backup program looks.
+    """
+    available = space.available_bytes
+    if space.quota_bytes is not None and space.total_bytes == space.quota_bytes:
+        return available
+    step = 1 << max(0, available.bit_length() - 5)
+    return available // step * step
+
+
 def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], last: LastError | None) -> bytes:
     """The text of `status`."""
     states = [snapshot.row.state.value for snapshot in store.snapshots]
@@ -96,7 +109,7 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("read_only", int(store.read_only)),
         ("quota_bytes", "-" if store.space.quota_bytes is None else store.space.quota_bytes),
         ("used_bytes", store.space.used_bytes),
-        ("available_bytes", store.space.available_bytes),
+        ("available_bytes", _available_bytes(store.space)),
         ("used_percent", store.space.used_percent),
         ("on_full", store.on_full.value),
         ("snapshots", len(states)),
