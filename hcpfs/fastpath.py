@@ -124,11 +124,14 @@ class FastPath:
     async def forget_cached(self, inode: int, offset: int, length: int) -> None:
         """Have the kernel drop what it has cached of an extent of a file; the next read comes here.
 
-        It waits for reads and writes of those pages, which need us: so in a thread, and none that they might need.
+        With length 0 to the end. It waits for reads and writes of those pages, which need us: so in a thread, and none
+        that they might need. Cancelled, it goes on.
         """
         message = FORGET_CACHED.pack(FORGET_CACHED.size, FORGET_CACHED_CODE, 0, inode, offset, length)
         with suppress(FileNotFoundError):  # it has nothing of that file
-            await trio.to_thread.run_sync(os.write, self._kernel, message, limiter=self._forgetting)
+            await trio.to_thread.run_sync(
+                os.write, self._kernel, message, limiter=self._forgetting, abandon_on_cancel=True
+            )
 
     # -- turns ---------------------------------------------------------------------------------------------------
 

@@ -296,7 +296,8 @@ class Tree:
             raise NotPermittedError(
                 "an image has the size of its device and cannot be truncated or extended (dd: conv=notrunc)"
             )
-        self.handles[opened.number] = Truncating(handle, partial(self.forget_cached, inode))
+        self.handles[opened.number] = truncating = Truncating(handle, partial(self.forget_cached, inode))
+        await truncating.begin()
 
     # -- open files ----------------------------------------------------------------------------------------------
 

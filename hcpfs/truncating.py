@@ -6,6 +6,9 @@ tar -S). Ignored, that would leave old bytes where the tool means zeroes. So wha
 through this open file is zeroed before the write, and all the rest when the tool sets the size. What lies above and is
 not claimed in one of these ways stays, as on a block device.
 
+The kernel drops what it has cached of the image before the tool goes on, as in a truncation. Else a page that the tool
+maps and stores into would go on to show, and write back, the old bytes beside.
+
 dd sets no size when the file has it already: it looks (fstat) after its last seek. What is below the file's position at
 that look is zeroed at the close, or at an fsync.
 """
@@ -23,11 +26,15 @@ from cow.memory import Memory
 from cow.origin import Origin
 
 PIECE_BYTES = 128 << 10  # zeroed at a time: others are served between two
+# For the kernel to drop what it has cached while it waits for our answer to a truncation, without which it writes back
+# no mapped pages: those of others it drops after the answer.
+FORGETTING_SECONDS = 1.0
 _ZEROES = bytes(PIECE_BYTES)
 
 
 class Truncating:
-    """The open file. `forget_cached(offset, length)` has the kernel drop what it has cached of the image.
+    """The open file. `forget_cached(offset, length)` has the kernel drop what it has cached of the image, to the end
+    with length 0; it can be cancelled, and goes on then.
 
     Trio thread only. Raises what the image's reads and writes raise.
     """
@@ -39,6 +46,11 @@ class Truncating:
         self._claimed = 0  #: up to here the tool has gone without writing
         self._zeroed: tuple[int, int] | None = None  #: first and last byte that the kernel may have cached otherwise
         self._zeroing = trio.Lock()
+
+    async def begin(self) -> None:
+        """Before the answer to the truncation, and before the first use."""
+        with trio.move_on_after(FORGETTING_SECONDS):
+            await self._forget_cached(0, 0)
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As of the image."""
@@ -82,6 +94,8 @@ class Truncating:
         """The tool sets the image's own size: all that it did not write reads as zeroes."""
         async with self._zeroing:
             await self._zero_to(self.image.size_bytes)
+        with trio.move_on_after(FORGETTING_SECONDS):
+            await self._forget_zeroed()
 
     async def sync(self) -> None:
         """Make all durable that was written, and what was skipped below it."""
@@ -92,8 +106,12 @@ class Truncating:
         """At a close: finish what the tool has claimed. Nobody sees older bytes in its place from then on."""
         async with self._zeroing:
             await self._zero_to(min(self._claimed, self.image.size_bytes))
-            zeroed, self._zeroed = self._zeroed, None
-        if zeroed is not None:  # without the lock: a write may hold a page that is to be dropped
+        await self._forget_zeroed()
+
+    async def _forget_zeroed(self) -> None:
+        """Without the lock: a write may hold a page that is to be dropped."""
+        zeroed, self._zeroed = self._zeroed, None
+        if zeroed is not None:
             await self._forget_cached(zeroed[0], zeroed[1] - zeroed[0])
 
     async def _zero_to(self, end: int) -> None:
