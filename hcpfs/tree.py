@@ -170,7 +170,7 @@ class Tree:
         """What stat(2) shows for the inode to a process. Raises NotFoundError when it is gone."""
         if inode in (ROOT, LIVE, SNAPS):
             links = {ROOT: 4, LIVE: 2, SNAPS: 2 + len(self.store.snapshots)}[inode]
-            return self._directory(inode, links, self._changed_ns)
+            return self._directory(inode, links, self._changed_ns if inode == SNAPS else self._started_ns)
         if inode == STATUS:
             return self._text_attributes(inode, process)
         if inode in _SCRUBS.values():
