@@ -34,7 +34,7 @@ _WIDE = 10_000  # columns of what is no terminal
 
 _ACCEPT = click.option(
     "--accept", multiple=True, type=click.Choice([one.value for one in Accept]), metavar="WHAT",
-    help="Go on although it is refused for that. quota: it is so small that the next write may cost snapshots. changed: "
+    help="Go on although it is refused for that. quota: at the next write it may cost snapshots. changed: "
     "the device was changed while hcpfs was not running; its snapshots become suspect.",
 )  # fmt: skip
 
