@@ -35,7 +35,8 @@ _WIDE = 10_000  # columns of what is no terminal
 _ACCEPT = click.option(
     "--accept", multiple=True, type=click.Choice([one.value for one in Accept]), metavar="WHAT",
     help="Go on although it is refused for that. quota: at the next write it may cost snapshots. changed: "
-    "the device was changed while hcpfs was not running; its snapshots become suspect.",
+    "the device was changed while hcpfs was not running; its snapshots become suspect. unchanged: it was written to, "
+    "and has what it had.",
 )  # fmt: skip
 
 
@@ -99,7 +100,8 @@ def mount(
         wanted.sync |= sync
         wanted.foreground |= foreground
         wanted.accept |= {Accept(word) for word in accept}
-        stores.check_no_other(wanted)
+        for note in stores.check_no_other(wanted) if ready_fd is None else ():
+            _complain(f"note: {note}")
     except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
     if recovering:

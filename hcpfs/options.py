@@ -33,6 +33,7 @@ class Accept(StrEnum):
 
     QUOTA = "quota"  # a quota at which the next write may cost snapshots
     CHANGED = "changed"  # the device was changed while hcpfs was not running: its snapshots become suspect
+    UNCHANGED = "unchanged"  # it was written to, and has what it had: they stay valid
 
 
 @dataclass

@@ -83,7 +83,7 @@ def test_i4_no_second_default_store_is_made_for_a_device_whose_snapshots_are_in_
     (served.snaps / "a").mkdir()
     for spelled in (f"{sandbox.path}/alias", f"data={device}"):
         other = MountOptions(sources=[parse_source(spelled)])
-        with pytest.raises(RefusedError, match=f"has snapshots in the store {store}"):
+        with pytest.raises(RefusedError, match=f"of which the store {store} has 1 snapshots"):
             stores.check_no_other(other)
     stores.check_no_other(MountOptions(sources=[parse_source(str(sandbox.disk("b.img")))]))
     other.store = "/elsewhere"
