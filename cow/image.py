@@ -122,6 +122,12 @@ class Image:
 
     def lost(self) -> list[Run]:
         """The runs that cannot be read because they were lost, ascending."""
+        try:
+            preserved = self.origin.layers_for(self._snapshot)
+        except InvalidSnapshotError:
+            return []
+        if not self.delta.lost and not any(layer.lost for layer in preserved):
+            return []  # mostly, and without a look at all snapshots
         for snapshot, lost in self.origin.lost():
             if snapshot == self._snapshot:
                 return list(runs_of(self.lost_of(lost)))

@@ -66,6 +66,10 @@ def _answered(
     return cast(Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]], answer)
 
 
+def _directory(inode: int) -> Attributes:
+    return Attributes(inode, stat.S_IFDIR, links=2, size=0, blocks=0, modified_ns=0)
+
+
 class UnknownFlagsError(CowError):
     """A call was made with flags that mean nothing here."""
 
@@ -239,10 +243,11 @@ class Operations(pyfuse3.Operations):
             if entry.cookie <= start_id:
                 continue
             try:
-                attributes = self._attributes(await self.tree.attributes(entry.inode))
+                is_dot = entry.name in (b".", b"..")  # of which the kernel takes the type and the number alone
+                found = _directory(entry.inode) if is_dot else await self.tree.attributes(entry.inode)
             except NotFoundError:
                 continue  # removed while we listed
-            if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie):
+            if not pyfuse3.readdir_reply(token, entry.name, self._attributes(found), entry.cookie):
                 return
 
     async def releasedir(self, fh: int) -> None:

@@ -169,8 +169,9 @@ class Tree:
     async def attributes(self, inode: int, process: int = 0) -> Attributes:
         """What stat(2) shows for the inode to a process. Raises NotFoundError when it is gone."""
         if inode in (ROOT, LIVE, SNAPS):
-            links = {ROOT: 4, LIVE: 2, SNAPS: 2 + len(self.store.snapshots)}[inode]
-            return self._directory(inode, links, self._changed_ns if inode == SNAPS else self._started_ns)
+            if inode == SNAPS:
+                return self._directory(inode, 2 + len(self.store.snapshots), self._changed_ns)
+            return self._directory(inode, 4 if inode == ROOT else 2, self._started_ns)
         if inode == STATUS:
             return self._text_attributes(inode, process)
         if inode in _SCRUBS.values():

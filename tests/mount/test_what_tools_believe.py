@@ -386,3 +386,29 @@ def test_telldir_and_seekdir_while_snapshots_come_and_go(served: Served) -> None
             rest.append(entry.contents.name.decode())
         assert rest == [one for one in names[1::2] if one > name] + ["new"]
     closedir(listing)
+
+
+# -- the disk was changed without hcpfs ---------------------------------------------------------------------------
+
+
+def test_a_disk_that_was_changed_without_hcpfs_is_copied_again(sandbox: Sandbox, served: Served) -> None:
+    """Also the snapshots, which may show something else then; rsync -a compares size and time."""
+    served = served.remount()  # with the fingerprint taken
+    for kind in ("live", "snaps"):
+        run("rsync", "-a", "--modify-window=-1", f"{served.path}/{kind}", sandbox.path / "copy")
+    served.umount()
+    disk = Path(served.sources[0])
+    with disk.open("r+b") as file:
+        file.write(os.urandom(8192))
+    served = sandbox.mount(disk, options=["--accept", "changed", "-o", "read_suspect"])
+    assert served.info("a")["state"] == "suspect"
+    for _ in range(2):
+        for kind in ("live", "snaps"):
+            run("rsync", "-a", "--modify-window=-1", f"{served.path}/{kind}", sandbox.path / "copy")
+        assert (sandbox.path / "copy" / "live" / "disk.img").read_bytes() == disk.read_bytes()
+        assert (sandbox.path / "copy" / "snaps" / "a" / "disk.img").read_bytes() == served.image("a").read_bytes()
+        served.umount()
+        with disk.open("r+b") as file:
+            file.seek(100_000)
+            file.write(os.urandom(8192))
+        served = served.again()
