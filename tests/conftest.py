@@ -17,6 +17,7 @@ ANYWHERE = {  # they mount, and nothing else
     "tests/mount/test_hostile.py",
     *("tests/mount/test_model.py", "tests/mount/test_policies.py", "tests/mount/test_suspect.py"),
     "tests/mount/test_verify.py",
+    "tests/mount/test_whole_tree.py",
 }
 
 
