@@ -26,6 +26,7 @@ from hcpfs import __version__, background, beneath, recover, stores
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
+from hcpfs.supervisor import Supervisor
 from hcpfs.text import path_in
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
@@ -85,6 +86,7 @@ def mount(
     A SOURCE may be NAME=PATH; else its image is called after its base name, with .img. Several SOURCEs are one
     consistency group: one mkdir takes a snapshot of all of them at the same instant. Returns when the mount is usable.
     """
+    supervisor = Supervisor()  # before there are children
     try:
         wanted = _mount_options(sources, store, quota, options)
         wanted.sync |= sync
@@ -106,7 +108,7 @@ def mount(
         if sentence is not None:
             raise _Sentence(sentence)
         return
-    _serve(wanted, ready_fd)
+    _serve(wanted, ready_fd, supervisor)
 
 
 def _complain(sentence: str) -> None:
@@ -130,7 +132,7 @@ def _mount_options(
     return wanted
 
 
-def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
+def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
     from hcpfs.mount import check, serve  # the other commands need no pyfuse3, and start faster without it
 
     ready = [ready_fd]
@@ -146,7 +148,7 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
             store = claim_directory(wanted.store_path, create=True)  # no log is left where no store can be
             stack.callback(store.close)
             stack.callback(background.log_to(None if wanted.foreground else store).stop)
-            serve(wanted, on_ready)
+            serve(wanted, on_ready, supervisor)
         except (CowError, OSError) as error:
             logging.getLogger("hcpfs").error("%s", error)
             background.answer(ready[0], str(error))

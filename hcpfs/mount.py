@@ -7,27 +7,31 @@ starts before there are requests; the store closes after the last request, and o
 import errno
 import logging
 import os
-import signal
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, loops, readahead, record
+from hcpfs.ending import Ending, Mounted
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
+from hcpfs.supervisor import Supervisor
 from hcpfs.tree import Tree
+
+_AGAIN_SECONDS = 0.1  # until the service manager is told once more
 
 log = logging.getLogger("hcpfs")
 
 
-def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+def serve(options: MountOptions, on_ready: Callable[[], None], supervisor: Supervisor) -> None:
     """Mount and serve; returns after the umount, when all is durable and the devices are released.
 
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
@@ -36,8 +40,10 @@ def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
     refused = harden()
     if refused:
         log.warning("not permitted, so memory pressure may stall this mount: %s", "; ".join(refused))
+    ending = Ending(supervisor, foreground=options.foreground)
+
     try:
-        trio.run(_serve, options, on_ready)
+        trio.run(ending.see_to, partial(_serve, options, ending, supervisor, on_ready))
     except* (CowError, OSError) as group:
         raise _only(group) from group
 
@@ -48,8 +54,9 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, on_ready: Callable[[], None]) -> None:
     troubles: list[Callable[[str], None]] = [log.warning]
+    ending.enter("opening the store")
     async with (
         _freezer() as freezer,
         open_store(
@@ -72,21 +79,41 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         inodes.update(tree.live_inodes())
         troubles.append(tree.record_trouble)
         session = _mount(Operations(tree, options.access), options)
+
+        def terminate_session() -> None:
+            freezer.give_up()
+            terminate()
+
+        ready = trio.Event()
         try:
+            ending.served(
+                Mounted(options.mountpoint, _device(options.mountpoint), tree.cached, terminate_session, tree.progress)
+            )
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_terminate_on_signals, freezer)
-                nursery.start_soon(_get_ready, options, quiescer, on_ready)
+                nursery.start_soon(_get_ready, options, quiescer, supervisor, on_ready, ready)
                 await session.serve()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
         finally:
             session.close()
+        ending.enter("closing the store")
         log.info("unmounted; closing the store")
     log.info("closed clean")
     if in_use or _is_mounted(options.mountpoint):  # it still is when its connection was aborted
-        log.warning("what used the images finds them dead: hcpfs recover %s gets it going again", options.mountpoint)
+        log.warning(
+            "what used the images finds them dead, and only what was flushed is there: hcpfs recover %s gets it going "
+            "again",
+            options.mountpoint,
+        )
     else:
         _forget(options.mountpoint)
+    if ending.asked_by and not ready.is_set():
+        raise RefusedError(f"{ending.asked_by} ended it before it was usable")
+
+
+def _device(mountpoint: str) -> int:
+    """The device number of the mount that this process has just made."""
+    return [mount.device for mount in beneath.mounts() if mount.mountpoint == mountpoint][-1]
 
 
 @asynccontextmanager
@@ -128,7 +155,9 @@ def _widen_read_ahead(mountpoint: str) -> None:
         log.warning("the read-ahead of the mount stays as it is, so that cp and mmap are slower: %s", error)
 
 
-async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
+async def _get_ready(
+    options: MountOptions, quiescer: Quiescer, supervisor: Supervisor, on_ready: Callable[[], None], ready: trio.Event
+) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
@@ -136,6 +165,9 @@ async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callab
     except OSError as error:
         log.warning("hcpfs recover will not know how this was mounted: %s", error)
     on_ready()
+    ready.set()
+    while not supervisor.tell(f"serving {options.mountpoint}; the store is {options.store_path}", READY=1):  # noqa: ASYNC110
+        await trio.sleep(_AGAIN_SECONDS)
 
 
 def _forget(mountpoint: str) -> None:
@@ -143,14 +175,6 @@ def _forget(mountpoint: str) -> None:
         record.remove(mountpoint, os.getpid())
     except OSError as error:
         log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
-
-
-async def _terminate_on_signals(freezer: Freezer) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("%s: unmounting", signal.Signals(number).name)
-            freezer.give_up()
-            terminate()
 
 
 def check(options: MountOptions) -> None:
