@@ -22,7 +22,7 @@ from rich.table import Table
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover, stores
+from hcpfs import __version__, background, beneath, recover, stores, terminal
 from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
@@ -37,7 +37,7 @@ class _Sentence(click.ClickException):
     """An error as one sentence on standard error."""
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"hcpfs: {self.message}", err=True, file=file)
+        terminal.complain(self.message)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -97,7 +97,7 @@ def mount(
     if recovering:
         record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
         try:
-            done = recover.recover_and_mount(record, Voice(click.echo, _complain), foreground=wanted.foreground)
+            done = recover.recover_and_mount(record, Voice(terminal.say, terminal.complain), foreground=wanted.foreground)
         except (CowError, OSError) as error:
             raise _Sentence(str(error)) from error
         if done is not None and not wanted.foreground:
@@ -109,10 +109,6 @@ def mount(
             raise _Sentence(sentence)
         return
     _serve(wanted, ready_fd, supervisor)
-
-
-def _complain(sentence: str) -> None:
-    click.echo(f"hcpfs: {sentence}", err=True)
 
 
 def _mount_options(
@@ -174,7 +170,7 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
     """
     path = beneath.real_path(mountpoint)
     try:
-        sys.exit(recover.recover(path, Voice(click.echo, _complain), force=force, mount_again=not no_mount))
+        sys.exit(recover.recover(path, Voice(terminal.say, terminal.complain), force=force, mount_again=not no_mount))
     except (CowError, OSError) as error:
         raise _Sentence(str(error)) from error
 
@@ -224,11 +220,11 @@ def list_snapshots(mountpoint: str, as_json: bool) -> None:
         found.append({"name": name.decode("utf-8", "backslashreplace"), **_parse(text)})
     found.sort(key=lambda one: one["created"])
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
         return
     rows = [
         (
-            *(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-")),
+            *(terminal.plain(one["name"]), one["created"][:19] + "Z", one["state"], one.get("quiesced", "-")),
             *(_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")),
         )
         for one in found
@@ -262,9 +258,9 @@ def verify(place: str, repair: bool) -> None:
         raise _Sentence(f"{path} could not be checked: {error}") from error
     left = [finding for finding in found if not finding.repaired]
     if found:
-        click.echo(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")
+        terminal.say(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")
         sys.exit(DAMAGED if left else REPAIRED)
-    click.echo("all is well")
+    terminal.say("all is well")
 
 
 def _show_progress(steps: Iterable[Progress | Finding]) -> Iterator[Finding]:
@@ -274,7 +270,7 @@ def _show_progress(steps: Iterable[Progress | Finding]) -> Iterator[Finding]:
         task = bar.add_task("reading")
         for step in steps:
             if isinstance(step, Finding):
-                click.echo(step.sentence)
+                terminal.say(step.sentence)
                 yield step
             else:
                 bar.update(task, completed=step.done_bytes, total=step.total_bytes)
@@ -330,11 +326,12 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if len(words) >= 2 and words[0] not in cli.commands and _may_be_source(words[0]):
         words.insert(0, "mount")
+    terminal.prepare()
     try:
         cli.main(args=words, prog_name="hcpfs")
     except OSError as error:  # what else can fail says so where it does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left fails again at the exit
-        _complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
+        terminal.complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
         sys.exit(1)
     raise AssertionError("click exits")
 

@@ -41,6 +41,7 @@ LAYERS = [
     {"cow.scrub"},
     {"cow"},
     {"hcpfs"},
+    {"hcpfs.terminal"},
     {
         "hcpfs.aside",
         "hcpfs.background",
