@@ -16,13 +16,14 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, loops, readahead, record
+from hcpfs import beneath, ground, loops, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
 from hcpfs.operations import Operations
-from hcpfs.options import STORES, MountOptions
+from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
+from hcpfs.superblock import superblock_of
 from hcpfs.supervisor import Supervisor
 from hcpfs.tree import Tree
 
@@ -58,6 +59,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
     troubles: list[Callable[[str], None]] = [log.warning]
     ending.enter("opening the store")
     async with (
+        _held(options.sources),
         _freezer() as freezer,
         open_store(
             options.store_path,
@@ -67,10 +69,17 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
             write_behind=not options.sync,
             read_only=options.read_only,
             read_suspect=options.read_suspect,
+            accept_changed=Accept.CHANGED in options.accept,
+            accept_unchanged=Accept.UNCHANGED in options.accept,
+            superblock_of=superblock_of,
             elsewhere=STORES,
             on_trouble=lambda sentence: troubles[-1](sentence),
         ) as opened,
     ):
+        try:
+            stores.remember(options.store_path)
+        except OSError as error:
+            log.warning("a default store for this disk would be made without a question some day: %s", error)
         for finding in opened.findings:
             log.warning("found at the start: %s", finding)
         inodes: dict[str, int] = {}
@@ -114,6 +123,12 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
 def _device(mountpoint: str) -> int:
     """The device number of the mount that this process has just made."""
     return [mount.device for mount in beneath.mounts() if mount.mountpoint == mountpoint][-1]
+
+
+@asynccontextmanager
+async def _held(sources: Sequence[Source]) -> AsyncIterator[None]:
+    with ground.held([source.path for source in sources]):
+        yield
 
 
 @asynccontextmanager
@@ -229,9 +244,24 @@ def check_sources(sources: Sequence[Source]) -> None:
             raise RefusedError(f"{source.path} cannot be used as a source: {error.strerror}") from error
         if stat.S_ISBLK(kind.st_mode):
             _refuse_mounted(source.path, beneath.mountpoints_of(kind.st_rdev))
-        for loop in beneath.loops_on(kind.st_dev, {kind.st_ino}) if stat.S_ISREG(kind.st_mode) else ():
+        with ground.held([source.path]):
+            pass  # while it is served it is held for good
+        _refuse_other_loops(source.path)
+        if stat.S_ISREG(kind.st_mode) and ground.has_writer(source.path):
             raise RefusedError(
-                f"{source.path} is in use by the loop device {loop.path}, whose writes would not be seen: "
+                f"{source.path} is open for writing in another program, whose writes would not be seen: end that "
+                f"first, and let it use the live image instead"
+            )
+
+
+def _refuse_other_loops(path: str) -> None:
+    """Refuse a source whose bytes can be written through a loop device beside it."""
+    own = {f"/dev/{name}" for name in ground.chain(path)}
+    extents = ground.extents(path)
+    for loop in beneath.loops():
+        if loop.path not in own and any(extent.meets(part) for extent in extents for part in ground.extents(loop.path)):
+            raise RefusedError(
+                f"{path} is in use by the loop device {loop.path}, whose writes would not be seen: "
                 f"losetup -d it first, and set it up on the live image instead"
             )
 
