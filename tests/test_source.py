@@ -51,6 +51,7 @@ LAYERS = [
         "hcpfs.record",
         "hcpfs.text",
     },
+    {"hcpfs.users"},
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.session", "hcpfs.stores"},
