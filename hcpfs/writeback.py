@@ -59,7 +59,7 @@ def _levels(device: int, own: str) -> list[_Level]:
     """What sits on the files of the file system with that device number, the innermost last."""
     found: list[_Level] = []
     loops = list(beneath.loops())
-    places = _places()
+    file_systems = _file_systems()
     nested = list(_nested(own))
     below, seen = {device}, {device}
     while here := [loop for loop in loops if loop.backing_device in below]:
@@ -70,12 +70,12 @@ def _levels(device: int, own: str) -> list[_Level]:
         names = {_name(number): number for number in built}
         above: set[int] = set()
         explained: set[int] = set()
-        for number, ways in places.items():
-            mount = ways[0].mount
+        for number, mounts in file_systems.items():
+            mount = mounts[0]
             on = number if number in built else names.get(mount.source)  # btrfs shows an anonymous device number
             if on is not None:
                 what = f"{mount.mountpoint} ({mount.filesystem} on {mount.source})"
-                level.file_systems.append(Step(what, _syncer(ways)))
+                level.file_systems.append(Step(what, _syncer(mounts)))
                 above.add(number)
                 explained.add(on)
         for other in nested:
@@ -92,28 +92,12 @@ def _levels(device: int, own: str) -> list[_Level]:
     return found
 
 
-class _Place(NamedTuple):
-    """Where a mount can be reached, in whatever namespace it is."""
-
-    path: str
-    mount: beneath.Mount
-
-
-def _places() -> dict[int, list[_Place]]:
-    """Where the file systems of block devices are mounted, by device number, in all mount namespaces."""
-    found: dict[int, list[_Place]] = {}
-    namespaces: set[str] = set()
-    for process in ("self", *(name for name in os.listdir("/proc") if name.isdecimal())):
-        with suppress(OSError):  # gone meanwhile
-            namespace = os.readlink(f"/proc/{process}/ns/mnt")
-            if namespace in namespaces:
-                continue
-            mounts = beneath.mounts(process)
-            root = "" if process == "self" else f"/proc/{process}/root"
-            for mount in mounts:
-                if mount.source.startswith("/dev/"):
-                    found.setdefault(mount.device, []).append(_Place(root + mount.mountpoint, mount))
-            namespaces.add(namespace)
+def _file_systems() -> dict[int, list[beneath.Mount]]:
+    """The mounts of block devices by device number, in all mount namespaces."""
+    found: dict[int, list[beneath.Mount]] = {}
+    for mount in beneath.all_mounts():
+        if mount.source.startswith("/dev/"):
+            found.setdefault(mount.device, []).append(mount)
     return found
 
 
@@ -156,7 +140,7 @@ def _nested(own: str) -> Iterable[_Nested]:
 
 
 def _name(device: int) -> str:
-    return "/dev/" + os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+    return f"/dev/{beneath.name_of(device)}"
 
 
 def _fsync(path: str) -> None:
@@ -172,17 +156,17 @@ def _flusher(path: str) -> Callable[[], None]:
     return lambda: _fsync(path)
 
 
-def _syncer(places: list[_Place]) -> Callable[[], None]:
-    """For a file system: syncfs(2) at the first place where it is not hidden by another mount, else sync(2)."""
+def _syncer(mounts: list[beneath.Mount]) -> Callable[[], None]:
+    """For a file system: syncfs(2) at the first mount that is not hidden by another one, else sync(2)."""
 
     def write_back() -> None:
-        for place in places:
+        for mount in mounts:
             try:
-                fd = os.open(place.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                fd = os.open(f"/proc/{mount.pid}/root{mount.mountpoint}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError:
                 continue
             try:
-                if f"mnt_id:\t{place.mount.id}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text():
+                if f"mnt_id:\t{mount.id}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text():
                     if _libc.syncfs(fd) != 0:
                         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
                     return

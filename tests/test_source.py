@@ -54,6 +54,7 @@ LAYERS = [
         "hcpfs.supervisor",
         "hcpfs.text",
     },
+    {"hcpfs.users"},
     {
         "hcpfs.above",
         "hcpfs.freezer",
