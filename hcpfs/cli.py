@@ -8,7 +8,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from rich.table import Table
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover, stores, terminal
+from hcpfs import __version__, background, beneath, recover, stores, terminal, unprivileged
 from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
@@ -66,6 +66,16 @@ def cli() -> None:
     """
 
 
+def _of_mount_8(command: Callable[..., None]) -> Callable[..., None]:
+    """The options with which mount(8) calls a program that is installed as /sbin/mount.TYPE."""
+    for flags in (("-r", "read_only"), ("-f", "--fake", "fake")):
+        command = click.option(*flags, is_flag=True, hidden=True)(command)
+    for flag in ("-n", "-s", "-v", "-w"):  # no mtab, sloppy, verbose, read-write: nothing to be done about them
+        command = click.option(flag, f"_{flag[1]}", is_flag=True, hidden=True, expose_value=False)(command)
+    command = click.option("-t", "_type", hidden=True, expose_value=False)(command)
+    return click.option("-N", "namespace", hidden=True)(command)
+
+
 @cli.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE... MOUNTPOINT")
 @click.option("--store", metavar="DIR", help="Where old bytes are kept. Default: a folder below /var/lib/hcpfs.")
@@ -80,6 +90,7 @@ def cli() -> None:
 @_ACCEPT
 @click.option("--recover", "recovering", is_flag=True, help="If a daemon died there, do what hcpfs recover does.")
 @click.option("--ready-fd", type=int, hidden=True)
+@_of_mount_8
 def mount(
     sources: tuple[str, ...],
     store: str | None,
@@ -90,6 +101,9 @@ def mount(
     accept: tuple[str, ...],
     recovering: bool,
     ready_fd: int | None,
+    read_only: bool,
+    fake: bool,
+    namespace: str | None,
 ) -> None:
     """Serve SOURCE..., block devices or image files, at MOUNTPOINT.
 
@@ -99,13 +113,21 @@ def mount(
     supervisor = Supervisor()  # before there are children
     try:
         wanted = _mount_options(sources, store, quota, options)
+        if namespace is not None:
+            raise UsageError(f"-N {namespace} is not known here: nsenter --mount={namespace} hcpfs mount ...")
         wanted.sync |= sync
+        wanted.read_only |= read_only
         wanted.foreground |= foreground
         wanted.accept |= {Accept(word) for word in accept}
+        unprivileged.check(wanted)
         for note in stores.check_no_other(wanted) if ready_fd is None else ():
             terminal.complain(f"note: {note}")
     except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
+    if fake:
+        return
+    if os.geteuid() != 0 and ready_fd is None:
+        terminal.complain(unprivileged.NOTE)
     if recovering:
         record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
         try:

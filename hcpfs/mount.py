@@ -4,7 +4,6 @@ Order matters. What can refuse comes first (`check`), so that a refusal leaves n
 starts before there are requests; the store closes after the last request, and only then are the devices released.
 """
 
-import errno
 import logging
 import os
 import stat
@@ -16,7 +15,7 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, ground, loops, readahead, record, stores
+from hcpfs import beneath, ground, loops, mountpoint, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, Accept, MountOptions
@@ -108,7 +107,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
         ending.enter("closing the store")
         log.info("unmounted; closing the store")
     log.info("closed clean")
-    if in_use or _is_mounted(options.mountpoint):  # it still is when its connection was aborted
+    if in_use or mountpoint.is_served(options.mountpoint):  # it still is when its connection was aborted
         log.warning(
             "what used the images finds them dead, and only what was flushed is there: hcpfs recover %s gets it going "
             "again",
@@ -155,6 +154,7 @@ def _mount(operations: Operations, options: MountOptions) -> Session:
         flags.add("ro")
     if options.allow_other:
         flags.add("allow_other")
+    flags.update(option.replace("\\", "\\\\").replace(",", "\\,") for option in options.contexts)
     try:
         return Session(operations, options.mountpoint, flags)
     except RuntimeError as error:
@@ -194,29 +194,9 @@ def _forget(mountpoint: str) -> None:
 
 def check(options: MountOptions) -> None:
     """Raise RefusedError for what can be seen to be wrong before anything is made or opened."""
-    check_mountpoint(options.mountpoint)
+    mountpoint.check(options.mountpoint)
     check_store_place(options.store_path, options.mountpoint)
     check_sources(options.sources)
-
-
-def check_mountpoint(path: str) -> None:
-    """Raise RefusedError unless a file system can be mounted at `path`."""
-    try:
-        kind = os.stat(path)
-        if stat.S_ISDIR(kind.st_mode):
-            os.listdir(path)  # stat(2) may still succeed on the mount of a dead daemon
-    except OSError as error:
-        dead = error.errno == errno.ENOTCONN
-        hint = f"hcpfs recover {path} gets it going again" if dead else "make the directory first"
-        raise RefusedError(f"the mount point {path} cannot be used ({error.strerror}): {hint}") from error
-    if not stat.S_ISDIR(kind.st_mode):
-        raise RefusedError(f"the mount point {path} is not a directory: name a directory")
-    if _is_mounted(path):
-        raise RefusedError(f"an hcpfs is mounted at {path} already: unmount it first, or choose another directory")
-
-
-def _is_mounted(path: str) -> bool:
-    return any(mount.mountpoint == path and mount.filesystem == beneath.FILESYSTEM_TYPE for mount in beneath.mounts())
 
 
 def check_store_place(store: str, mountpoint: str) -> None:
