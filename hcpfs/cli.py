@@ -134,7 +134,7 @@ def mount(
             voice = Voice(terminal.say, terminal.complain)
             done = recover.recover_and_mount(record, wanted.accept, voice, foreground=wanted.foreground)
         except (CowError, OSError) as error:
-            raise _Sentence(str(error)) from error
+            raise _Sentence(_sentence(error)) from error
         if done is not None and not wanted.foreground:
             sys.exit(done)
         ready_fd = done
@@ -144,6 +144,13 @@ def mount(
             raise _Sentence(sentence)
         return
     _serve(wanted, ready_fd, supervisor)
+
+
+def _sentence(error: CowError | OSError) -> str:
+    """The error in words, without the number and the quotes of Python."""
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}"
+    return str(error)
 
 
 def _mount_options(
@@ -181,9 +188,10 @@ def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -
             stack.callback(background.log_to(None if wanted.foreground else store).stop)
             serve(wanted, on_ready, supervisor)
         except (CowError, OSError) as error:
-            logging.getLogger("hcpfs").error("%s", error)
-            background.answer(ready[0], str(error))
-            raise _Sentence(str(error)) from error
+            sentence = _sentence(error)
+            logging.getLogger("hcpfs").error("%s", sentence)
+            background.answer(ready[0], sentence)
+            raise _Sentence(sentence) from error
         except Exception as error:
             logging.getLogger("hcpfs").exception("a defect of hcpfs ended it; please report it")
             background.answer(ready[0], f"a defect of hcpfs: {error!r}; please report it")
@@ -209,7 +217,7 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool, accept: tuple[
         voice, accepted = Voice(terminal.say, terminal.complain), {Accept(word) for word in accept}
         sys.exit(recover.recover(path, accepted, voice, force=force, mount_again=not no_mount))
     except (CowError, OSError) as error:
-        raise _Sentence(str(error)) from error
+        raise _Sentence(_sentence(error)) from error
 
 
 @cli.command()
@@ -292,7 +300,7 @@ def verify(place: str, repair: bool) -> None:
     try:
         found = list(_show_progress(_verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair)))
     except (CowError, OSError) as error:
-        raise _Sentence(f"{path} could not be checked: {error}") from error
+        raise _Sentence(f"{path} could not be checked: {_sentence(error)}") from error
     left = [finding for finding in found if not finding.repaired]
     if found:
         terminal.say(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")

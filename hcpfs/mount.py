@@ -7,8 +7,8 @@ starts before there are requests; the store closes after the last request, and o
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import trio
@@ -44,7 +44,9 @@ def serve(options: MountOptions, on_ready: Callable[[], None], supervisor: Super
 
     try:
         trio.run(ending.see_to, partial(_serve, options, ending, supervisor, on_ready))
-    except* (CowError, OSError) as group:
+    except BaseExceptionGroup as group:
+        if (rest := group.split((CowError, OSError))[1]) is not None:
+            raise rest from group
         raise _only(group) from group
 
 
@@ -155,12 +157,25 @@ def _mount(operations: Operations, options: MountOptions) -> Session:
     if options.allow_other:
         flags.add("allow_other")
     flags.update(option.replace("\\", "\\\\").replace(",", "\\,") for option in options.contexts)
+    with _said_on_standard_error() as said:
+        try:
+            return Session(operations, options.mountpoint, flags)
+        except RuntimeError as error:
+            words = said() or f"{error}: is /dev/fuse there?"
+            raise RefusedError(f"{options.mountpoint} could not be mounted: {words}") from error
+
+
+@contextmanager
+def _said_on_standard_error() -> Iterator[Callable[[], str]]:
+    """Within the block, what libfuse and fusermount3 say there, which is all that they tell of a failure."""
+    before, memory = os.dup(2), os.memfd_create("said")
     try:
-        return Session(operations, options.mountpoint, flags)
-    except RuntimeError as error:
-        raise RefusedError(
-            f"{options.mountpoint} could not be mounted ({error}): is /dev/fuse there, and are you root?"
-        ) from error
+        os.dup2(memory, 2)
+        yield lambda: "; ".join(os.pread(memory, 4096, 0).decode(errors="backslashreplace").splitlines())
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(memory)
 
 
 def _widen_read_ahead(mountpoint: str) -> None:

@@ -12,7 +12,12 @@ from xxhash import xxh3_64_hexdigest
 from cow import OnFull, Source
 from hcpfs.tree import Access
 
-STORES = "/var/lib/hcpfs"
+#: where the default stores are, and what is recorded beside a store: a user who is not root has a place of his own
+STORES = (
+    "/var/lib/hcpfs"
+    if os.geteuid() == 0
+    else os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "hcpfs")
+)
 _TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
 _HIGHEST_ID = (1 << 32) - 2  # of a user or group; the one above says "none"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}

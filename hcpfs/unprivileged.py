@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 from cow.errors import RefusedError
-from hcpfs.options import STORES, MountOptions
+from hcpfs.options import MountOptions
 
 _FUSE, _FUSERMOUNT, _CONFIGURATION = "/dev/fuse", "fusermount3", "/etc/fuse.conf"
 NOTE = (
-    "not root, so do without: mkdir does not freeze a file system that is mounted on an image (quiesced no), and hcpfs "
-    "recover does not know how this was mounted (say it again with hcpfs mount --recover). Setting up loop devices and "
-    "mounting on them needs root anyway"
+    "not root: mkdir does not freeze a file system that is mounted on an image; loop devices on the images, and "
+    "mounting them, are root's to set up, who cannot see them without allow_other"
 )
 
 
@@ -35,8 +34,6 @@ def check(options: MountOptions) -> None:
         raise RefusedError("uid= and gid= of others are of no use without allow_other, as only you may use the mount")
     for source in options.sources:
         _check_source(source.path, read_only=options.read_only)
-    if options.store is None:
-        raise RefusedError(f"the default store is below {STORES}, which is root's: name one of yours with --store DIR")
 
 
 def _check_source(path: str, *, read_only: bool) -> None:
