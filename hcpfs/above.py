@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hcpfs import beneath, loops
@@ -102,16 +101,12 @@ def find(mounts: list[beneath.Mount], image_of: Callable[[str], str | None]) -> 
 
 
 def _mounts_of(mounts: list[beneath.Mount], state: loops.LoopState) -> Iterable[tuple[beneath.Mount, str]]:
-    names = {device: _name(device) for device in beneath.devices_above(state.device)}
+    names = {device: beneath.name_of(device) for device in beneath.devices_above(state.device)}
     for mount in mounts:
         if mount.device in names:
             yield mount, names[mount.device]
         elif mount.source.startswith("/dev/") and mount.source[5:] in names.values():
             yield mount, mount.source[5:]  # btrfs shows an anonymous device number
-
-
-def _name(device: int) -> str:
-    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
 
 
 def _above(mounts: list[beneath.Mount], mount: beneath.Mount, source: str, level: int) -> MountAbove:

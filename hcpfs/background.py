@@ -16,6 +16,7 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 from cow.device import Directory
+from hcpfs.terminal import plain
 
 READY = "ready"
 LOG_NAME = "hcpfs.log"
@@ -47,7 +48,7 @@ def run_in_background(arguments: Sequence[str]) -> str | None:
 def answer(ready_fd: int | None, sentence: str) -> None:
     """Tell the caller how the start ended."""
     if ready_fd is not None:
-        os.write(ready_fd, sentence.encode("utf-8", "replace"))
+        os.write(ready_fd, sentence.encode("utf-8", "backslashreplace"))
         os.close(ready_fd)
 
 
@@ -73,6 +74,14 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         self.stream.truncate(0)
 
 
+class _OneLine(logging.Formatter):
+    """A record is a line, whatever names stand in it; what follows of an exception are lines of their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name of the base class
+        """The line."""
+        return plain(super().formatMessage(record))
+
+
 def log_to(store: Directory | None) -> logging.handlers.QueueListener:
     """Set up logging: to standard error, or to a bounded file in the store (2 MiB at most).
 
@@ -80,7 +89,7 @@ def log_to(store: Directory | None) -> logging.handlers.QueueListener:
     Raises RefusedError when something else than a regular file of ours stands in the log's place.
     """
     target: logging.Handler = logging.StreamHandler() if store is None else _LogFile(store)
-    target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    target.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     root = logging.getLogger()
     root.setLevel(logging.INFO)

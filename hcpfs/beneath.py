@@ -3,6 +3,9 @@
 Used to find the file systems mounted from our images, to say who uses a device, and to refuse a store that sits on one
 of our own images. Reads /proc and /sys only, plus LOOP_GET_STATUS64. Calls block, and may come back to our own daemon
 (the kernel asks it for the attributes of a loop device's file), so once it serves they are made in the freezer process.
+
+A mount namespace is seen through a process (or thread) that is in it. One that is kept by a descriptor or a bind mount
+of its nsfs file alone has none: see hcpfs/users.py.
 """
 
 import fcntl
@@ -16,11 +19,16 @@ from typing import NamedTuple
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64_BYTES = 232
 _MOST_LINKS = 40  # as in the kernel
+_MOST_TRIES = 8  # processes of one namespace that may be gone before its mounts are read
 FILESYSTEM_TYPE = "fuse.hcpfs"
 
 
 class Mount(NamedTuple):
-    """A line of mountinfo. `root` is the directory of the file system that is shown; options are comma-separated."""
+    """A line of mountinfo. `root` is the directory of the file system that is shown; options are comma-separated.
+
+    `mountpoint` is the path in its mount namespace, whose inode is `namespace`; `pid` is a process in there, so that
+    /proc/PID/root leads to it. The namespace of `mounts()` is left 0, as is the pid: it is our own.
+    """
 
     device: int
     mountpoint: str
@@ -31,6 +39,8 @@ class Mount(NamedTuple):
     root: str
     options: str
     super_options: str
+    namespace: int = 0
+    pid: int = 0
 
 
 class Loop(NamedTuple):
@@ -44,8 +54,65 @@ class Loop(NamedTuple):
 
 def mounts() -> list[Mount]:
     """All mounts that this process sees."""
+    return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+
+
+def all_mounts() -> list[Mount]:
+    """The mounts of every mount namespace that has a process which we may look at; those of our own come first.
+
+    One look at each thread, and one mountinfo for each namespace: of a process that has the root of the namespace for
+    its own where there is one, as mountinfo shows only what is below the root. Who ends meanwhile is passed over.
+    """
+    own = namespace_of(os.getpid())
+    found = [mount._replace(namespace=own, pid=os.getpid()) for mount in mounts()]
+    seen = {own}
+    for namespace, pids in _namespaces(own).items():
+        for pid in pids:
+            if namespace not in seen:
+                try:
+                    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+                        lines = file.read()
+                except OSError:  # it is gone, or is going (EINVAL)
+                    continue
+                if lines:
+                    seen.add(namespace)
+                    found += parse_mounts(lines, namespace, pid)
+    return found
+
+
+def namespace_of(pid: int) -> int:
+    """The inode of the mount namespace that the process is in; 0 when it is gone, or not ours to look at."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    except OSError:
+        return 0
+
+
+def _namespaces(own: int) -> dict[int, list[int]]:
+    """The mount namespaces but our own, with the threads that show them, the best first."""
+    whole, parts = dict[int, list[int]](), dict[int, list[int]]()
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            threads = os.listdir(f"/proc/{process}/task")
+        except OSError:
+            continue
+        for thread in map(int, threads):
+            namespace = namespace_of(thread)
+            if namespace in (0, own) or len(whole.get(namespace, ())) >= _MOST_TRIES:
+                continue
+            try:
+                is_whole = os.readlink(f"/proc/{thread}/root") == "/"
+            except OSError:
+                continue
+            places = whole if is_whole else parts
+            places.setdefault(namespace, []).append(thread)
+    return {one: whole.get(one, []) + parts.get(one, [])[:_MOST_TRIES] for one in whole | parts}
+
+
+def parse_mounts(lines: bytes, namespace: int = 0, pid: int = 0) -> list[Mount]:
+    """The mounts of a mountinfo file; `namespace` and `pid` say whose it is."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in lines.splitlines():
         fields, _, rest = line.partition(b" - ")
         parts, kind = fields.split(), rest.split()
         major, minor = parts[2].split(b":")
@@ -54,7 +121,12 @@ def mounts() -> list[Mount]:
         device, filesystem = os.makedev(int(major), int(minor)), os.fsdecode(kind[0])
         number, parent = int(parts[0]), int(parts[1])
         root, mountpoint, options, super_options = map(_unescape, (*parts[3:6], kind[-1]))
-        found.append(Mount(device, mountpoint, filesystem, source, number, parent, root, options, super_options))
+        found.append(
+            Mount(
+                *(device, mountpoint, filesystem, source, number, parent),
+                *(root, options, super_options, namespace, pid),
+            )
+        )
     return found
 
 
@@ -106,7 +178,13 @@ def _sysfs(device: int) -> Path:
     return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
 
 
-def _number(entry: Path) -> int | None:
+def name_of(device: int) -> str:
+    """The name of a block device, such as loop0p1."""
+    return _sysfs(device).resolve().name
+
+
+def number_of(entry: Path) -> int | None:
+    """The number of the device whose directory in sysfs this is; None when it is gone."""
     try:
         major, minor = (entry / "dev").read_text().strip().split(":")
     except (OSError, ValueError):
@@ -125,14 +203,14 @@ def devices_above(device: int) -> set[int]:
         found.add(one)
         entry = _sysfs(one)
         above = [*entry.glob("holders/*"), *(part.parent for part in entry.glob("*/partition"))]
-        todo += [number for number in map(_number, above) if number is not None]
+        todo += [number for number in map(number_of, above) if number is not None]
     return found
 
 
 def mountpoints_of(device: int) -> list[str]:
     """Where file systems from the device, or from what sits on it, are mounted; each file system once."""
     above = devices_above(device)
-    names = {f"/dev/{_sysfs(one).resolve().name}" for one in above}
+    names = {f"/dev/{name_of(one)}" for one in above}
     found: dict[object, str] = {}
     for mount in mounts():
         # btrfs shows an anonymous device number, so its source counts too.
@@ -165,5 +243,5 @@ def hcpfs_under(path: str) -> str | None:
             todo.append(backing[device])
         entry = _sysfs(device)
         below = [*entry.glob("slaves/*")] + ([entry.resolve().parent] if (entry / "partition").exists() else [])
-        todo += [number for number in map(_number, below) if number is not None]
+        todo += [number for number in map(number_of, below) if number is not None]
     return None

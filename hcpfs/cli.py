@@ -8,7 +8,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +22,11 @@ from rich.table import Table
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover, stores
+from hcpfs import __version__, background, beneath, recover, stores, terminal, unprivileged
 from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
+from hcpfs.supervisor import Supervisor
 from hcpfs.text import path_in
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
@@ -44,7 +45,7 @@ class _Sentence(click.ClickException):
     """An error as one sentence on standard error."""
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"hcpfs: {self.message}", err=True, file=file)
+        terminal.complain(self.message)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +66,16 @@ def cli() -> None:
     """
 
 
+def _of_mount_8(command: Callable[..., None]) -> Callable[..., None]:
+    """The options with which mount(8) calls a program that is installed as /sbin/mount.TYPE."""
+    for flags in (("-r", "read_only"), ("-f", "--fake", "fake")):
+        command = click.option(*flags, is_flag=True, hidden=True)(command)
+    for flag in ("-n", "-s", "-v", "-w"):  # no mtab, sloppy, verbose, read-write: nothing to be done about them
+        command = click.option(flag, f"_{flag[1]}", is_flag=True, hidden=True, expose_value=False)(command)
+    command = click.option("-t", "_type", hidden=True, expose_value=False)(command)
+    return click.option("-N", "namespace", hidden=True)(command)
+
+
 @cli.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE... MOUNTPOINT")
 @click.option("--store", metavar="DIR", help="Where old bytes are kept. Default: a folder below /var/lib/hcpfs.")
@@ -79,6 +90,7 @@ def cli() -> None:
 @_ACCEPT
 @click.option("--recover", "recovering", is_flag=True, help="If a daemon died there, do what hcpfs recover does.")
 @click.option("--ready-fd", type=int, hidden=True)
+@_of_mount_8
 def mount(
     sources: tuple[str, ...],
     store: str | None,
@@ -89,28 +101,40 @@ def mount(
     accept: tuple[str, ...],
     recovering: bool,
     ready_fd: int | None,
+    read_only: bool,
+    fake: bool,
+    namespace: str | None,
 ) -> None:
     """Serve SOURCE..., block devices or image files, at MOUNTPOINT.
 
     A SOURCE may be NAME=PATH; else its image is called after its base name, with .img. Several SOURCEs are one
     consistency group: one mkdir takes a snapshot of all of them at the same instant. Returns when the mount is usable.
     """
+    supervisor = Supervisor()  # before there are children
     try:
         wanted = _mount_options(sources, store, quota, options)
+        if namespace is not None:
+            raise UsageError(f"-N {namespace} is not known here: nsenter --mount={namespace} hcpfs mount ...")
         wanted.sync |= sync
+        wanted.read_only |= read_only
         wanted.foreground |= foreground
         wanted.accept |= {Accept(word) for word in accept}
+        unprivileged.check(wanted)
         for note in stores.check_no_other(wanted) if ready_fd is None else ():
-            _complain(f"note: {note}")
+            terminal.complain(f"note: {note}")
     except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
+    if fake:
+        return
+    if os.geteuid() != 0 and ready_fd is None:
+        terminal.complain(unprivileged.NOTE)
     if recovering:
         record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
         try:
-            voice = Voice(click.echo, _complain)
+            voice = Voice(terminal.say, terminal.complain)
             done = recover.recover_and_mount(record, wanted.accept, voice, foreground=wanted.foreground)
         except (CowError, OSError) as error:
-            raise _Sentence(str(error)) from error
+            raise _Sentence(_sentence(error)) from error
         if done is not None and not wanted.foreground:
             sys.exit(done)
         ready_fd = done
@@ -119,11 +143,14 @@ def mount(
         if sentence is not None:
             raise _Sentence(sentence)
         return
-    _serve(wanted, ready_fd)
+    _serve(wanted, ready_fd, supervisor)
 
 
-def _complain(sentence: str) -> None:
-    click.echo(f"hcpfs: {sentence}", err=True)
+def _sentence(error: CowError | OSError) -> str:
+    """The error in words, without the number and the quotes of Python."""
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}"
+    return str(error)
 
 
 def _mount_options(
@@ -143,7 +170,7 @@ def _mount_options(
     return wanted
 
 
-def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
+def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
     from hcpfs.mount import check, serve  # the other commands need no pyfuse3, and start faster without it
 
     ready = [ready_fd]
@@ -159,11 +186,12 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
             store = claim_directory(wanted.store_path, create=True)  # no log is left where no store can be
             stack.callback(store.close)
             stack.callback(background.log_to(None if wanted.foreground else store).stop)
-            serve(wanted, on_ready)
+            serve(wanted, on_ready, supervisor)
         except (CowError, OSError) as error:
-            logging.getLogger("hcpfs").error("%s", error)
-            background.answer(ready[0], str(error))
-            raise _Sentence(str(error)) from error
+            sentence = _sentence(error)
+            logging.getLogger("hcpfs").error("%s", sentence)
+            background.answer(ready[0], sentence)
+            raise _Sentence(sentence) from error
         except Exception as error:
             logging.getLogger("hcpfs").exception("a defect of hcpfs ended it; please report it")
             background.answer(ready[0], f"a defect of hcpfs: {error!r}; please report it")
@@ -186,10 +214,10 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool, accept: tuple[
     """
     path = beneath.real_path(mountpoint)
     try:
-        voice, accepted = Voice(click.echo, _complain), {Accept(word) for word in accept}
+        voice, accepted = Voice(terminal.say, terminal.complain), {Accept(word) for word in accept}
         sys.exit(recover.recover(path, accepted, voice, force=force, mount_again=not no_mount))
     except (CowError, OSError) as error:
-        raise _Sentence(str(error)) from error
+        raise _Sentence(_sentence(error)) from error
 
 
 @cli.command()
@@ -237,11 +265,11 @@ def list_snapshots(mountpoint: str, as_json: bool) -> None:
         found.append({"name": name.decode("utf-8", "backslashreplace"), **_parse(text)})
     found.sort(key=lambda one: one["created"])
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
         return
     rows = [
         (
-            *(one["name"], one["created"][:19] + "Z", one["state"], one.get("quiesced", "-")),
+            *(terminal.plain(one["name"]), one["created"][:19] + "Z", one["state"], one.get("quiesced", "-")),
             *(_human(int(one[key])) for key in ("size", "preserved_bytes", "written_bytes")),
         )
         for one in found
@@ -272,12 +300,12 @@ def verify(place: str, repair: bool) -> None:
     try:
         found = list(_show_progress(_verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair)))
     except (CowError, OSError) as error:
-        raise _Sentence(f"{path} could not be checked: {error}") from error
+        raise _Sentence(f"{path} could not be checked: {_sentence(error)}") from error
     left = [finding for finding in found if not finding.repaired]
     if found:
-        click.echo(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")
+        terminal.say(f"{len(found)} things were found, {len(found) - len(left)} of them repaired by giving them up")
         sys.exit(DAMAGED if left else REPAIRED)
-    click.echo("all is well")
+    terminal.say("all is well")
 
 
 def _show_progress(steps: Iterable[Progress | Finding]) -> Iterator[Finding]:
@@ -287,7 +315,7 @@ def _show_progress(steps: Iterable[Progress | Finding]) -> Iterator[Finding]:
         task = bar.add_task("reading")
         for step in steps:
             if isinstance(step, Finding):
-                click.echo(step.sentence)
+                terminal.say(step.sentence)
                 yield step
             else:
                 bar.update(task, completed=step.done_bytes, total=step.total_bytes)
@@ -343,11 +371,12 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if len(words) >= 2 and words[0] not in cli.commands and _may_be_source(words[0]):
         words.insert(0, "mount")
+    terminal.prepare()
     try:
         cli.main(args=words, prog_name="hcpfs")
     except OSError as error:  # what else can fail says so where it does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left fails again at the exit
-        _complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
+        terminal.complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
         sys.exit(1)
     raise AssertionError("click exits")
 

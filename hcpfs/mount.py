@@ -4,31 +4,34 @@ Order matters. What can refuse comes first (`check`), so that a refusal leaves n
 starts before there are requests; the store closes after the last request, and only then are the devices released.
 """
 
-import errno
 import logging
 import os
-import signal
 import stat
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, ground, loops, readahead, record, stores
+from hcpfs import beneath, ground, loops, mountpoint, readahead, record, stores
+from hcpfs.ending import Ending, Mounted
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
 from hcpfs.superblock import superblock_of
+from hcpfs.supervisor import Supervisor
 from hcpfs.tree import Tree
+
+_AGAIN_SECONDS = 0.1  # until the service manager is told once more
 
 log = logging.getLogger("hcpfs")
 
 
-def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+def serve(options: MountOptions, on_ready: Callable[[], None], supervisor: Supervisor) -> None:
     """Mount and serve; returns after the umount, when all is durable and the devices are released.
 
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
@@ -37,9 +40,13 @@ def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
     refused = harden()
     if refused:
         log.warning("not permitted, so memory pressure may stall this mount: %s", "; ".join(refused))
+    ending = Ending(supervisor, foreground=options.foreground)
+
     try:
-        trio.run(_serve, options, on_ready)
-    except* (CowError, OSError) as group:
+        trio.run(ending.see_to, partial(_serve, options, ending, supervisor, on_ready))
+    except BaseExceptionGroup as group:
+        if (rest := group.split((CowError, OSError))[1]) is not None:
+            raise rest from group
         raise _only(group) from group
 
 
@@ -49,8 +56,9 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, on_ready: Callable[[], None]) -> None:
     troubles: list[Callable[[str], None]] = [log.warning]
+    ending.enter("opening the store")
     async with (
         _held(options.sources),
         _freezer() as freezer,
@@ -81,21 +89,41 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         inodes.update(tree.live_inodes())
         troubles.append(tree.record_trouble)
         session = _mount(Operations(tree, options.access), options)
+
+        def terminate_session() -> None:
+            freezer.give_up()
+            terminate()
+
+        ready = trio.Event()
         try:
+            ending.served(
+                Mounted(options.mountpoint, _device(options.mountpoint), tree.cached, terminate_session, tree.progress)
+            )
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_terminate_on_signals, freezer)
-                nursery.start_soon(_get_ready, options, quiescer, on_ready)
+                nursery.start_soon(_get_ready, options, quiescer, supervisor, on_ready, ready)
                 await session.serve()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
         finally:
             session.close()
+        ending.enter("closing the store")
         log.info("unmounted; closing the store")
     log.info("closed clean")
-    if in_use or _is_mounted(options.mountpoint):  # it still is when its connection was aborted
-        log.warning("what used the images finds them dead: hcpfs recover %s gets it going again", options.mountpoint)
+    if in_use or mountpoint.is_served(options.mountpoint):  # it still is when its connection was aborted
+        log.warning(
+            "what used the images finds them dead, and only what was flushed is there: hcpfs recover %s gets it going "
+            "again",
+            options.mountpoint,
+        )
     else:
         _forget(options.mountpoint)
+    if ending.asked_by and not ready.is_set():
+        raise RefusedError(f"{ending.asked_by} ended it before it was usable")
+
+
+def _device(mountpoint: str) -> int:
+    """The device number of the mount that this process has just made."""
+    return [mount.device for mount in beneath.mounts() if mount.mountpoint == mountpoint][-1]
 
 
 @asynccontextmanager
@@ -128,12 +156,26 @@ def _mount(operations: Operations, options: MountOptions) -> Session:
         flags.add("ro")
     if options.allow_other:
         flags.add("allow_other")
+    flags.update(option.replace("\\", "\\\\").replace(",", "\\,") for option in options.contexts)
+    with _said_on_standard_error() as said:
+        try:
+            return Session(operations, options.mountpoint, flags)
+        except RuntimeError as error:
+            words = said() or f"{error}: is /dev/fuse there?"
+            raise RefusedError(f"{options.mountpoint} could not be mounted: {words}") from error
+
+
+@contextmanager
+def _said_on_standard_error() -> Iterator[Callable[[], str]]:
+    """Within the block, what libfuse and fusermount3 say there, which is all that they tell of a failure."""
+    before, memory = os.dup(2), os.memfd_create("said")
     try:
-        return Session(operations, options.mountpoint, flags)
-    except RuntimeError as error:
-        raise RefusedError(
-            f"{options.mountpoint} could not be mounted ({error}): is /dev/fuse there, and are you root?"
-        ) from error
+        os.dup2(memory, 2)
+        yield lambda: "; ".join(os.pread(memory, 4096, 0).decode(errors="backslashreplace").splitlines())
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(memory)
 
 
 def _widen_read_ahead(mountpoint: str) -> None:
@@ -143,7 +185,9 @@ def _widen_read_ahead(mountpoint: str) -> None:
         log.warning("the read-ahead of the mount stays as it is, so that cp and mmap are slower: %s", error)
 
 
-async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
+async def _get_ready(
+    options: MountOptions, quiescer: Quiescer, supervisor: Supervisor, on_ready: Callable[[], None], ready: trio.Event
+) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
@@ -151,6 +195,9 @@ async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callab
     except OSError as error:
         log.warning("hcpfs recover will not know how this was mounted: %s", error)
     on_ready()
+    ready.set()
+    while not supervisor.tell(f"serving {options.mountpoint}; the store is {options.store_path}", READY=1):  # noqa: ASYNC110
+        await trio.sleep(_AGAIN_SECONDS)
 
 
 def _forget(mountpoint: str) -> None:
@@ -160,39 +207,11 @@ def _forget(mountpoint: str) -> None:
         log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
 
 
-async def _terminate_on_signals(freezer: Freezer) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("%s: unmounting", signal.Signals(number).name)
-            freezer.give_up()
-            terminate()
-
-
 def check(options: MountOptions) -> None:
     """Raise RefusedError for what can be seen to be wrong before anything is made or opened."""
-    check_mountpoint(options.mountpoint)
+    mountpoint.check(options.mountpoint)
     check_store_place(options.store_path, options.mountpoint)
     check_sources(options.sources)
-
-
-def check_mountpoint(path: str) -> None:
-    """Raise RefusedError unless a file system can be mounted at `path`."""
-    try:
-        kind = os.stat(path)
-        if stat.S_ISDIR(kind.st_mode):
-            os.listdir(path)  # stat(2) may still succeed on the mount of a dead daemon
-    except OSError as error:
-        dead = error.errno == errno.ENOTCONN
-        hint = f"hcpfs recover {path} gets it going again" if dead else "make the directory first"
-        raise RefusedError(f"the mount point {path} cannot be used ({error.strerror}): {hint}") from error
-    if not stat.S_ISDIR(kind.st_mode):
-        raise RefusedError(f"the mount point {path} is not a directory: name a directory")
-    if _is_mounted(path):
-        raise RefusedError(f"an hcpfs is mounted at {path} already: unmount it first, or choose another directory")
-
-
-def _is_mounted(path: str) -> bool:
-    return any(mount.mountpoint == path and mount.filesystem == beneath.FILESYSTEM_TYPE for mount in beneath.mounts())
 
 
 def check_store_place(store: str, mountpoint: str) -> None:

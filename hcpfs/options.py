@@ -12,7 +12,12 @@ from xxhash import xxh3_64_hexdigest
 from cow import OnFull, Source
 from hcpfs.tree import Access
 
-STORES = "/var/lib/hcpfs"
+#: where the default stores are, and what is recorded beside a store: a user who is not root has a place of his own
+STORES = (
+    "/var/lib/hcpfs"
+    if os.geteuid() == 0
+    else os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "hcpfs")
+)
 _TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
 _HIGHEST_ID = (1 << 32) - 2  # of a user or group; the one above says "none"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -20,8 +25,23 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _IGNORED = {
     "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "nofail", "_netdev", "exec", "noexec",
     "suid", "nosuid", "dev", "nodev", "async", "atime", "noatime", "relatime", "norelatime", "diratime", "nodiratime",
-    "strictatime", "lazytime", "nolazytime",
+    "strictatime", "lazytime", "nolazytime", "dirsync", "iversion", "noiversion", "mand", "nomand", "silent", "loud",
+    "nosymfollow", "symfollow", "loop", "group", "sloppy",
 }  # fmt: skip
+# Labels of SELinux; a kernel without it refuses them, and mount(8) then leaves them out.
+_CONTEXTS = ("context", "fscontext", "defcontext", "rootcontext")
+_SELINUX = "/sys/fs/selinux/enforce"
+_REMOUNT = (
+    "a mounted hcpfs cannot be remounted with other options: hcpfs umount {0}, and mount it again; the snapshots stay. "
+    "To take the right to write from all who use it meanwhile: mount -o remount,bind,ro {0}"
+)
+_REFUSED = {
+    "remount": _REMOUNT,
+    **dict.fromkeys(("bind", "rbind"), "to show an hcpfs in a second place: mount --bind {0} PLACE, without a type"),
+    "move": "to move an hcpfs, unmount it and mount it at the other place: its daemon knows it by its mount point",
+}
+# An option ends with a comma, but not with one in quotes, as in context="u:r:t:s0:c1,c2".
+_OPTION = re.compile(r'(?:[^,"]|"[^"]*"|")+')
 
 
 class UsageError(ValueError):
@@ -49,10 +69,11 @@ class MountOptions:
     read_suspect: bool = False
     sync: bool = False
     allow_other: bool = False
-    access: Access = field(default_factory=Access)
+    access: Access = field(default_factory=lambda: Access(os.geteuid(), os.getegid()))
     freeze_seconds: float = 10.0
     foreground: bool = False
     accept: set[Accept] = field(default_factory=set)  #: for this mount alone
+    contexts: list[str] = field(default_factory=list)  #: options for the kernel, such as context="..."
 
     @property
     def store_path(self) -> str:
@@ -90,6 +111,7 @@ class MountOptions:
             texts += [f"uid={self.access.uid}", f"gid={self.access.gid}", f"mode={self.access.mode:o}"]
         if self.freeze_seconds != plain.freeze_seconds:
             texts.append(f"freeze={self.freeze_seconds}")
+        texts += self.contexts
         return [*words, *(("-o", ",".join(texts)) if texts else ())]
 
 
@@ -135,7 +157,7 @@ def _default_name(path: str) -> str:
 def apply_options(options: MountOptions, texts: Iterable[str]) -> None:
     """Take over `-o` texts, each a comma-separated list. Raises UsageError for what is not known."""
     for text in texts:
-        for option in filter(None, text.split(",")):
+        for option in _OPTION.findall(text):
             _apply_option(options, option)
 
 
@@ -182,8 +204,13 @@ def _apply_option(options: MountOptions, option: str) -> None:
                 raise UsageError(f"freeze={value} is not a number of seconds") from None
             if not 0 <= options.freeze_seconds < math.inf:
                 raise UsageError(f"freeze={value} makes no sense: write how many seconds mkdir may wait, 0 or more")
+        case _ if key in _CONTEXTS:
+            if os.path.exists(_SELINUX):
+                options.contexts.append(option)
+        case _ if key in _REFUSED:
+            raise UsageError(f"-o {key}: {_REFUSED[key].format(options.mountpoint)}")
         case _:
-            if key not in _IGNORED and not key.startswith(("x-", "comment")):
+            if key not in _IGNORED and not key.startswith(("x-", "X-", "comment")):
                 raise UsageError(
                     f"the mount option {option!r} is not known: there are store, quota, on_full, source, ro, "
                     f"read_suspect, sync, allow_other, uid, gid, mode, freeze, accept and foreground"

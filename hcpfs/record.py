@@ -1,4 +1,4 @@
-"""How a mount was made, left in /run/hcpfs while the daemon lives, for `hcpfs recover` after its death.
+"""How a mount was made, left in /run/hcpfs (of root) while the daemon lives, for `hcpfs recover` after its death.
 
 One small JSON file for each mount point, removed at a clean umount. It is a convenience: whoever cannot write it says
 so and goes on without.
@@ -16,7 +16,16 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-DIRECTORY = "/run/hcpfs"
+
+def _place() -> str:
+    """A user who is not root has a place of his own: where his session keeps such things, or in his home."""
+    if os.geteuid() == 0:
+        return "/run/hcpfs"
+    session = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return os.path.join(session if os.path.isdir(session) else os.path.expanduser("~/.local/state"), "hcpfs")
+
+
+DIRECTORY = _place()
 _DEAD = ("X", "Z")
 
 
@@ -112,7 +121,7 @@ def _name(mountpoint: str) -> str:
 def _directory() -> Iterator[int]:
     """The directory, made when missing, as a descriptor. What is in it is run as root, so nobody else may write."""
     with suppress(FileExistsError):
-        os.mkdir(DIRECTORY, 0o700)
+        os.makedirs(DIRECTORY, 0o700)
     fd = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         kind = os.fstat(fd)

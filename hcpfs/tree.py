@@ -126,6 +126,20 @@ class Tree:
             for place, origin in enumerate(self.store.origins)
         }
 
+    def cached(self) -> list[str]:
+        """The images of which the kernel may cache what was written: the live ones, and those that are open."""
+        opened = [
+            f"snaps/{os.fsdecode(snapshot.name)}/{os.fsdecode(image.origin.name)}"
+            for snapshot in self.store.snapshots
+            for image in snapshot.images
+            if image.opened
+        ]
+        return [*self.live_inodes(), *opened]
+
+    def progress(self) -> object:
+        """Another value as long as what was acknowledged is on its way to the disks."""
+        return [origin.buffered_bytes for origin in self.store.origins], self.store.space.used_bytes
+
     def entries(self, inode: int) -> Iterator[Entry]:
         """The entries of a directory in the order of their cookies."""
         yield Entry(b".", inode, 1)
