@@ -9,6 +9,7 @@ against directory descriptors and never through symbolic links. Calls block: cal
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import sqlite3
 import stat
@@ -26,6 +27,7 @@ _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
+_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 _MEMORY_FILESYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs: statfs(2)
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -83,6 +85,28 @@ class Io:
         if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+    def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
+        """Read past the page cache, through a descriptor of its own; both figures are multiples of 4096.
+
+        Where there is no O_DIRECT, what is cached of it is dropped before.
+        """
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+        else:
+            try:
+                with mmap.mmap(-1, length) as buffer:  # which is aligned
+                    return buffer[: os.preadv(own, [buffer], offset)]
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                os.close(own)
+        self.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return self.pread(fd, length, offset)
 
     def is_in_memory(self, fd: int) -> bool:
         """Whether it is a file or a directory that never waits for a disk."""
@@ -438,6 +462,14 @@ def _check_ours(status: os.stat_result, label: str) -> None:
         raise RefusedError(f"{label} can be written by others: see who did, then chown it to yourself and chmod go= it")
 
 
+class SourceError(OSError):
+    """What a source answered, in a sentence that names it."""
+
+
+class ShrunkError(SourceError):
+    """A file that is a source was cut while it was served."""
+
+
 class OriginDevice(File):
     """A source: a block device, held O_EXCL, or a regular file, held by flock(2). # I7
 
@@ -446,7 +478,8 @@ class OriginDevice(File):
 
     def __init__(self, io: Io, fd: int, label: str, geometry: Geometry) -> None:
         super().__init__(io, fd, label)
-        self._size_bytes, self.logical_block_bytes, _ = geometry
+        self._size_bytes, self.logical_block_bytes, self._is_block = geometry
+        self.intact_bytes = geometry.size_bytes  #: what is beyond is not what it was: the source was cut there
 
     @property
     def size_bytes(self) -> int:
@@ -454,9 +487,34 @@ class OriginDevice(File):
         return self._size_bytes
 
     def _check_end(self, end: int, wanted: int) -> None:
-        """Raise OSError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
+        """Raise ShrunkError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
         if end < min(wanted, self._size_bytes):
-            raise OSError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
+            self.intact_bytes = min(self.intact_bytes, end)
+            raise self.shrunk()
+
+    def shrunk(self) -> "ShrunkError":
+        """The error for what is beyond `intact_bytes`."""
+        return ShrunkError(
+            errno.EIO,
+            f"{self.label} was cut from {self._size_bytes} to {self.intact_bytes} bytes, or less, while it was served: "
+            f"what is beyond cannot be read, nothing is written to it any more, and nothing of that is taken for old "
+            f"bytes. Unmount, put back what it had there (not with truncate: that gives zeroes), and mount again",
+        )
+
+    def check_size(self) -> None:
+        """Raise ShrunkError when the file was cut, now or before. # I4
+
+        A write beyond its end would give it its size back, with a hole that reads like zeroes that were always there.
+        Block devices refuse such writes themselves.
+        """
+        if not self._is_block:
+            self.intact_bytes = min(self.intact_bytes, self._io.fstat(self.fd).st_size)
+        if self.intact_bytes < self._size_bytes:
+            raise self.shrunk()
+
+    def pread_past_cache(self, length: int, offset: int) -> bytes:
+        """Read from the device itself; fewer bytes only at its end. Both figures are multiples of 4096."""
+        return self._io.pread_direct(self.fd, length, offset)
 
     @property
     def modified_ns(self) -> int:

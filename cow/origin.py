@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import trio
 from pyroaring import BitMap64
 
+from cow.ailing import told, why_away
 from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
-from cow.contents import Contents, overlaid
+from cow.contents import Contents, covers, overlaid
 from cow.device import OriginDevice
-from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
+from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError, printable
 from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
@@ -26,6 +27,8 @@ from cow.layer import Layer
 from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.preserver import Preserver
+
+_LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Origin:
         self._preserver = preserver
         self._read_only = read_only
         self._write_behind = write_behind
+        self._look_again_ns = 0  #: at the size of a file
         is_in_memory = store_is_in_memory and device.is_in_memory
         self._behind = Behind(device.label, self._take, on_trouble, is_in_memory=is_in_memory)
 
@@ -71,7 +75,9 @@ class Origin:
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As `read`, where that needs no waiting; else None. What is longer than a chunk is read into `into`."""
-        if offset + length > self.size_bytes or (self._behind.chunks and self._behind.holds(covering(offset, length))):
+        if offset + length > self.device.intact_bytes or (
+            self._behind.chunks and self._behind.holds(covering(offset, length))
+        ):
             return None
         try:
             if length <= CHUNK_BYTES:
@@ -79,7 +85,7 @@ class Origin:
             if length > len(into):
                 return None
             self.device.fill_nowait(into[:length], offset)
-        except BlockingIOError:
+        except OSError:  # BlockingIOError, or of the device: who waits is told
             return None
         return into[:length]
 
@@ -94,6 +100,8 @@ class Origin:
         if length <= 0:
             return b""
         newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
+        if newer and covers(newer, offset, length):  # so what is beneath need not be readable
+            return overlaid(bytes(length), offset, newer)
         try:
             data = await self._read_device(offset, length)
         except OSError as error:
@@ -104,10 +112,18 @@ class Origin:
         return overlaid(data, offset, newer) if newer else data
 
     async def _read_device(self, offset: int, length: int) -> bytes:
+        if offset + length > self.device.intact_bytes:
+            raise self.device.shrunk()
         try:
-            return self.device.pread_nowait(length, offset)
-        except BlockingIOError:
-            return await trio.to_thread.run_sync(self.device.pread, length, offset)
+            try:
+                return self.device.pread_nowait(length, offset)
+            except BlockingIOError:
+                return await trio.to_thread.run_sync(self.device.pread, length, offset)
+        except OSError as error:
+            raise self._told(error, "read", offset) from error
+
+    def _told(self, error: OSError, action: str, offset: int | None = None) -> OSError:
+        return told(error, self.device, printable(self.name), action, offset)
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting; else None.
@@ -115,8 +131,8 @@ class Origin:
         The memory of a view may be used for something else afterwards, unless it is `memory`, and kept.
         """
         # atomic: no checkpoint, so the gate need not be entered
-        length = len(data)
-        if self._read_only or self._gate.held or not length or offset + length > self.size_bytes:
+        length, now_ns = len(data), time.time_ns()
+        if self._read_only or self._gate.held or not length or offset + length > self.device.intact_bytes:
             return None
         if self._is_put_behind(offset, length):
             if self._behind.is_full:
@@ -124,10 +140,25 @@ class Origin:
             self._behind.put(offset, data, memory)
         else:
             may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
-            if not may_write or not self.device.pwrite_nowait(data, offset):
+            if not may_write or not self._may_write_now(offset + length, now_ns):
                 return None
-        self.modified_ns = time.time_ns()
+            try:
+                if not self.device.pwrite_nowait(data, offset):
+                    return None
+            except OSError:  # who waits is told
+                return None
+        self.modified_ns = now_ns
         return length
+
+    def _may_write_now(self, end: int, now_ns: int) -> bool:
+        """Whether the file has its size yet: one that was cut must not get it back by a write, with a hole in it."""
+        if now_ns >= self._look_again_ns or end >= self.size_bytes:
+            try:
+                self.device.check_size()
+            except OSError:
+                return False
+            self._look_again_ns = now_ns + _LOOK_NS
+        return True
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
@@ -159,9 +190,13 @@ class Origin:
                 await self._behind.room()
                 self._behind.put(offset, data, memory)
             else:
+                self.device.check_size()
                 await self._preserver.preserve(self, chunks_in([run]))
-                if not self.device.pwrite_nowait(data, offset):
-                    await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+                try:
+                    if not self.device.pwrite_nowait(data, offset):
+                        await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+                except OSError as error:
+                    raise self._told(error, "written", offset) from error
             self.modified_ns = time.time_ns()
         finally:
             self._gate.leave()
@@ -181,8 +216,13 @@ class Origin:
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
+        self.device.check_size()
         await self._preserver.preserve(self, chunks)
-        return await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
+        left = await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
+        if isinstance(left.cause, OSError):
+            first = left.contents.chunks().min() * CHUNK_BYTES
+            return Untaken(left.contents, self._told(left.cause, "written", first))
+        return left
 
     async def drain(self) -> None:
         """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
@@ -191,7 +231,10 @@ class Origin:
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3"""
         await self._behind.flush()
-        await offload(self.device.sync, here=self.device.is_in_memory)
+        try:
+            await offload(self.device.sync, here=self.device.is_in_memory)
+        except OSError as error:
+            raise self._told(error, "flushed") from error
 
     @property
     def is_in_memory(self) -> bool:
@@ -222,15 +265,26 @@ class Origin:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks."""
         first, chunks = run
         offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
-        if offset + length <= self.size_bytes:
-            return self.device.pread(length, offset)
-        return self.device.pread(self.size_bytes - offset, offset).ljust(length, b"\0")
+        data = self.device.pread(min(length, self.size_bytes - offset), offset)
+        self.device.check_size()  # after it: what was cut before reads like zeroes where it was written to again
+        return data if len(data) == length else data.ljust(length, b"\0")
+
+    def why_away(self, chunk: int, error: OSError) -> OSError | None:
+        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+        return why_away(self.device, chunk, error)
 
     def read_chunks_into(self, run: Run, into: memoryview, *, nowait: bool = False) -> None:
         """The same, into all of `into`. Under `nowait` raises BlockingIOError where it would block."""
         fill = self.device.fill_nowait if nowait else self.device.fill
         length = min(run.length, self.size_bytes - run.offset)
-        fill(into[:length], run.offset)
+        if run.offset + length > self.device.intact_bytes:
+            raise self.device.shrunk()
+        try:
+            fill(into[:length], run.offset)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise self._told(error, "read", run.offset) from error
         into[length:] = bytes(run.length - length)
 
     # -- epochs --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ LAYERS = [
     {"cow.geometry"},
     {"cow.contents", "cow.device"},
     {
+        "cow.ailing",
         "cow.behind",
         "cow.catalog",
         "cow.elsewhere",

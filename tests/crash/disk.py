@@ -257,6 +257,9 @@ class Disk(Io):
         data = bytes(inode.content[offset : offset + length])
         return data if fault is None else data[: max(1, fault.short)]
 
+    def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
+        return self.pread(fd, length, offset)
+
     def preadv(self, fd: int, parts: Sequence[bytearray], offset: int, flags: int = 0) -> int:
         [part] = parts
         data = self.pread(fd, len(part), offset)
