@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Self
+from typing import NamedTuple, NoReturn, Self
 
 from cow.errors import RefusedError, SyncError
 
@@ -489,8 +489,16 @@ class OriginDevice(File):
     def _check_end(self, end: int, wanted: int) -> None:
         """Raise ShrunkError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
         if end < min(wanted, self._size_bytes):
-            self.intact_bytes = min(self.intact_bytes, end)
+            self._note_cut(end)
             raise self.shrunk()
+
+    def _note_cut(self, end: int) -> None:
+        """From now on every read has to pass who looks at `intact_bytes`."""
+        self.intact_bytes = min(self.intact_bytes, end)
+        self.pread_nowait = self.fill_nowait = self._look_first
+
+    def _look_first(self, *_: object) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, "the source was cut")
 
     def shrunk(self) -> "ShrunkError":
         """The error for what is beyond `intact_bytes`."""
@@ -507,8 +515,8 @@ class OriginDevice(File):
         A write beyond its end would give it its size back, with a hole that reads like zeroes that were always there.
         Block devices refuse such writes themselves.
         """
-        if not self._is_block:
-            self.intact_bytes = min(self.intact_bytes, self._io.fstat(self.fd).st_size)
+        if not self._is_block and (size_bytes := self._io.fstat(self.fd).st_size) < self.intact_bytes:
+            self._note_cut(size_bytes)
         if self.intact_bytes < self._size_bytes:
             raise self.shrunk()
 
