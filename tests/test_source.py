@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"cow.sums"},
     {"cow.layer"},
-    {"cow.chain", "cow.commits", "cow.recovery"},
+    {"cow.chain", "cow.commits", "cow.recovery", "cow.secondplace"},
     {"cow.preserver", "cow.space"},
     {"cow.housekeeping"},
     {"cow.origin"},
