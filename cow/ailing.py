@@ -10,17 +10,8 @@ import os
 
 from cow.device import OriginDevice, ShrunkError, SourceError
 from cow.geometry import CHUNK_BYTES
+from cow.passing import BAD_SECTOR
 
-# What a disk, or what stands for one, answers for a sector that it cannot give. Any other errno is not about a sector.
-BAD_SECTOR = {
-    errno.EIO,
-    errno.ENODATA,
-    errno.EREMOTEIO,
-    errno.EILSEQ,
-    errno.EBADMSG,
-    errno.EUCLEAN,
-    errno.ETIMEDOUT,
-}
 _PLACES = 8  # that are tried, spread over the device, and its end
 _NEAR_CHUNKS = 256  # what is bad around a bad sector says nothing of the device
 

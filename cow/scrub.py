@@ -22,6 +22,7 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
+from cow.passing import stays
 from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover
 from cow.store import Store
 from cow.sums import SUM_BYTES
@@ -51,11 +52,14 @@ Chain = tuple[bytes, Sequence[Layer]]  # a snapshot's name, and the layers that 
 def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64:
     """The chunks of `run`, all held, that do not match their checksums or cannot be read. Blocks.
 
-    `renewed` has the checksums, by chunk, that a journal would still put into their slots.
+    `renewed` has the checksums, by chunk, that a journal would still put into their slots. Raises MayPassError.
     """
     bad = BitMap64()
     try:
-        data, sums = layer.read_unchecked(run)
+        if run.chunks == 1:
+            data, sums = stays(lambda: layer.read_unchecked(run), f"layer {layer.name} cannot be read")
+        else:
+            data, sums = layer.read_unchecked(run)
     except (OSError, DamagedError):
         if run.chunks == 1:
             bad.add(run.first)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, contents, flatten, journal, space
+from cow import behind, contents, flatten, journal, passing, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -73,6 +73,7 @@ def small_and_deterministic() -> Iterator[None]:
         patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
         patch.object(space, "OPENING_BYTES", JOURNAL_BYTES // 2),
         patch.object(behind, "LINGER_SECONDS", 0),
+        patch.object(passing, "PAUSE_SECONDS", 0),
         patch.object(flatten, "MOST_LAYERS", 1),
         patch.object(flatten, "PIECE_CHUNKS", 1),
         patch.object(flatten, "PUNCH_CHUNKS", 1),

@@ -21,6 +21,10 @@ class BadIo(Io):
         if self.fails(call, path):
             raise OSError(self.errno, os.strerror(self.errno))
 
+    def open(self, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        self._check("open", path if dir_fd is None else f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}")
+        return os.open(path, flags, mode, dir_fd=dir_fd)
+
     def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
         self._check("pread", os.readlink(f"/proc/self/fd/{fd}"))
         return super().pread_direct(fd, length, offset)
