@@ -23,6 +23,7 @@ from cow.errors import RefusedError, SyncError
 
 MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
+_PAGE_BYTES = 4096  # what O_DIRECT takes everywhere
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 FALLOC_KEEP_SIZE = 0x01
@@ -107,6 +108,23 @@ class Io:
                 os.close(own)
         self.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
         return self.pread(fd, length, offset)
+
+    def pwrite_direct(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        """Write all of it past the page cache, as `pread_direct` reads; where that cannot be had, into the cache."""
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+            self.pwrite(fd, data, offset)
+            return
+        try:
+            with mmap.mmap(-1, len(data)) as buffer:
+                buffer[:] = bytes(data)
+                if os.pwrite(own, buffer, offset) != len(data):
+                    raise OSError(errno.EIO, "it was written in part")
+        finally:
+            os.close(own)
 
     def is_in_memory(self, fd: int) -> bool:
         """Whether it is a file or a directory that never waits for a disk."""
@@ -457,6 +475,21 @@ class Directory:
         self._io.close(self.fd)
 
 
+class PastCache(File):
+    """A source, written to past the page cache where whole chunks are: into that a write to a disk never fails."""
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of `data`."""
+        if offset % _PAGE_BYTES or len(data) % _PAGE_BYTES:
+            super().pwrite(data, offset)
+        else:
+            self._io.pwrite_direct(self.fd, bytes(data), offset)
+
+    def pwritev(self, parts: Sequence[bytes | memoryview], offset: int) -> None:
+        """Write all of `parts`, one after the other."""
+        self.pwrite(b"".join(parts), offset)
+
+
 def _check_ours(status: os.stat_result, label: str) -> None:
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RefusedError(f"{label} can be written by others: see who did, then chown it to yourself and chmod go= it")
@@ -523,6 +556,10 @@ class OriginDevice(File):
     def pread_past_cache(self, length: int, offset: int) -> bytes:
         """Read from the device itself; fewer bytes only at its end. Both figures are multiples of 4096."""
         return self._io.pread_direct(self.fd, length, offset)
+
+    def past_cache(self) -> "PastCache":
+        """The same device for writes whose errors are to be told at once."""
+        return PastCache(self._io, self.fd, self.label)
 
     @property
     def modified_ns(self) -> int:

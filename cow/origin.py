@@ -17,9 +17,9 @@ from pyroaring import BitMap64
 from cow.ailing import told, why_away
 from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
-from cow.contents import Contents, covers, overlaid
+from cow.contents import Contents, contents_of, covers, overlaid
 from cow.device import OriginDevice
-from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError, printable
+from cow.errors import CowError, InvalidSnapshotError, PastEndError, ReadOnlyError, printable
 from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
@@ -27,7 +27,11 @@ from cow.layer import Layer
 from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.preserver import Preserver
+from cow.rescue import Losses
 
+RESCUE_SECONDS = 1.0  # before what was lost is looked for on the device; then twice that, up to
+MOST_RESCUE_SECONDS = 64.0
+RESCUE_TRIES = 8  # in vain, one after the other
 _LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
 
 
@@ -69,6 +73,7 @@ class Origin:
         self._write_behind = write_behind
         self._look_again_ns = 0  #: at the size of a file
         is_in_memory = store_is_in_memory and device.is_in_memory
+        self._losses = Losses()
         self._behind = Behind(device.label, self._take, on_trouble, is_in_memory=is_in_memory)
 
     # -- the live image ------------------------------------------------------------------------------------------
@@ -191,12 +196,18 @@ class Origin:
                 self._behind.put(offset, data, memory)
             else:
                 self.device.check_size()
+                await self._rescue(chunks_in([run]))
                 await self._preserver.preserve(self, chunks_in([run]))
+                written = contents_of(offset, data) if self._losses.chunks & chunks_in([run]) else Contents()
+                self._losses.begin(written)
                 try:
-                    if not self.device.pwrite_nowait(data, offset):
+                    if written:
+                        await trio.to_thread.run_sync(self.device.past_cache().pwrite, data, offset)
+                    elif not self.device.pwrite_nowait(data, offset):
                         await trio.to_thread.run_sync(self.device.pwrite, data, offset)
                 except OSError as error:
                     raise self._told(error, "written", offset) from error
+                self._losses.end(written, Contents())
             self.modified_ns = time.time_ns()
         finally:
             self._gate.leave()
@@ -217,8 +228,13 @@ class Origin:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
         self.device.check_size()
+        await self._rescue(chunks)
         await self._preserver.preserve(self, chunks)
-        left = await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
+        self._losses.begin(contents)
+        # What was lost may come back where the write fails, which the page cache would not tell.
+        device = self.device.past_cache() if self._losses.chunks & chunks else self.device
+        left = await offload(write_out, device, contents, here=device.is_in_memory and is_short(chunks))
+        self._losses.end(contents, left.contents)
         if isinstance(left.cause, OSError):
             first = left.contents.chunks().min() * CHUNK_BYTES
             return Untaken(left.contents, self._told(left.cause, "written", first))
@@ -248,7 +264,43 @@ class Origin:
 
     async def run(self) -> None:
         """The origin's background work; runs until cancelled."""
-        await self._behind.run()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._behind.run)
+            nursery.start_soon(self._rescue_now_and_then)
+
+    def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
+        """They were lost by the layer, and may be overwritten now."""
+        self._losses.add(layer, chunks)
+
+    async def _rescue_now_and_then(self) -> None:
+        seconds = RESCUE_SECONDS
+        while True:
+            await self._losses.arrived.wait()
+            await trio.sleep(seconds)
+            await self._rescue(self._losses.chunks)
+            seconds = min(2 * seconds, MOST_RESCUE_SECONDS) if self._losses.chunks else RESCUE_SECONDS
+
+    async def _rescue(self, chunks: BitMap64) -> None:
+        """Keep what was lost and is on the device all the same, where it can be read by now (cow/rescue.py)."""
+        tries_left = RESCUE_TRIES
+        for chunk in list(self._losses.chunks & chunks) if self._losses.chunks else ():
+            try:
+                content = await offload(self._read_past_cache, chunk, here=self.device.is_in_memory)
+                layer = self._losses.layer_of(chunk)
+                if layer is None or not any(layer in group.layers for group in self.groups):
+                    pass  # nobody needs it any more
+                elif self._losses.is_untouched(chunk, content):
+                    await self._preserver.keep_late(layer, chunk, content)
+                self._losses.forget([chunk])
+            except (CowError, OSError):  # not now
+                tries_left -= 1
+                if not tries_left:
+                    return
+
+    def _read_past_cache(self, chunk: int) -> bytes:
+        data = self.device.pread_past_cache(CHUNK_BYTES, chunk * CHUNK_BYTES)
+        self.device.check_size()
+        return data[: self.size_bytes - chunk * CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
 
     def fingerprint(self) -> bytes:
         """The fingerprint of the device, as the newest snapshot sees it. Blocks.
@@ -325,6 +377,8 @@ class Origin:
         """Whether no snapshot reads the chunk from the device."""
         if not self.groups:
             return True
+        if chunk in self._losses.chunks:
+            return False  # so that whoever writes there passes by `_rescue`
         return any([chunk in layer.held or chunk in layer.lost for layer in self.groups[-1].layers])
 
     def _is_preserved(self, offset: int, length: int) -> bool:
@@ -334,6 +388,8 @@ class Origin:
         run = covering(offset, length)
         if any([layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers]):
             return True  # mostly, and without making a set
+        if self._losses.chunks and self._losses.chunks.range_cardinality(run.first, run.end):
+            return False
         if not self._is_kept(run.first):
             return False
         return not self.unpreserved(chunks_in([run]))

@@ -65,6 +65,9 @@ class PreservedOrigin(Protocol):
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device."""
 
+    def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
+        """They were lost by the layer, and may be overwritten now."""
+
     def why_away(self, chunk: int, error: OSError) -> OSError | None:
         """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
 
@@ -130,7 +133,7 @@ class Preserver:
 
     `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
     least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
-    told, with a sentence, whose chunks were lost.
+    told, with a sentence, whose chunks were lost, and `on_rescued` when some were kept after all.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class Preserver:
         make_room: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
         on_lost: Callable[[Sequence[int], str], None],
+        on_rescued: Callable[[], None],
     ) -> None:
         self._commits = commits
         self._on_full = on_full
@@ -148,6 +152,7 @@ class Preserver:
         self._make_room = make_room
         self._give_up = give_up
         self._on_lost = on_lost
+        self._on_rescued = on_rescued
         self._next = _Batch()
         self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
         self._turn = trio.Lock()  #: of the one whose batch is taken
@@ -178,6 +183,20 @@ class Preserver:
             away = batch.away.get(origin)
             if away is not None and origin.unpreserved(chunks):
                 raise away
+
+    async def keep_late(self, layer: Layer, chunk: int, data: bytes) -> None:
+        """Keep old bytes of a chunk that the layer lost; durable on return. Raises OSError or CowError.
+
+        Nothing changes when the chunk is known to the layer, or lost to it no more, meanwhile.
+        """
+        one = BitMap64([chunk])
+        with pinned([layer]):
+            async with self._room(layer.new_bytes(one)):
+                sums = await offload(_write_late, layer, chunk, data, here=layer.is_in_memory)
+                if chunk in layer.lost:
+                    record = Record(Kind.PRESERVED, layer.id, time.time_ns(), [Run(chunk, 1)], sums)
+                    await self._commits.commit([record], lambda: layer.commit(one))
+        self._on_rescued()
 
     async def run(self) -> None:
         """Take the batches that gathered while another was taken, until cancelled."""
@@ -248,6 +267,7 @@ class Preserver:
             affected = job.origin.needing(job.lost)
             job.layer.lose(job.lost)
             job.layer.files.give_up_unsynced()
+            job.origin.note_lost(job.layer, job.lost)
             self._on_lost(
                 affected,
                 f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
@@ -288,6 +308,12 @@ def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[li
     """Have the jobs copied, and say what became of each."""
     copy(jobs)
     return [list(job.records()) for job in jobs]
+
+
+def _write_late(layer: Layer, chunk: int, data: bytes) -> bytes:
+    sums = layer.write(chunk, data)
+    layer.files.sync_data()
+    return sums
 
 
 def _copy_durably(jobs: list[_Job]) -> None:

@@ -119,7 +119,13 @@ class Store:
             on_trouble,
         )  # fmt: skip
         self._preserver = Preserver(
-            self._commits, on_full, space.room, self._removal.make_room, self._removal.give_up, self.damage.mark
+            self._commits,
+            on_full,
+            space.room,
+            self._removal.make_room,
+            self._removal.give_up,
+            self.damage.lost,
+            self.damage.rescued,
         )
         chores = [self.damage.record, self._take_fingerprints]
         self.housekeeping.serve(self._commits, chores, self._removal.give_up_readers)

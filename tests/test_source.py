@@ -31,7 +31,7 @@ LAYERS = [
     {"cow.sums"},
     {"cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery", "cow.secondplace"},
-    {"cow.preserver", "cow.space"},
+    {"cow.preserver", "cow.rescue", "cow.space"},
     {"cow.housekeeping"},
     {"cow.origin"},
     {"cow.flatten", "cow.image", "cow.origins"},

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import count as count_up
 
 import trio
 
@@ -89,7 +89,7 @@ class Absence:
     is_of_source = True
 
     def decider(self) -> Callable[[Call], Fault | None]:
-        seen = count()
+        seen = count_up()
 
         def decide(call: Call) -> Fault | None:
             away = call.is_source and self.first <= next(seen) < self.first + self.calls
@@ -105,8 +105,8 @@ def absences(counts: Counter[Call], random_: random.Random) -> Iterator[Absence]
     """At every call on the source, for longer and shorter, as a bad sector's error and as one of a lost connection."""
     total = sum(number for call, number in counts.items() if call.is_source)
     for first in range(total):
-        number = random_.choice((errno.EIO, errno.EIO, errno.ENOTCONN, errno.ENODEV))
-        yield Absence(first, random_.choice((1, 2, 4, 10, 40)), Fault(number))
+        for calls in random_.sample((1, 2, 4, 10, 40), 2):
+            yield Absence(first, calls, Fault(random_.choice((errno.EIO, errno.EIO, errno.ENOTCONN, errno.ENODEV))))
 
 
 def plans(counts: Counter[Call], random_: random.Random) -> Iterator[Plan]:

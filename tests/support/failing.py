@@ -29,6 +29,10 @@ class BadIo(Io):
         self._check("pread", os.readlink(f"/proc/self/fd/{fd}"))
         return super().pread_direct(fd, length, offset)
 
+    def pwrite_direct(self, fd: int, data: bytes, offset: int) -> None:
+        self._check("pwrite", os.readlink(f"/proc/self/fd/{fd}"))
+        super().pwrite_direct(fd, data, offset)
+
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         self._check("pread", os.readlink(f"/proc/self/fd/{fd}"))
         return os.pread(fd, length, offset)
@@ -73,6 +77,7 @@ class BadSectors:
         self.errno = errno.EIO
         self._file, self._are_for_good = file, are_for_good
         self._real_pwrite, self._real_pwritev = io.pwrite, io.pwritev
+        io.pwrite_direct = self._pwrite
         for name in ("pread", "pread_direct"):
             setattr(io, name, partial(self._read, getattr(io, name)))
         real = io.preadv
