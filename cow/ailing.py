@@ -8,7 +8,7 @@ again when the device is. So then it is the writer who is told. # I1
 import errno
 import os
 
-from cow.device import OriginDevice, ShrunkError, SourceError
+from cow.device import OriginDevice, SourceError
 from cow.geometry import CHUNK_BYTES
 from cow.passing import BAD_SECTOR
 
@@ -46,7 +46,7 @@ def why_away(device: OriginDevice, chunk: int, error: OSError) -> OSError | None
     Read past the cache, which may know what the device does not give any more. Most places must answer: those that do
     may be in a cache further down.
     """
-    if isinstance(error, ShrunkError):
+    if isinstance(error, SourceError):  # it was cut, or is gone
         return error
     if error.errno in BAD_SECTOR:
         places = _places(chunk, -(-device.size_bytes // CHUNK_BYTES))
@@ -56,11 +56,24 @@ def why_away(device: OriginDevice, chunk: int, error: OSError) -> OSError | None
         seen = f"nor {silent} of {len(places)} other places" if places else "and it has no other place to try"
     else:
         seen = "which is not what a bad sector gives"
+    return _away(error, f"{device.label} cannot be read at offset {chunk * CHUNK_BYTES} ({_words(error)}), {seen}")
+
+
+def check_size(device: OriginDevice) -> None:
+    """`OriginDevice.check_size`, with a sentence where a file cannot even be looked at. Raises SourceError."""
+    try:
+        device.check_size()
+    except SourceError:
+        raise
+    except OSError as error:
+        raise _away(error, f"{device.label} cannot be looked at ({_words(error)})") from error
+
+
+def _away(error: OSError, what: str) -> SourceError:
     return SourceError(
         error.errno,
-        f"{device.label} cannot be read at offset {chunk * CHUNK_BYTES} ({_words(error)}), {seen}: the device is away. "
-        f"So nothing was overwritten, and no snapshot lost anything. Bring it back (its cable, its connection, what "
-        f"serves it), and write again; what was acknowledged and not flushed waits in memory",
+        f"{what}: the device is away. So nothing was overwritten, no snapshot lost anything. Bring it back (its cable, "
+        f"its connection, what serves it), and write again; what was acknowledged and not flushed waits in memory",
     )
 
 

@@ -522,6 +522,8 @@ class OriginDevice(File):
     def _check_end(self, end: int, wanted: int) -> None:
         """Raise ShrunkError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
         if end < min(wanted, self._size_bytes):
+            if self._is_block:  # it refuses writes there, and may be back: a disk whose connection was lost
+                raise ShrunkError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
             self._note_cut(end)
             raise self.shrunk()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import trio
 from pyroaring import BitMap64
 
-from cow.ailing import told, why_away
+from cow.ailing import check_size, told, why_away
 from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
 from cow.contents import Contents, contents_of, covers, overlaid
@@ -159,7 +159,7 @@ class Origin:
         """Whether the file has its size yet: one that was cut must not get it back by a write, with a hole in it."""
         if now_ns >= self._look_again_ns or end >= self.size_bytes:
             try:
-                self.device.check_size()
+                check_size(self.device)
             except OSError:
                 return False
             self._look_again_ns = now_ns + _LOOK_NS
@@ -195,7 +195,7 @@ class Origin:
                 await self._behind.room()
                 self._behind.put(offset, data, memory)
             else:
-                self.device.check_size()
+                check_size(self.device)
                 await self._rescue(chunks_in([run]))
                 await self._preserver.preserve(self, chunks_in([run]))
                 written = contents_of(offset, data) if self._losses.chunks & chunks_in([run]) else Contents()
@@ -227,7 +227,7 @@ class Origin:
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
-        self.device.check_size()
+        check_size(self.device)
         await self._rescue(chunks)
         await self._preserver.preserve(self, chunks)
         self._losses.begin(contents)
@@ -299,7 +299,7 @@ class Origin:
 
     def _read_past_cache(self, chunk: int) -> bytes:
         data = self.device.pread_past_cache(CHUNK_BYTES, chunk * CHUNK_BYTES)
-        self.device.check_size()
+        check_size(self.device)
         return data[: self.size_bytes - chunk * CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
 
     def fingerprint(self) -> bytes:
@@ -318,7 +318,7 @@ class Origin:
         first, chunks = run
         offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
         data = self.device.pread(min(length, self.size_bytes - offset), offset)
-        self.device.check_size()  # after it: what was cut before reads like zeroes where it was written to again
+        check_size(self.device)  # after it: what was cut before reads like zeroes where it was written to again
         return data if len(data) == length else data.ljust(length, b"\0")
 
     def why_away(self, chunk: int, error: OSError) -> OSError | None:
