@@ -81,6 +81,28 @@ def open_second_place(
     return SecondPlace(elsewhere, findings, token)
 
 
+def look_at_second_place(path: str, catalog: Catalog, io: Io, stack: ExitStack) -> tuple[Elsewhere | None, str]:
+    """What is recorded at `path`, for who only looks, and a sentence when snapshots were given up. Blocks.
+
+    Raises RefusedError and OSError as `open_second_place`.
+    """
+    try:
+        directory = Directory.open_path(path, io)
+    except FileNotFoundError:
+        return None, ""
+    stack.callback(directory.close)
+    directory.check_ours()
+    elsewhere = Elsewhere(directory, str(catalog.setting("uuid")))
+    newest = elsewhere.read()
+    given_up = [row for row in _doubtful(catalog) if row.id <= newest]
+    if not given_up:
+        return elsewhere, ""
+    return elsewhere, (
+        f"{len(given_up)} snapshots were given up when the store took no writes, as {elsewhere.label} has recorded: "
+        f"the next mount takes that over"
+    )
+
+
 def _is_beside(store_path: str, token: str, elsewhere: Elsewhere, io: Io) -> bool:
     """Whether the directory above the store is the one: a default store that is looked at from a rescue system."""
     try:

@@ -301,6 +301,10 @@ class Store:
         await self._removal.delete(snapshot)
         del self._snapshots[snapshot.id], self._named[snapshot.name]
 
+    async def catalog_problems(self) -> list[str]:
+        """What is wrong with the catalog, in sentences; all its rows are counted anew."""
+        return await trio.to_thread.run_sync(self._catalog.problems)
+
     def is_in_use(self, layer: Layer) -> bool:
         """Whether the layer still belongs to some snapshot."""
         return self._layers.get(layer.id) is layer

@@ -10,6 +10,7 @@ import pytest
 
 from cow.errors import CowError, RefusedError, SuspectError
 from cow.geometry import CHUNK_BYTES
+from cow.scrub import Finding, scrub_store
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, take
 
@@ -94,6 +95,19 @@ def test_i4_who_opens_it_all_the_same_gets_suspect_snapshots_and_right_new_ones(
     assert engine.call(new.read, 0, SIZE) == now
     with pytest.raises(SuspectError):
         engine.call(image.read, 0, 1)
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_verify_says_what_was_given_up(
+    start: Callable[..., Engine], io: BadIo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repair: bool
+) -> None:
+    here = str(tmp_path / "here")
+    _given_up(start, io, monkeypatch, tmp_path / "here")
+    found = [
+        one for one in scrub_store(str(tmp_path / "store"), repair=repair, elsewhere=here) if isinstance(one, Finding)
+    ]
+    assert any("given up" in one.sentence and one.repaired == repair for one in found), found
+    assert _states(start(elsewhere=here)) == ["invalid", "invalid"]
 
 
 def test_the_records_can_be_brought_over(

@@ -119,6 +119,17 @@ def plans(counts: Counter[Call], random_: random.Random) -> Iterator[Plan]:
             yield Plan(call, Fault(errno.EIO), random_.randrange(count), True, everywhere=True)
 
 
+async def check_absences(seed: int) -> int:
+    """Check the absences of all workloads, and return how many they are. Raises ViolationError."""
+    random_ = random.Random(seed)
+    done = 0
+    for workload in WORKLOADS:
+        for plan in absences(await count_calls(workload), random_):
+            await check_plan(workload, plan, random_)
+            done += 1
+    return done
+
+
 class Decider:
     """Carries out a plan; counts, once armed."""
 
