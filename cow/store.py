@@ -329,6 +329,8 @@ class Store:
         for origin in self.origins if newest and not self.read_only else ():
             if origin.fingerprint_of != newest:
                 fingerprint = await trio.to_thread.run_sync(origin.fingerprint)
+                if not any(fingerprint):
+                    return  # nothing could be read: the device is away, and the chores come again
                 if newest not in self._snapshots:
                     return  # it went meanwhile; the chores come again
                 await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)

@@ -255,3 +255,18 @@ def test_a_file_that_grew_while_it_was_served_is_refused_at_the_next_opening(
         start()
     os.truncate(tmp_path / "disk.img", SIZE)
     _check(start(), [old])
+
+
+def test_a_fingerprint_that_could_not_be_read_is_not_recorded(
+    start: Callable[..., Engine], io: BadIo, tmp_path: Path
+) -> None:
+    """With nothing in it, no other device would ever be noticed."""
+    engine = start()
+    origin = engine.store.origins[0]
+    _gone(io, errno.EIO, READS)
+    snapshot = engine.call(engine.store.create_snapshot, b"a")
+    engine.call(engine.store.housekeeping.do_all)
+    assert origin.fingerprint_of == 0
+    _back(io)
+    engine.call(engine.store.housekeeping.do_all)
+    assert origin.fingerprint_of == snapshot.id
