@@ -227,6 +227,7 @@ class Catalog:
             # What belongs to a row that is gone would be taken for part of the catalog, and belongs to nothing.
             for table, row, _, _ in do.execute("PRAGMA foreign_key_check").fetchall():
                 do.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
+            _have_blobs(do)
             self._sum.make_anew()
         self.repaired = sentence
 
@@ -248,11 +249,14 @@ class Catalog:
                     self._connection.execute("ROLLBACK")
 
     def problems(self) -> list[str]:
-        """What SQLite finds wrong with the database itself: sentences, none when it is sound."""
+        """What is wrong with the database: sentences, none when it is sound and its rows are what was written."""
         with self._transaction() as do:
+            is_right = self._sum.is_right()
             found = [row[0] for row in do.execute("PRAGMA integrity_check(20)").fetchall()]
             strays = do.execute("PRAGMA foreign_key_check").fetchall()
         sentences = [f"the catalog {self._path}: {problem}" for problem in found if problem != "ok"]
+        if not is_right:
+            sentences.append(f"the contents of {self._path} do not match their checksum: it was edited, or is damaged")
         return sentences + [
             f"the catalog {self._path}: row {row} of {table} belongs to a row of {parent} that is missing"
             for table, row, parent, _ in strays
@@ -422,6 +426,14 @@ class Catalog:
             gone = _release_layers(do, snapshot, heir)
             do.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
             return gone
+
+
+def _have_blobs(do: sqlite3.Connection) -> None:
+    """Make bytes again of names and paths that damage made text or numbers; two that become the same get their ids."""
+    for table, column in (("snapshots", "name"), ("origins", "name"), ("origins", "path"), ("origins", "fingerprint")):
+        odd = f"WHERE typeof({column}) != 'blob'"
+        do.execute(f"UPDATE OR IGNORE {table} SET {column} = CAST({column} AS BLOB) {odd}")
+        do.execute(f"UPDATE {table} SET {column} = CAST({column} || '.' || id AS BLOB) {odd}")
 
 
 def _set_state(do: sqlite3.Connection, snapshot: int, state: State, reason: str) -> None:

@@ -254,6 +254,16 @@ def overlaid(data: bytes | bytearray, offset: int, pieces: Iterable[tuple[int, W
     return bytes(result)
 
 
+def covers(pieces: Iterable[tuple[int, Whole]], offset: int, length: int) -> bool:
+    """Whether the pieces (offsets and bytes) have all of an extent."""
+    at = offset
+    for start, piece_bytes in sorted((start, len(piece)) for start, piece in pieces):
+        if start > at:
+            break
+        at = max(at, start + piece_bytes)
+    return at >= offset + length
+
+
 def _run_of(row: Row) -> Run:
     return row[0]
 

@@ -38,6 +38,7 @@ class Damage:
         self._layout = layout
         self._snapshots = snapshots
         self._on_trouble = on_trouble
+        self._by_loss: set[int] = set()  #: those that are damaged by nothing but what was lost to the origin's writers
         self._unrecorded: list[Snapshot] = []  #: whose state the catalog has to be told
 
     async def lose(self, layer: Layer, lost: BitMap64) -> None:
@@ -48,15 +49,35 @@ class Damage:
         affected = [one.id for one in self._snapshots.values() if one.exists and one.reads(layer, lost)]
         record = Record(Kind.LOST, layer.id, time.time_ns(), list(runs_of(lost)))
         await self._commits.commit([record], lambda: layer.lose(lost))
+        self._by_loss -= set(affected)
         self.mark(
             affected, f"{len(lost)} chunks were found damaged and given up; they read EIO, and the rest stays readable"
         )
 
     async def found(self, number: int, sentence: str) -> None:
         """A read of a snapshot found it damaged; the catalog has it on return. Raises OSError or CowError."""
+        self._by_loss.discard(number)
         if self._is_valid(number):
             self.mark([number], sentence)
             await self.record()
+
+    def lost(self, numbers: Sequence[int], sentence: str) -> None:
+        """Chunks were lost when the origin overwrote them. As `mark`; `rescued` may take it back."""
+        self._by_loss |= {number for number in numbers if self._is_valid(number)}
+        self.mark(numbers, sentence)
+
+    def rescued(self) -> None:
+        """What was lost may be there again: those that lack nothing any more are valid."""
+        for snapshot in [self._snapshots[one] for one in self._by_loss & self._snapshots.keys()]:
+            if snapshot.row.state is State.DAMAGED and not any(image.lost() for image in snapshot.images):
+                snapshot.row.state, snapshot.row.reason = State.VALID, ""
+                self._by_loss.discard(snapshot.id)
+                self._on_trouble(
+                    f"snapshot {printable(snapshot.name)} lacks nothing any more: what was recorded as lost was never "
+                    f"overwritten, and has been read from the device after all"
+                )
+                self._unrecorded.append(snapshot)
+                self._housekeeping.wake()
 
     def mark(self, numbers: Sequence[int], sentence: str) -> None:
         """Make those that are valid damaged ones; the catalog is told by `record`."""

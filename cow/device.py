@@ -9,6 +9,7 @@ against directory descriptors and never through symbolic links. Calls block: cal
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import sqlite3
 import stat
@@ -16,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, Self
+from typing import NamedTuple, NoReturn, Self
 
 from cow.errors import RefusedError, SyncError
 from cow.superblock import Superblock, SuperblockOf, no_superblock
@@ -24,10 +25,12 @@ from cow.witness import Witness, witness_of
 
 MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
+_PAGE_BYTES = 4096  # what O_DIRECT takes everywhere
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
+_NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 _MEMORY_FILESYSTEMS = {0x01021994, 0x858458F6}  # tmpfs, ramfs: statfs(2)
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -86,6 +89,45 @@ class Io:
         if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+    def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
+        """Read past the page cache, through a descriptor of its own; both figures are multiples of 4096.
+
+        Where there is no O_DIRECT, what is cached of it is dropped before.
+        """
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+        else:
+            try:
+                with mmap.mmap(-1, length) as buffer:  # which is aligned
+                    return buffer[: os.preadv(own, [buffer], offset)]
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                os.close(own)
+        self.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        return self.pread(fd, length, offset)
+
+    def pwrite_direct(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        """Write all of it past the page cache, as `pread_direct` reads; where that cannot be had, into the cache."""
+        try:
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+            self.pwrite(fd, data, offset)
+            return
+        try:
+            with mmap.mmap(-1, len(data)) as buffer:
+                buffer[:] = bytes(data)
+                if os.pwrite(own, buffer, offset) != len(data):
+                    raise OSError(errno.EIO, "it was written in part")
+        finally:
+            os.close(own)
 
     def is_in_memory(self, fd: int) -> bool:
         """Whether it is a file or a directory that never waits for a disk."""
@@ -436,9 +478,32 @@ class Directory:
         self._io.close(self.fd)
 
 
+class PastCache(File):
+    """A source, written to past the page cache where whole chunks are: into that a write to a disk never fails."""
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of `data`."""
+        if offset % _PAGE_BYTES or len(data) % _PAGE_BYTES:
+            super().pwrite(data, offset)
+        else:
+            self._io.pwrite_direct(self.fd, bytes(data), offset)
+
+    def pwritev(self, parts: Sequence[bytes | memoryview], offset: int) -> None:
+        """Write all of `parts`, one after the other."""
+        self.pwrite(b"".join(parts), offset)
+
+
 def _check_ours(status: os.stat_result, label: str) -> None:
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RefusedError(f"{label} can be written by others: see who did, then chown it to yourself and chmod go= it")
+
+
+class SourceError(OSError):
+    """What a source answered, in a sentence that names it."""
+
+
+class ShrunkError(SourceError):
+    """A file that is a source was cut while it was served."""
 
 
 class OriginDevice(File):
@@ -453,6 +518,7 @@ class OriginDevice(File):
         super().__init__(io, fd, label)
         self._size_bytes, self.logical_block_bytes, self.is_block = geometry
         self._superblock_of = superblock_of
+        self.intact_bytes = geometry.size_bytes  #: what is beyond is not what it was: the source was cut there
 
     @property
     def size_bytes(self) -> int:
@@ -460,9 +526,48 @@ class OriginDevice(File):
         return self._size_bytes
 
     def _check_end(self, end: int, wanted: int) -> None:
-        """Raise OSError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
+        """Raise ShrunkError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
         if end < min(wanted, self._size_bytes):
-            raise OSError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
+            if self.is_block:  # it refuses writes there, and may be back: a disk whose connection was lost
+                raise ShrunkError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
+            self._note_cut(end)
+            raise self.shrunk()
+
+    def _note_cut(self, end: int) -> None:
+        """From now on every read has to pass who looks at `intact_bytes`."""
+        self.intact_bytes = min(self.intact_bytes, end)
+        self.pread_nowait = self.fill_nowait = self._look_first
+
+    def _look_first(self, *_: object) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, "the source was cut")
+
+    def shrunk(self) -> "ShrunkError":
+        """The error for what is beyond `intact_bytes`."""
+        return ShrunkError(
+            errno.EIO,
+            f"{self.label} was cut from {self._size_bytes} to {self.intact_bytes} bytes, or less, while it was served: "
+            f"what is beyond cannot be read, nothing is written to it any more, and nothing of that is taken for old "
+            f"bytes. Unmount, put back what it had there (not with truncate: that gives zeroes), and mount again",
+        )
+
+    def check_size(self) -> None:
+        """Raise ShrunkError when the file was cut, now or before. # I4
+
+        A write beyond its end would give it its size back, with a hole that reads like zeroes that were always there.
+        Block devices refuse such writes themselves.
+        """
+        if not self.is_block and (size_bytes := self._io.fstat(self.fd).st_size) < self.intact_bytes:
+            self._note_cut(size_bytes)
+        if self.intact_bytes < self._size_bytes:
+            raise self.shrunk()
+
+    def pread_past_cache(self, length: int, offset: int) -> bytes:
+        """Read from the device itself; fewer bytes only at its end. Both figures are multiples of 4096."""
+        return self._io.pread_direct(self.fd, length, offset)
+
+    def past_cache(self) -> "PastCache":
+        """The same device for writes whose errors are to be told at once."""
+        return PastCache(self._io, self.fd, self.label)
 
     @property
     def modified_ns(self) -> int:

@@ -107,3 +107,9 @@ class RefusedError(CowError):
     """The store or the source cannot be opened as asked. Nothing was changed."""
 
     errno = _errno.EBUSY
+
+
+class MayPassError(RefusedError):
+    """An error that may be gone at the next try, so nothing was given up for it."""
+
+    errno = _errno.EIO

@@ -184,7 +184,7 @@ class Image:
             layer = holder_of(self.layers(), chunk)
             if layer is None:
                 return self.origin.device.pread_nowait(length, offset)
-        except (BlockingIOError, CowError):
+        except (OSError, CowError):
             return None
         data = layer.read_chunk_nowait(chunk)
         return data if data is None or length == CHUNK_BYTES else data[start : start + length]
@@ -198,7 +198,7 @@ class Image:
             return None
         try:
             self._gather(resolve(self.layers(), run), run, into[: run.length], nowait=True)
-        except (BlockingIOError, CowError):
+        except (OSError, CowError):
             return None
         start = offset - run.offset
         return into[start : start + length]

@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from xxhash import xxh3_64_digest
 from cow.device import Directory, File
 from cow.errors import CowError
 from cow.geometry import Run
+from cow.passing import raise_if_passing, stays
 
 SECTOR_BYTES = 512
 SECTOR_PAYLOAD_BYTES = SECTOR_BYTES - 8
@@ -250,8 +252,6 @@ class Journal:
         file = self._directory.open(f"{_PREFIX}{number:08d}")
         try:
             content = _read_what_can_be(file)
-        except OSError as error:
-            raise JournalDamagedError(f"{file.label} cannot be read ({error.strerror})") from error
         finally:
             file.close()
         sectors = [_open_sector(content, number, sector) for sector in range(len(content) // SECTOR_BYTES)]
@@ -312,16 +312,21 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
 
 
 def _read_what_can_be(file: File) -> bytes:
-    """A journal file's content, with rubbish for what cannot be read: perhaps nobody needs that."""
+    """A journal file's content, with rubbish for what cannot be read: perhaps nobody needs that.
+
+    Raises MayPassError, and OSError where it is not about a sector.
+    """
+    what = f"{file.label} cannot be read"
     try:
         return file.pread(FILE_BYTES, 0)
-    except OSError:
+    except OSError as error:
+        raise_if_passing(error, what)
         size = min(FILE_BYTES, file.size_bytes)
     content = bytearray()
     for offset in range(0, size, _LOGICAL_BLOCK_BYTES):
         length = min(_LOGICAL_BLOCK_BYTES, size - offset)
         try:
-            content += file.pread(length, offset)
+            content += stays(partial(file.pread, length, offset), what)
         except OSError:
             content += b"\xff" * length
     return bytes(content)

@@ -19,6 +19,7 @@ from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
 from cow.layerfiles import LayerFiles
 from cow.layermap import BadMapError, LayerMap, MapImage
+from cow.passing import raise_if_passing, stays
 from cow.sums import FILE_NAME as SUMS
 from cow.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
@@ -231,9 +232,14 @@ class Layer:
 
     def _rehash_part(self, part: Run) -> BitMap64:
         segment = part.first // SEGMENT_CHUNKS
+
+        def read() -> bytes:
+            return self.files.file(segment).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
+
         try:
-            data = self.files.file(segment).pread(part.length, part.first % SEGMENT_CHUNKS * CHUNK_BYTES)
-        except OSError:
+            data = stays(read, f"chunks of layer {self.name} cannot be read") if part.chunks == 1 else read()
+        except OSError as error:
+            raise_if_passing(error, f"chunks of layer {self.name} cannot be read")
             if part.chunks == 1:
                 return BitMap64([part.first])
             return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))

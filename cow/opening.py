@@ -15,7 +15,6 @@ import trio
 from cow.catalog import FILE_NAME, Catalog, OriginRow
 from cow.clock import after
 from cow.device import SYSTEM, Directory, Io, OriginDevice
-from cow.elsewhere import Elsewhere
 from cow.errors import CowError, RefusedError, printable
 from cow.journal import is_journal
 from cow.layer import Layer
@@ -23,6 +22,7 @@ from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recognition import Facts, Verdict, facts_key, gather, judge
 from cow.recovery import open_journal, recover
+from cow.secondplace import open_second_place
 from cow.space import RESERVE_NAME, Space, keep_for_opening, shrink_reserve
 from cow.store import TRUSTED, Store
 from cow.superblock import Superblock, SuperblockOf, no_superblock
@@ -66,6 +66,8 @@ async def open_store(
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
     only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
     `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (cow/elsewhere.py).
+    Where it is unknown after a crash whether some were, as that is another one than before, the store is refused, or,
+    with `read_suspect`, its snapshots become suspect.
     With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with
     the process until a sync; not so under the policy block-writes, whose errors are for the writer.
     A device that is not as it was is refused, and nothing recorded, unless `accept_changed`: then its snapshots become
@@ -83,10 +85,13 @@ async def open_store(
         space = Space(directory, layers_directory, quota_bytes, on_trouble)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
-        second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, stack)
-        recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place)
+        second_place = await trio.to_thread.run_sync(
+            lambda: open_second_place(elsewhere, path, catalog, io, stack, accept_doubt=read_suspect)
+        )
+        recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place.elsewhere)
+        recovered.findings += second_place.findings
         store = Store(
-            catalog, journal, directory, layers_directory, space, second_place,
+            catalog, journal, directory, layers_directory, space, second_place.elsewhere,
             on_full=on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect,
             on_trouble=on_trouble,
         )  # fmt: skip
@@ -105,6 +110,7 @@ async def open_store(
         if left_behind is not None:
             raise left_behind
         await store.close()
+        await trio.to_thread.run_sync(second_place.end, catalog)
 
 
 async def _drain(store: Store) -> Exception | None:
@@ -223,21 +229,17 @@ def _add_origins(catalog: Catalog, sources: Sequence[Source], devices: list[Orig
 
 def _check_size(row: OriginRow, path: str, device: OriginDevice) -> None:
     if device.size_bytes != row.size_bytes:
-        change = "grew" if device.size_bytes > row.size_bytes else "shrank"
-        raise RefusedError(
-            f"{device.label} {change} from {row.size_bytes} to {device.size_bytes} bytes since the store {path} was "
-            f"made: it is another disk, or was resized. Name the right one; or give it its old size (--accept "
-            f"unchanged then says that it has what it had); or use another store"
+        grew = device.size_bytes > row.size_bytes
+        what_to_do = (
+            "give it its old size"
+            if grew
+            else "put back what it had there (truncate alone gives zeroes, which its snapshots would read)"
         )
-
-
-def _open_elsewhere(path: str | None, catalog: Catalog, io: Io, stack: ExitStack) -> Elsewhere | None:
-    if path is None:
-        return None
-    directory = Directory.open_path(path, io, create=True)
-    stack.callback(directory.close)
-    directory.check_ours()  # who could write there could give up snapshots, or hide that some were
-    return Elsewhere(directory, str(catalog.setting("uuid")))
+        raise RefusedError(
+            f"{device.label} {'grew' if grew else 'shrank'} from {row.size_bytes} to {device.size_bytes} bytes since "
+            f"the store {path} was made: it is another disk, or was resized. Name the right one; or {what_to_do} "
+            f"(--accept unchanged then says that it has what it had); or use another store"
+        )
 
 
 async def _recognise(

@@ -7,18 +7,20 @@ first layer from its own group onwards that has it. So one copy serves all snaps
 Reads and writes are async and take any offset and length; what blocks is done in a thread.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import trio
 from pyroaring import BitMap64
 
+from cow.ailing import check_size, told, why_away
 from cow.behind import Behind, Untaken, write_out
 from cow.catalog import OriginRow
 from cow.clock import after
-from cow.contents import Contents, overlaid
+from cow.contents import Contents, contents_of, covers, overlaid
 from cow.device import OriginDevice
-from cow.errors import InvalidSnapshotError, PastEndError, ReadOnlyError
+from cow.errors import CowError, InvalidSnapshotError, PastEndError, ReadOnlyError, printable
 from cow.fingerprint import digests, sampled
 from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
@@ -26,7 +28,13 @@ from cow.layer import Layer
 from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.preserver import Preserver
+from cow.rescue import Losses
 from cow.superblock import Superblock
+
+RESCUE_SECONDS = 1.0  # before what was lost is looked for on the device; then twice that, up to
+MOST_RESCUE_SECONDS = 64.0
+RESCUE_TRIES = 8  # in vain, one after the other
+_LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
 
 
 @dataclass
@@ -66,14 +74,18 @@ class Origin:
         self._preserver = preserver
         self._read_only = read_only
         self._write_behind = write_behind
+        self._look_again_ns = 0  #: at the size of a file
         is_in_memory = store_is_in_memory and device.is_in_memory
+        self._losses = Losses()
         self._behind = Behind(device.label, self._take, on_trouble, is_in_memory=is_in_memory)
 
     # -- the live image ------------------------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As `read`, where that needs no waiting; else None. What is longer than a chunk is read into `into`."""
-        if offset + length > self.size_bytes or (self._behind.chunks and self._behind.holds(covering(offset, length))):
+        if offset + length > self.device.intact_bytes or (
+            self._behind.chunks and self._behind.holds(covering(offset, length))
+        ):
             return None
         try:
             if length <= CHUNK_BYTES:
@@ -81,7 +93,7 @@ class Origin:
             if length > len(into):
                 return None
             self.device.fill_nowait(into[:length], offset)
-        except BlockingIOError:
+        except OSError:  # BlockingIOError, or of the device: who waits is told
             return None
         return into[:length]
 
@@ -96,6 +108,8 @@ class Origin:
         if length <= 0:
             return b""
         newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
+        if newer and covers(newer, offset, length):  # so what is beneath need not be readable
+            return overlaid(bytes(length), offset, newer)
         try:
             data = await self._read_device(offset, length)
         except OSError as error:
@@ -106,10 +120,18 @@ class Origin:
         return overlaid(data, offset, newer) if newer else data
 
     async def _read_device(self, offset: int, length: int) -> bytes:
+        if offset + length > self.device.intact_bytes:
+            raise self.device.shrunk()
         try:
-            return self.device.pread_nowait(length, offset)
-        except BlockingIOError:
-            return await trio.to_thread.run_sync(self.device.pread, length, offset)
+            try:
+                return self.device.pread_nowait(length, offset)
+            except BlockingIOError:
+                return await trio.to_thread.run_sync(self.device.pread, length, offset)
+        except OSError as error:
+            raise self._told(error, "read", offset) from error
+
+    def _told(self, error: OSError, action: str, offset: int | None = None) -> OSError:
+        return told(error, self.device, printable(self.name), action, offset)
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting; else None.
@@ -117,8 +139,8 @@ class Origin:
         The memory of a view may be used for something else afterwards, unless it is `memory`, and kept.
         """
         # atomic: no checkpoint, so the gate need not be entered
-        length = len(data)
-        if self._read_only or self._gate.held or not length or offset + length > self.size_bytes:
+        length, now_ns = len(data), time.time_ns()
+        if self._read_only or self._gate.held or not length or offset + length > self.device.intact_bytes:
             return None
         if self._is_put_behind(offset, length):
             if self._behind.is_full:
@@ -126,10 +148,25 @@ class Origin:
             self._behind.put(offset, data, memory)
         else:
             may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
-            if not may_write or not self.device.pwrite_nowait(data, offset):
+            if not may_write or not self._may_write_now(offset + length, now_ns):
+                return None
+            try:
+                if not self.device.pwrite_nowait(data, offset):
+                    return None
+            except OSError:  # who waits is told
                 return None
         self.modified_ns = after(self.modified_ns)
         return length
+
+    def _may_write_now(self, end: int, now_ns: int) -> bool:
+        """Whether the file has its size yet: one that was cut must not get it back by a write, with a hole in it."""
+        if now_ns >= self._look_again_ns or end >= self.size_bytes:
+            try:
+                check_size(self.device)
+            except OSError:
+                return False
+            self._look_again_ns = now_ns + _LOOK_NS
+        return True
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
@@ -161,9 +198,19 @@ class Origin:
                 await self._behind.room()
                 self._behind.put(offset, data, memory)
             else:
+                check_size(self.device)
+                await self._rescue(chunks_in([run]))
                 await self._preserver.preserve(self, chunks_in([run]))
-                if not self.device.pwrite_nowait(data, offset):
-                    await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+                written = contents_of(offset, data) if self._losses.chunks & chunks_in([run]) else Contents()
+                self._losses.begin(written)
+                try:
+                    if written:
+                        await trio.to_thread.run_sync(self.device.past_cache().pwrite, data, offset)
+                    elif not self.device.pwrite_nowait(data, offset):
+                        await trio.to_thread.run_sync(self.device.pwrite, data, offset)
+                except OSError as error:
+                    raise self._told(error, "written", offset) from error
+                self._losses.end(written, Contents())
             self.modified_ns = after(self.modified_ns)
         finally:
             self._gate.leave()
@@ -183,8 +230,18 @@ class Origin:
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
+        check_size(self.device)
+        await self._rescue(chunks)
         await self._preserver.preserve(self, chunks)
-        return await offload(write_out, self.device, contents, here=self.device.is_in_memory and is_short(chunks))
+        self._losses.begin(contents)
+        # What was lost may come back where the write fails, which the page cache would not tell.
+        device = self.device.past_cache() if self._losses.chunks & chunks else self.device
+        left = await offload(write_out, device, contents, here=device.is_in_memory and is_short(chunks))
+        self._losses.end(contents, left.contents)
+        if isinstance(left.cause, OSError):
+            first = left.contents.chunks().min() * CHUNK_BYTES
+            return Untaken(left.contents, self._told(left.cause, "written", first))
+        return left
 
     async def drain(self) -> None:
         """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
@@ -193,7 +250,10 @@ class Origin:
     async def sync(self) -> None:
         """Make all writes that were acknowledged durable. # I3"""
         await self._behind.flush()
-        await offload(self.device.sync, here=self.device.is_in_memory)
+        try:
+            await offload(self.device.sync, here=self.device.is_in_memory)
+        except OSError as error:
+            raise self._told(error, "flushed") from error
 
     async def allocated_bytes(self) -> int:
         """What the device takes where it is: less than its size for a sparse file."""
@@ -213,7 +273,43 @@ class Origin:
 
     async def run(self) -> None:
         """The origin's background work; runs until cancelled."""
-        await self._behind.run()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._behind.run)
+            nursery.start_soon(self._rescue_now_and_then)
+
+    def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
+        """They were lost by the layer, and may be overwritten now."""
+        self._losses.add(layer, chunks)
+
+    async def _rescue_now_and_then(self) -> None:
+        seconds = RESCUE_SECONDS
+        while True:
+            await self._losses.arrived.wait()
+            await trio.sleep(seconds)
+            await self._rescue(self._losses.chunks)
+            seconds = min(2 * seconds, MOST_RESCUE_SECONDS) if self._losses.chunks else RESCUE_SECONDS
+
+    async def _rescue(self, chunks: BitMap64) -> None:
+        """Keep what was lost and is on the device all the same, where it can be read by now (cow/rescue.py)."""
+        tries_left = RESCUE_TRIES
+        for chunk in list(self._losses.chunks & chunks) if self._losses.chunks else ():
+            try:
+                content = await offload(self._read_past_cache, chunk, here=self.device.is_in_memory)
+                layer = self._losses.layer_of(chunk)
+                if layer is None or not any(layer in group.layers for group in self.groups):
+                    pass  # nobody needs it any more
+                elif self._losses.is_untouched(chunk, content):
+                    await self._preserver.keep_late(layer, chunk, content)
+                self._losses.forget([chunk])
+            except (CowError, OSError):  # not now
+                tries_left -= 1
+                if not tries_left:
+                    return
+
+    def _read_past_cache(self, chunk: int) -> bytes:
+        data = self.device.pread_past_cache(CHUNK_BYTES, chunk * CHUNK_BYTES)
+        check_size(self.device)
+        return data[: self.size_bytes - chunk * CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
 
     def fingerprint(self) -> bytes:
         """The fingerprint of the device, as the newest snapshot sees it. Blocks.
@@ -230,15 +326,26 @@ class Origin:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks."""
         first, chunks = run
         offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
-        if offset + length <= self.size_bytes:
-            return self.device.pread(length, offset)
-        return self.device.pread(self.size_bytes - offset, offset).ljust(length, b"\0")
+        data = self.device.pread(min(length, self.size_bytes - offset), offset)
+        check_size(self.device)  # after it: what was cut before reads like zeroes where it was written to again
+        return data if len(data) == length else data.ljust(length, b"\0")
+
+    def why_away(self, chunk: int, error: OSError) -> OSError | None:
+        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+        return why_away(self.device, chunk, error)
 
     def read_chunks_into(self, run: Run, into: memoryview, *, nowait: bool = False) -> None:
         """The same, into all of `into`. Under `nowait` raises BlockingIOError where it would block."""
         fill = self.device.fill_nowait if nowait else self.device.fill
         length = min(run.length, self.size_bytes - run.offset)
-        fill(into[:length], run.offset)
+        if run.offset + length > self.device.intact_bytes:
+            raise self.device.shrunk()
+        try:
+            fill(into[:length], run.offset)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise self._told(error, "read", run.offset) from error
         into[length:] = bytes(run.length - length)
 
     # -- epochs --------------------------------------------------------------------------------------------------
@@ -279,6 +386,8 @@ class Origin:
         """Whether no snapshot reads the chunk from the device."""
         if not self.groups:
             return True
+        if chunk in self._losses.chunks:
+            return False  # so that whoever writes there passes by `_rescue`
         return any([chunk in layer.held or chunk in layer.lost for layer in self.groups[-1].layers])
 
     def _is_preserved(self, offset: int, length: int) -> bool:
@@ -288,6 +397,8 @@ class Origin:
         run = covering(offset, length)
         if any([layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers]):
             return True  # mostly, and without making a set
+        if self._losses.chunks and self._losses.chunks.range_cardinality(run.first, run.end):
+            return False
         if not self._is_kept(run.first):
             return False
         return not self.unpreserved(chunks_in([run]))

@@ -6,7 +6,8 @@ being committed the next one gathers, so the number of syncs follows the disk an
 
 The origin comes first (I8). Chunks that cannot be kept because a disk fails are recorded as lost, so that reading them
 gives EIO; where that cannot be recorded either, the snapshots that need them are given up. When there is no room the
-policy decides. All of it is durable before any writer goes on.
+policy decides. All of it is durable before any writer goes on. But where the origin's device as a whole does not answer
+(`why_away`), the write would fail as well: then the writer is told, and nothing is lost.
 """
 
 import time
@@ -64,12 +65,19 @@ class PreservedOrigin(Protocol):
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device."""
 
+    def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
+        """They were lost by the layer, and may be overwritten now."""
+
+    def why_away(self, chunk: int, error: OSError) -> OSError | None:
+        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+
 
 class _Batch:
     def __init__(self) -> None:
         self.wanted: dict[PreservedOrigin, BitMap64] = {}
         self.done = trio.Event()
         self.error: Exception | None = None
+        self.away: dict[PreservedOrigin, OSError] = {}  #: why the devices of some cannot be read
 
 
 @dataclass
@@ -80,8 +88,9 @@ class _Job:
     layer: Layer
     chunks: BitMap64
     lost: BitMap64 = field(default_factory=BitMap64)
-    sums: list[bytes] = field(default_factory=list)  #: of those that are not lost, ascending
+    sums: dict[int, bytes] = field(default_factory=dict)  #: of those that are not lost, by the first of some
     cause: str = ""
+    away: OSError | None = None  #: why the device cannot be read; what was not copied before stays as it is
     _runs: list[Run] | None = None
 
     def lose(self, chunk: int, error: Exception) -> None:
@@ -89,7 +98,12 @@ class _Job:
         self.cause, self._runs = str(error), None
 
     def lose_all(self, error: Exception) -> None:
-        self.lost, self.sums, self.cause, self._runs = self.chunks, [], str(error), None
+        self.lost, self.sums, self.cause, self._runs = self.chunks, {}, str(error), None
+
+    def keep_what_was_copied(self, copied: BitMap64) -> None:
+        """The device is away: nothing is lost, as nothing will be overwritten."""
+        self.sums = {first: sums for first, sums in self.sums.items() if first in copied}
+        self.chunks, self.lost, self._runs = copied, BitMap64(), None
 
     @property
     def kept(self) -> BitMap64:
@@ -102,9 +116,14 @@ class _Job:
             self._runs = list(runs_of(self.kept))
         return self._runs
 
+    @property
+    def joined_sums(self) -> bytes:
+        """The checksums of what is kept, ascending."""
+        return b"".join(self.sums[first] for first in sorted(self.sums))
+
     def records(self) -> Iterator[Record]:
         if self.runs:
-            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), self.runs, b"".join(self.sums))
+            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), self.runs, self.joined_sums)
         if self.lost:
             yield Record(Kind.LOST, self.layer.id, time.time_ns(), list(runs_of(self.lost)))
 
@@ -114,7 +133,7 @@ class Preserver:
 
     `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
     least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
-    told, with a sentence, whose chunks were lost.
+    told, with a sentence, whose chunks were lost, and `on_rescued` when some were kept after all.
     """
 
     def __init__(
@@ -125,6 +144,7 @@ class Preserver:
         make_room: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
         on_lost: Callable[[Sequence[int], str], None],
+        on_rescued: Callable[[], None],
     ) -> None:
         self._commits = commits
         self._on_full = on_full
@@ -132,6 +152,7 @@ class Preserver:
         self._make_room = make_room
         self._give_up = give_up
         self._on_lost = on_lost
+        self._on_rescued = on_rescued
         self._next = _Batch()
         self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
         self._turn = trio.Lock()  #: of the one whose batch is taken
@@ -139,8 +160,9 @@ class Preserver:
     async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
         """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
 
-        Raises StoreFullError under the policy block-writes, and CowError when the chunks could neither be preserved
-        nor recorded as lost nor the snapshots be given up.
+        Raises StoreFullError under the policy block-writes, OSError when the device is away, so that it can neither be
+        read nor written, and CowError when the chunks could neither be preserved nor recorded as lost nor the
+        snapshots be given up.
         """
         while missing := origin.unpreserved(chunks):
             batch = self._next
@@ -158,6 +180,23 @@ class Preserver:
                     f"the old bytes could not be preserved, nor the snapshots that need them be given up "
                     f"({batch.error}): check the store's disk; rmdir the snapshots to go on without them"
                 ) from batch.error
+            away = batch.away.get(origin)
+            if away is not None and origin.unpreserved(chunks):
+                raise away
+
+    async def keep_late(self, layer: Layer, chunk: int, data: bytes) -> None:
+        """Keep old bytes of a chunk that the layer lost; durable on return. Raises OSError or CowError.
+
+        Nothing changes when the chunk is known to the layer, or lost to it no more, meanwhile.
+        """
+        one = BitMap64([chunk])
+        with pinned([layer]):
+            async with self._room(layer.new_bytes(one)):
+                sums = await offload(_write_late, layer, chunk, data, here=layer.is_in_memory)
+                if chunk in layer.lost:
+                    record = Record(Kind.PRESERVED, layer.id, time.time_ns(), [Run(chunk, 1)], sums)
+                    await self._commits.commit([record], lambda: layer.commit(one))
+        self._on_rescued()
 
     async def run(self) -> None:
         """Take the batches that gathered while another was taken, until cancelled."""
@@ -183,6 +222,10 @@ class Preserver:
             try:
                 async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
                     await self._copy(jobs, _copy_durably)
+                for job in jobs:
+                    if job.away is not None:
+                        batch.away[job.origin] = job.away
+                        del batch.wanted[job.origin]
                 if all(len(job.chunks) < most for job in jobs):
                     return  # that was all; the writers look again
             except (CowError, OSError) as error:
@@ -214,6 +257,8 @@ class Preserver:
             here = all(is_short(job.chunks) and job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
             commits = await offload(_records_of, copy, jobs, here=here)
             for job, records in zip(jobs, commits, strict=True):  # what one origin loses costs the others nothing
+                if not records:
+                    continue
                 await self._commits.commit(records, partial(self._apply, job))
 
     def _apply(self, job: _Job) -> None:
@@ -222,6 +267,7 @@ class Preserver:
             affected = job.origin.needing(job.lost)
             job.layer.lose(job.lost)
             job.layer.files.give_up_unsynced()
+            job.origin.note_lost(job.layer, job.lost)
             self._on_lost(
                 affected,
                 f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
@@ -264,12 +310,18 @@ def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[li
     return [list(job.records()) for job in jobs]
 
 
+def _write_late(layer: Layer, chunk: int, data: bytes) -> bytes:
+    sums = layer.write(chunk, data)
+    layer.files.sync_data()
+    return sums
+
+
 def _copy_durably(jobs: list[_Job]) -> None:
     """Copy the chunks into the layers; what is kept is durable on return. Raises OSError when there is no room."""
     for job in jobs:
-        for run in job.runs:
-            for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
-                _copy_part(job, part)
+        _copy_all(job)
+        if not job.chunks:
+            continue
         _write_sums(job)
         try:
             job.layer.files.sync_data()
@@ -280,31 +332,75 @@ def _copy_durably(jobs: list[_Job]) -> None:
             job.lose_all(error)
 
 
+def _copy_all(job: _Job) -> None:
+    copied = BitMap64()
+    for run in job.runs:
+        for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
+            _copy_part(job, part)
+            if job.away is not None:
+                job.keep_what_was_copied(copied - job.lost)
+                return
+            copied.add_range(part.first, part.end)
+
+
 def _copy_part(job: _Job, part: Run) -> None:
     try:
         data = job.origin.read_chunks(part)
-        sums = job.layer.write_data(part.first, data)
+    except OSError as error:
+        _copy_singly(job, part, error)
+        return
+    _keep(job, part, data)
+
+
+def _copy_singly(job: _Job, part: Run, error: OSError) -> None:
+    """Perhaps it is one bad sector: it is read twice, and in between the device must have answered elsewhere."""
+    if part.chunks == 1:
+        unread = [part.first]
+    else:
+        unread = [chunk.first for chunk in pieces(part, 1) if _copy_one(job, chunk.first) is not None]
+    if unread:
+        job.away = job.origin.why_away(unread[0], error)
+    for chunk in unread if job.away is None else ():
+        if (again := _copy_one(job, chunk)) is None:
+            continue
+        if again.errno != error.errno and (away := job.origin.why_away(chunk, again)) is not None:
+            job.away = away
+            return
+        job.lose(chunk, again)
+
+
+def _copy_one(job: _Job, chunk: int) -> OSError | None:
+    """Why a chunk cannot be read."""
+    try:
+        data = job.origin.read_chunks(Run(chunk, 1))
+    except OSError as error:
+        return error
+    _keep(job, Run(chunk, 1), data)
+    return None
+
+
+def _keep(job: _Job, part: Run, data: bytes) -> None:
+    try:
+        job.sums[part.first] = job.layer.write_data(part.first, data)
     except OSError as error:
         if error.errno in FULL:
             raise
         if part.chunks == 1:
             job.lose(part.first, error)
             return
-        for chunk in pieces(part, 1):  # perhaps it is one bad sector
-            _copy_part(job, chunk)
-        return
-    job.sums.append(sums)
+        for chunk in pieces(part, 1):  # perhaps it is one bad sector of the store
+            _keep(job, chunk, data[chunk.offset - part.offset :][:CHUNK_BYTES])
 
 
 def _write_sums(job: _Job) -> None:
-    sums = b"".join(job.sums)
+    sums = job.joined_sums
     try:
         job.layer.sums.write_runs(job.runs, sums)
         return
     except OSError as error:
         if error.errno in FULL:
             raise
-    job.sums = []
+    job.sums = {}
     for chunk, start in zip(job.kept, range(0, len(sums), SUM_BYTES), strict=True):  # perhaps it is one bad sector
         one = sums[start : start + SUM_BYTES]
         try:
@@ -312,4 +408,4 @@ def _write_sums(job: _Job) -> None:
         except OSError as error:
             job.lose(chunk, error)
         else:
-            job.sums.append(one)
+            job.sums[chunk] = one

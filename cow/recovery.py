@@ -5,7 +5,7 @@ stay until the layers are saved.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap64
@@ -13,11 +13,12 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import FULL, Directory
 from cow.elsewhere import Elsewhere
-from cow.errors import CowError, StoreFullError, SyncError
+from cow.errors import CowError, MayPassError, StoreFullError, SyncError
 from cow.geometry import Run, chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer
 from cow.layerfiles import remove_layer_directory
+from cow.passing import pause, raise_if_passing, stays
 
 _HIGHEST_ID = 1 << 48  # of a layer; whatever names a higher one is damaged
 
@@ -34,7 +35,8 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
     """Drop half-taken snapshots, load the layers, replay the journal, remove what nothing refers to. Blocks.
 
     All effects are durable on return, and the journal has a fresh file. Raises CowError or OSError; StoreFullError when
-    the disk has no room for it, though what an opening needs is held back.
+    the disk has no room for it, though what an opening needs is held back; MayPassError for what is no reason to give
+    anything up.
     """
     try:
         return _recover(catalog, journal, layers_directory, elsewhere)
@@ -66,10 +68,12 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
                 )
     except JournalDamagedError as error:
         findings.append(_invalidate_all(catalog, str(error)))
+    rehashed: dict[int, BitMap64] = {}
     for layer in layers.values():
         if layer.intended:
+            rehashed[layer.id] = layer.intended & layer.held
             try:
-                unreadable = layer.rehash(layer.intended & layer.held)
+                unreadable = _rehash(layer, rehashed[layer.id])
             except (OSError, SyncError) as error:
                 _mark_damaged(layer, error)
                 continue
@@ -88,7 +92,7 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
             layers[row.id] = Layer(layers_directory, row.id, chunks[row.origin])
     findings += _invalidate_unknown(catalog, layers)
     findings += _forget_dropped(catalog, layers, layers_directory)
-    if not _save(layers, catalog):
+    if not _save(layers, catalog, journal, rehashed):
         findings += _invalidate_unknown(catalog, layers)
         findings += _forget_dropped(catalog, layers, layers_directory)
     catalog.set_setting("journal", 0)
@@ -98,14 +102,25 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     return Recovered(layers, findings)
 
 
-def _save(layers: dict[int, Layer], catalog: Catalog) -> bool:
+def _rehash(layer: Layer, chunks: BitMap64) -> BitMap64:
+    """`Layer.rehash`, once more after a moment where the store fails: all that it writes is written anew then."""
+    try:
+        return layer.rehash(chunks)
+    except (OSError, SyncError) as error:
+        _check_stays(layer, error)
+    pause()
+    layer.files.give_up_unsynced()
+    return layer.rehash(chunks)
+
+
+def _save(layers: dict[int, Layer], catalog: Catalog, journal: Journal, rehashed: Mapping[int, BitMap64]) -> bool:
     """Whether all could be saved."""
     saved, all_saved = [], True
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
             try:
-                layer.save(layer.encode_map())
-            except (OSError, SyncError) as error:
+                _save_layer(layer, journal, rehashed.get(layer.id, BitMap64()))
+            except (OSError, SyncError, JournalDamagedError) as error:
                 _mark_damaged(layer, error)
                 all_saved = False
                 continue
@@ -115,10 +130,34 @@ def _save(layers: dict[int, Layer], catalog: Catalog) -> bool:
     return all_saved
 
 
-def _mark_damaged(layer: Layer, error: OSError | SyncError) -> None:
-    """One layer that cannot be made durable costs its readers, and not the store. Raises the error of a full disk."""
+def _save_layer(layer: Layer, journal: Journal, rehashed: BitMap64) -> None:
+    """Save a layer, once more after a moment where the store fails; checksums in doubt are written anew before. # I3"""
+    try:
+        layer.save(layer.encode_map())
+        return
+    except (OSError, SyncError) as error:
+        _check_stays(layer, error)
+    pause()
+    if layer.sums.in_doubt:
+        layer.files.give_up_unsynced()
+        layer.intended = rehashed - layer.lost
+        records = (record for record in journal.records() if record.layer == layer.id and record.sums)
+        layer.renew_sums((record.runs, record.sums) for record in records)
+        layer.intended, layer.sums.in_doubt = BitMap64(), False
+    layer.save(layer.encode_map())
+
+
+def _check_stays(layer: Layer, error: OSError | SyncError) -> None:
+    """Raise the error of a full disk, and MayPassError for what is not about a sector."""
     if isinstance(error, OSError) and error.errno in FULL:
         raise error
+    raise_if_passing(error, f"layer {layer.name} cannot be made durable")
+
+
+def _mark_damaged(layer: Layer, error: OSError | SyncError | JournalDamagedError) -> None:
+    """One layer that cannot be made durable costs its readers, and not the store. Raises as `_check_stays`."""
+    if not isinstance(error, JournalDamagedError):
+        _check_stays(layer, error)
     layer.damage = f"layer {layer.name} cannot be made durable ({error}): what it holds is unknown"
 
 
@@ -174,9 +213,11 @@ def open_journal(directory: Directory, catalog: Catalog) -> Journal:
 
 
 def load_layer(layer: Layer, generation: int) -> None:
-    """Read a layer's map; where that cannot be done, the layer's `damage` says so."""
+    """Read a layer's map; where that cannot be done, the layer's `damage` says so. Raises MayPassError."""
     try:
-        layer.load(generation)
+        stays(lambda: layer.load(generation), f"the map of layer {layer.name} cannot be read")
+    except MayPassError:
+        raise
     except (OSError, CowError) as error:
         layer.damage = f"the map of layer {layer.name} cannot be read ({error}): what it holds is unknown"
 
@@ -210,8 +251,9 @@ def _apply(record: Record, layers: dict[int, Layer]) -> BitMap64:
 
 def _write_sums(layer: Layer, run: Run, sums: bytes) -> BitMap64:
     """The chunks whose slots cannot be written."""
+    what = f"checksums of layer {layer.name} cannot be written"
     try:
-        layer.sums.write(run.first, sums)
+        stays(lambda: layer.sums.write(run.first, sums), what)
     except OSError as error:
         if error.errno in FULL:
             raise

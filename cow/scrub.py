@@ -22,7 +22,9 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
+from cow.passing import stays
 from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover
+from cow.secondplace import look_at_second_place
 from cow.store import Store
 from cow.sums import SUM_BYTES
 
@@ -51,11 +53,14 @@ Chain = tuple[bytes, Sequence[Layer]]  # a snapshot's name, and the layers that 
 def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64:
     """The chunks of `run`, all held, that do not match their checksums or cannot be read. Blocks.
 
-    `renewed` has the checksums, by chunk, that a journal would still put into their slots.
+    `renewed` has the checksums, by chunk, that a journal would still put into their slots. Raises MayPassError.
     """
     bad = BitMap64()
     try:
-        data, sums = layer.read_unchecked(run)
+        if run.chunks == 1:
+            data, sums = stays(lambda: layer.read_unchecked(run), f"layer {layer.name} cannot be read")
+        else:
+            data, sums = layer.read_unchecked(run)
     except (OSError, DamagedError):
         if run.chunks == 1:
             bad.add(run.first)
@@ -102,6 +107,7 @@ class OpenScrub:
         self._total_bytes = sum(len(layer.held) for _, layer, _ in self._layers) * CHUNK_BYTES
         self._done_bytes = 0
         self._steps = self._all_steps()
+        self._has_begun = False
 
     def _all_steps(self) -> Iterator[tuple[Origin, Layer, Image | None, Run]]:
         for origin, layer, image in self._layers:
@@ -111,6 +117,10 @@ class OpenScrub:
 
     async def step(self) -> list[Progress | Finding] | None:
         """Check some more; what was found, and how far it is. None at the end. Raises OSError, CowError."""
+        if not self._has_begun:
+            self._has_begun = True
+            problems = await self._store.catalog_problems()
+            return [*(Finding(one) for one in problems), Progress(0, self._total_bytes)]
         step = next(self._steps, None)
         if step is None:
             return None
@@ -140,8 +150,10 @@ class OpenScrub:
         return found
 
 
-def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progress | Finding]:
-    """Scrub the store at `path`, which nobody has open. Its devices are not needed.
+def scrub_store(
+    path: str, *, repair: bool, elsewhere: str | None = None, io: Io = SYSTEM
+) -> Iterator[Progress | Finding]:
+    """Scrub the store at `path`, which nobody has open. Its devices are not needed. `elsewhere` as for `open_store`.
 
     Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as a mount does.
     """
@@ -150,12 +162,17 @@ def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progres
         if catalog.repaired:
             yield Finding(f"{catalog.repaired}; all snapshots were given up", repaired=True)
         yield from (Finding(problem) for problem in catalog.problems())
+        second_place = None
+        if elsewhere is not None:
+            second_place, given_up = look_at_second_place(elsewhere, catalog, io, stack)
+            if given_up and not repair:  # else recovery says it
+                yield Finding(given_up)
         layers_directory = directory.subdirectory("layers")
         stack.callback(layers_directory.close)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         if repair:
-            recovered = recover(catalog, journal, layers_directory, None)
+            recovered = recover(catalog, journal, layers_directory, second_place)
             layers = recovered.layers
             yield from (Finding(sentence, repaired=True) for sentence in recovered.findings)
             renewed: dict[int, dict[int, bytes]] = {}

@@ -121,7 +121,13 @@ class Store:
             on_trouble,
         )  # fmt: skip
         self._preserver = Preserver(
-            self._commits, on_full, space.room, self._removal.make_room, self._removal.give_up, self.damage.mark
+            self._commits,
+            on_full,
+            space.room,
+            self._removal.make_room,
+            self._removal.give_up,
+            self.damage.lost,
+            self.damage.rescued,
         )
         chores = [self.damage.record, self._take_fingerprints]
         self.housekeeping.serve(self._commits, chores, self._removal.give_up_readers)
@@ -299,6 +305,10 @@ class Store:
         await self._removal.delete(snapshot)
         del self._snapshots[snapshot.id], self._named[snapshot.name]
 
+    async def catalog_problems(self) -> list[str]:
+        """What is wrong with the catalog, in sentences; all its rows are counted anew."""
+        return await trio.to_thread.run_sync(self._catalog.problems)
+
     def is_in_use(self, layer: Layer) -> bool:
         """Whether the layer still belongs to some snapshot."""
         return self._layers.get(layer.id) is layer
@@ -323,6 +333,8 @@ class Store:
         for origin in self.origins if newest and not self.read_only else ():
             if origin.fingerprint_of != newest:
                 fingerprint = await trio.to_thread.run_sync(origin.fingerprint)
+                if not any(fingerprint):
+                    return  # nothing could be read: the device is away, and the chores come again
                 if newest not in self._snapshots:
                     return  # it went meanwhile; the chores come again
                 await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)

@@ -23,7 +23,7 @@ from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
 from hcpfs import __version__, background, beneath, recover, stores, terminal, unprivileged
-from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
+from hcpfs.options import STORES, Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
 from hcpfs.supervisor import Supervisor
@@ -298,7 +298,8 @@ def verify(place: str, repair: bool) -> None:
     mounted = any(mount.mountpoint == path for mount in beneath.mounts())
     path = path if mounted else os.path.abspath(place)
     try:
-        found = list(_show_progress(_verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair)))
+        steps = _verify_mounted(path, repair) if mounted else scrub_store(path, repair=repair, elsewhere=STORES)
+        found = list(_show_progress(steps))
     except (CowError, OSError) as error:
         raise _Sentence(f"{path} could not be checked: {_sentence(error)}") from error
     left = [finding for finding in found if not finding.repaired]

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -11,13 +11,13 @@ from unittest.mock import patch
 
 import pytest
 
-from cow import OnFull, commits
+from cow import OnFull, behind, commits
 from cow.device import Directory
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layer import Layer
 from tests.support.engine import Engine
-from tests.support.failing import BadIo, at_first, take, write
+from tests.support.failing import BadIo, BadSectors, at_first, take, write
 from tests.support.sandbox import wait_until
 
 
@@ -126,20 +126,18 @@ def test_a_chunk_that_was_torn_and_cannot_be_read_is_lost_and_no_other(start: Ca
 def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_read(
     start: Callable[..., Engine], io: BadIo
 ) -> None:
+    """Bad sectors, which are good again when they have been overwritten."""
     engine = start(write_behind=True)
     image, origin = take(engine, b"a"), engine.store.origins[0]
-    overwritten = threading.Event()
-
-    def fails(call: str, path: str) -> bool:
-        if path.endswith("disk.img") and call == "pwrite":
-            overwritten.set()
-        return path.endswith("disk.img") and call == "pread" and not overwritten.is_set()
-
-    io.fails = fails
+    bad = BadSectors(io, {7, 9})
     engine.call(image.write, 7 * CHUNK_BYTES, b"i" * CHUNK_BYTES)
     assert engine.call(image.read, 7 * CHUNK_BYTES, CHUNK_BYTES) == b"i" * CHUNK_BYTES
     engine.call(origin.write, 9 * CHUNK_BYTES, b"l" * CHUNK_BYTES)
     assert engine.call(origin.read, 9 * CHUNK_BYTES, CHUNK_BYTES) == b"l" * CHUNK_BYTES
+    engine.call(origin.sync)
+    assert engine.call(origin.read, 9 * CHUNK_BYTES, CHUNK_BYTES) == b"l" * CHUNK_BYTES
+    assert bad.chunks == {7}
+    assert engine.store.snapshots[0].images[0].lost() == [Run(9, 1)]
 
 
 def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
@@ -360,11 +358,19 @@ def test_i1_who_syncs_what_another_thread_is_syncing_waits_and_is_told_that_it_f
     layer.close()
 
 
+def _as_async(function: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def call() -> None:
+        function()
+
+    return call
+
+
 @pytest.mark.parametrize("way", ["a sync", "in the background"])
 def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
-    start: Callable[..., Engine], io: BadIo, way: str
+    start: Callable[..., Engine], io: BadIo, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part of it was acknowledged while it could be read. It is told once, and the others are kept."""
+    monkeypatch.setattr(behind, "LINGER_SECONDS", 60)  # so that nothing is taken before it is lost
     engine = start(write_behind=True)
     image, origin = take(engine, b"a"), engine.store.origins[0]
     layer = origin.newest_layer.name
@@ -377,6 +383,7 @@ def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
     io.fails = lambda call, path: False
     assert image.lost() == [Run(5, 1)]
     if way == "in the background":
+        engine.call(_as_async(image._behind.try_again))
         wait_until(lambda: not image._behind.chunks, what="the end of the buffer")
     with pytest.raises(LostError, match="part of each of 1 chunks are lost"):
         engine.call(image.sync)

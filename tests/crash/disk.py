@@ -260,6 +260,14 @@ class Disk(Io):
         data = bytes(inode.content[offset : offset + length])
         return data if fault is None else data[: max(1, fault.short)]
 
+    def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
+        return self.pread(fd, length, offset)
+
+    def pwrite_direct(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        while data:
+            written = self.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+
     def preadv(self, fd: int, parts: Sequence[bytearray], offset: int, flags: int = 0) -> int:
         [part] = parts
         data = self.pread(fd, len(part), offset)

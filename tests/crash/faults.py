@@ -8,9 +8,10 @@ with a reason, and may never be wrong.
 import errno
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count as count_up
 
 import trio
 
@@ -66,9 +67,46 @@ class Plan:
     for_good: bool
     everywhere: bool = False
 
+    @property
+    def is_of_source(self) -> bool:
+        return self.call.is_source
+
+    def decider(self) -> Callable[[Call], Fault | None]:
+        return Decider(self)
+
     def __str__(self) -> str:
         extent = "on the whole device " * self.everywhere + ("for good" if self.for_good else "once")
         return f"{self.fault} at {self.call}, occurrence {self.nth}, {extent}"
+
+
+@dataclass(frozen=True)
+class Absence:
+    """The source does not answer: every call on it fails, from the nth on, for a while. No snapshot loses by it."""
+
+    first: int
+    calls: int
+    fault: Fault
+    is_of_source = True
+
+    def decider(self) -> Callable[[Call], Fault | None]:
+        seen = count_up()
+
+        def decide(call: Call) -> Fault | None:
+            away = call.is_source and self.first <= next(seen) < self.first + self.calls
+            return self.fault if away else None
+
+        return decide
+
+    def __str__(self) -> str:
+        return f"{self.fault} at {self.calls} calls on the source, from the {self.first}th on"
+
+
+def absences(counts: Counter[Call], random_: random.Random) -> Iterator[Absence]:
+    """At every call on the source, for longer and shorter, as a bad sector's error and as one of a lost connection."""
+    total = sum(number for call, number in counts.items() if call.is_source)
+    for first in range(total):
+        for calls in random_.sample((1, 2, 4, 10, 40), 2):
+            yield Absence(first, calls, Fault(random_.choice((errno.EIO, errno.EIO, errno.ENOTCONN, errno.ENODEV))))
 
 
 def plans(counts: Counter[Call], random_: random.Random) -> Iterator[Plan]:
@@ -79,6 +117,17 @@ def plans(counts: Counter[Call], random_: random.Random) -> Iterator[Plan]:
                 yield Plan(call, fault, random_.randrange(count), for_good)
         if call.kind in ("write", "sync", "commit", "allocate"):
             yield Plan(call, Fault(errno.EIO), random_.randrange(count), True, everywhere=True)
+
+
+async def check_absences(seed: int) -> int:
+    """Check the absences of all workloads, and return how many they are. Raises ViolationError."""
+    random_ = random.Random(seed)
+    done = 0
+    for workload in WORKLOADS:
+        for plan in absences(await count_calls(workload), random_):
+            await check_plan(workload, plan, random_)
+            done += 1
+    return done
 
 
 class Decider:
@@ -114,7 +163,7 @@ async def count_calls(workload: Workload) -> Counter[Call]:
     return calls
 
 
-async def check_plan(workload: Workload, plan: Plan, random_: random.Random) -> None:
+async def check_plan(workload: Workload, plan: Plan | Absence, random_: random.Random) -> None:
     """Run the workload under the plan, cut the power at some moments, `STATES_AFTER` times.
 
     Raises ViolationError where the promise is broken.
@@ -126,18 +175,18 @@ async def check_plan(workload: Workload, plan: Plan, random_: random.Random) -> 
             for number in range(STATES_AFTER):
                 first = min(armed_at, len(disk.log) - 1) if number else len(disk.log) - 1
                 found = random_state_of(disk, random_, first, len(disk.log))
-                await examine_after_faults(found.state, found.mark)
+                await examine_after_faults(found.state, found.mark, nothing_lost=isinstance(plan, Absence))
     except Exception as error:
         raise ViolationError(f"{type(error).__name__}: {error}\nwith {plan}\nafter {' / '.join(done)}") from error
 
 
-async def _run(workload: Workload, plan: Plan, done: list[str]) -> tuple[Disk, int]:
+async def _run(workload: Workload, plan: Plan | Absence, done: list[str]) -> tuple[Disk, int]:
     disk = Disk(empty_state(CONTENT))
     session = Session(disk, Oracle(Versions(CONTENT)), elsewhere=True)
     try:
         await prepare(session)
         armed_at = len(disk.log)
-        disk.decide = Decider(plan)
+        disk.decide = plan.decider()
         await _work(session, workload, plan, done)
     finally:
         disk.decide = None
@@ -145,7 +194,7 @@ async def _run(workload: Workload, plan: Plan, done: list[str]) -> tuple[Disk, i
     return disk, armed_at
 
 
-async def _work(session: Session, workload: Workload, plan: Plan, done: list[str]) -> None:
+async def _work(session: Session, workload: Workload, plan: Plan | Absence, done: list[str]) -> None:
     for name in workload:
         try:
             await OPERATIONS[name](session)
@@ -153,7 +202,7 @@ async def _work(session: Session, workload: Workload, plan: Plan, done: list[str
         except (CowError, OSError) as error:
             done.append(f"{name} (failed: {error})")
             _has_a_sentence(error)
-            if name in _OF_LIVE and name != "sync live" and not plan.call.is_source:
+            if name in _OF_LIVE and name != "sync live" and not plan.is_of_source:
                 raise ViolationError(f"a writer of the origin got an error of the store: {error}") from error
             if name in _STOPPING:
                 await session.kill()
@@ -187,7 +236,7 @@ async def _read_right(session: Session) -> None:
     assert session.oracle.live.mismatch(live) is None, "the live image reads wrong"
 
 
-async def examine_after_faults(state: State, oracle: object) -> None:
+async def examine_after_faults(state: State, oracle: object, *, nothing_lost: bool) -> None:
     """Open what a cut left, on a disk that is well again: all of it right, or an error that says why."""
     assert isinstance(oracle, Oracle)
     disk = Disk(state)
@@ -198,6 +247,7 @@ async def examine_after_faults(state: State, oracle: object) -> None:
         for snapshot in session.store.snapshots:
             row = snapshot.row
             assert row.state.value == "valid" or row.reason, f"a snapshot is {row.state} for no reason"
+            assert not nothing_lost or row.state.value == "valid", f"a snapshot is {row.state}: {row.reason}"
             for chunk in range(0, SIZE, 4096):
                 await _read_chunk(session, snapshot.name.decode(), wanted, chunk)
         mismatch = oracle.live.mismatch(disk.content())

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, contents, flatten, journal, space
+from cow import behind, contents, flatten, journal, passing, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
@@ -73,6 +73,7 @@ def small_and_deterministic() -> Iterator[None]:
         changed(space, RESERVE_BYTES=2 * JOURNAL_BYTES, OPENING_BYTES=JOURNAL_BYTES // 2),
         changed(behind, LINGER_SECONDS=0, MOST_CHUNKS_HERE=2),
         changed(flatten, MOST_LAYERS=1, PIECE_CHUNKS=1, PUNCH_CHUNKS=1, REST=0),
+        changed(passing, PAUSE_SECONDS=0),
         changed(contents, EXTENT_CHUNKS=2),
     ):
         yield

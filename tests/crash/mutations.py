@@ -20,6 +20,7 @@ from cow.errors import CowError
 from tests.crash.calls import Call
 from tests.crash.corruption import check_many
 from tests.crash.disk import Disk, empty_state
+from tests.crash.faults import check_absences
 from tests.crash.harness import CONTENT, Tally, ViolationError, check_workload, record, run
 from tests.crash.workloads import Workload
 
@@ -444,6 +445,26 @@ CHECKS = [
     ),
     Edit("the catalog is not checked", "catalog:Catalog._open", "self._sum.is_right()", "True"),
 ]
+AWAY = [
+    Edit(
+        "a device that is away is taken for bad sectors",
+        "preserver:_copy_singly",
+        "        job.away = job.origin.why_away(unread[0], error)\n",
+        "        pass\n",
+    ),
+    Edit(
+        "who writes to a device that is away is not told",
+        "preserver:Preserver.preserve",
+        "                raise away\n",
+        "                return\n",
+    ),
+    Edit(
+        "what was not read when the device went away counts as copied",
+        "preserver:_copy_all",
+        "job.keep_what_was_copied(copied - job.lost)",
+        "job.lose_all(job.away)",
+    ),
+]
 DAMAGED_STORES = 4000
 
 
@@ -454,6 +475,16 @@ def unnoticed_check(edit: Edit) -> str | None:
             run(partial(check_many, DAMAGED_STORES, 2))
         except ViolationError as error:
             is_meant(error)  # an error that is none of ours is a broken promise here, but not one of a broken edit
+            return None
+    return edit.what
+
+
+def unnoticed_away(edit: Edit) -> str | None:
+    """The mutation in words when no absence of the source shows it, else None."""
+    with edit.applied():
+        try:
+            run(check_absences, 2)
+        except ViolationError:
             return None
     return edit.what
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.crash.faults import WORKLOADS, check_plan, count_calls, plans
+from tests.crash.faults import WORKLOADS, check_absences, check_plan, count_calls, plans
 from tests.crash.harness import run
 from tests.crash.workloads import Workload
 
@@ -24,3 +24,9 @@ def test_i1_i3_i4_i8_no_error_of_the_disk_falsifies_or_reaches_the_origin(worklo
     print(f"{sum(done.values())} faults: {dict(done)}")
     assert sum(done.values()) > 250
     assert min(done.values()) >= 2
+
+
+def test_i1_i3_i8_a_source_that_is_away_for_a_while_costs_no_snapshot_anything() -> None:
+    done = run(check_absences, 2)
+    print(f"{done} absences")
+    assert done > 60

@@ -20,6 +20,7 @@ from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
 from tests.crash.harness import CONTENT, run, small_and_deterministic
 from tests.crash.mutations import (
+    AWAY,
     CHECKS,
     ORDER,
     BrokenEditError,
@@ -27,6 +28,7 @@ from tests.crash.mutations import (
     all_mutations,
     hunt,
     unnoticed,
+    unnoticed_away,
     unnoticed_check,
 )
 from tests.support.constants import changed
@@ -76,6 +78,13 @@ def test_every_missing_check_is_noticed() -> None:
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as processes:
         missed = [what for what in processes.map(unnoticed_check, CHECKS) if what is not None]
     print(f"{len(CHECKS)} checks, {len(missed)} not missed")
+    assert missed == []
+
+
+def test_every_missing_step_for_a_device_that_is_away_is_noticed() -> None:
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as processes:
+        missed = [what for what in processes.map(unnoticed_away, AWAY) if what is not None]
+    print(f"{len(AWAY)} steps, {len(missed)} not noticed")
     assert missed == []
 
 
