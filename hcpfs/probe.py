@@ -22,6 +22,10 @@ _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _TRY = "import fcntl, os, sys\ntry:\n    {}\nexcept OSError as error:\n    sys.exit(error.errno)"
 _READ = _TRY.format("os.read(os.open(sys.argv[1], os.O_RDONLY), 1)")
 _LOOP_STATUS = _TRY.format("fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))")
+_LOOP_FILE = "import struct\n" + _TRY.format(
+    "status = fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))\n"
+    "    print(*struct.unpack_from('QQ', status), file=sys.stderr)"
+)
 
 
 class Answer(enum.Enum):
@@ -43,6 +47,13 @@ def ask_loop(path: str, seconds: float) -> Answer:
     while (answer := _in_a_child(_LOOP_STATUS, path, seconds)) is Answer.ANSWERS and time.monotonic() < deadline:
         time.sleep(0.1)
     return answer
+
+
+def loop_file(path: str, seconds: float) -> tuple[int, int] | None:
+    """The device and inode of a loop device's file; None when its file system does not tell within `seconds`."""
+    code, said = attempt([sys.executable, "-I", "-S", "-c", _LOOP_FILE, path], seconds)
+    numbers = said.split()
+    return (int(numbers[0]), int(numbers[1])) if code == 0 and len(numbers) == 2 else None
 
 
 def _in_a_child(program: str, path: str, seconds: float) -> Answer:

@@ -12,6 +12,7 @@ for themselves, and processes of pid namespaces beside ours.
 import ctypes
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator
@@ -19,10 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from hcpfs import beneath, loops
+from hcpfs import beneath, loops, probe
 
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _AT_NO_AUTOMOUNT = -100, 0x4000, 0x800
 _MAPS_SECONDS = 3.0
+_LOOP_SECONDS = 5.0
+_DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a mount that is unmounted lazily
 _MOST_NAMED = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -285,9 +288,24 @@ def device_words(device: int, path: str) -> list[str]:
     return words
 
 
+def loops_of(device: int, mountpoints: Iterable[str]) -> list[tuple[loops.LoopState, int]]:
+    """The loop devices on files of the hcpfs with that device number, with the inode of the file of each.
+
+    `mountpoints`: where it is mounted, in any namespace. Its daemon is asked, in a child and not for long.
+    """
+    places = tuple(f"{place.rstrip('/')}/" for place in mountpoints)
+    found = []
+    for state in loops.states():
+        if state.file.startswith(places) or _DETACHED.match(state.file):
+            file = probe.loop_file(state.path, _LOOP_SECONDS)
+            if file is not None and file[0] == device:
+                found.append((state, file[1]))
+    return found
+
+
 def loop_words(state: loops.LoopState) -> str:
     """A loop device with all that uses it: `/dev/loop0 (ext4 mounted at /srv)`."""
-    return f"{state.path} ({listed(device_words(state.device, state.path) or ['not in use itself'])})"
+    return f"{state.path} on {state.file} ({listed(device_words(state.device, state.path) or ['itself not in use'])})"
 
 
 def listed(words: Iterable[str]) -> str:
