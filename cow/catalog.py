@@ -304,11 +304,15 @@ class Catalog:
                 "UPDATE origins SET fingerprint = ?, fingerprint_of = ? WHERE id = ?", (fingerprint, snapshot, origin)
             )
 
-    def record_clean_stop(self, origins: Iterable[tuple[int, bytes, int]]) -> None:
-        """Record that all is durable, and of each origin (its id) where it is and when it was last written, in ns."""
+    def record_clean_stop(self, origins: Iterable[tuple[int, bytes, int]], settings: Mapping[str, str]) -> None:
+        """Record that all is durable, and of each origin (its id) where it is and when it was last written, in ns.
+
+        `settings` are values of the `store` table.
+        """
         with self._transaction() as do:
             for origin, path, modified_ns in origins:
                 do.execute("UPDATE origins SET path = ?, modified_ns = ? WHERE id = ?", (path, modified_ns, origin))
+            do.executemany("INSERT OR REPLACE INTO store VALUES (?, ?)", list(settings.items()))
             do.execute("INSERT OR REPLACE INTO store VALUES ('clean', 1)")
 
     # -- snapshots -----------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from contextlib import suppress
 from typing import NamedTuple, Self
 
 from cow.errors import RefusedError, SyncError
+from cow.superblock import Superblock, SuperblockOf, no_superblock
+from cow.witness import Witness, witness_of
 
 MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
@@ -62,6 +64,7 @@ class Io:
     rmdir = staticmethod(os.rmdir)
     posix_fadvise = staticmethod(os.posix_fadvise)
     flock = staticmethod(fcntl.flock)
+    witness = staticmethod(witness_of)
 
     def listdir(self, fd: int) -> list[str]:
         """The names in a directory, in any order."""
@@ -444,9 +447,12 @@ class OriginDevice(File):
     `size_bytes` is fixed at opening; `logical_block_bytes` is 512 or 4096 (512 for a regular file).
     """
 
-    def __init__(self, io: Io, fd: int, label: str, geometry: Geometry) -> None:
+    def __init__(
+        self, io: Io, fd: int, label: str, geometry: Geometry, superblock_of: SuperblockOf = no_superblock
+    ) -> None:
         super().__init__(io, fd, label)
         self._size_bytes, self.logical_block_bytes, _ = geometry
+        self._superblock_of = superblock_of
 
     @property
     def size_bytes(self) -> int:
@@ -463,8 +469,23 @@ class OriginDevice(File):
         """When the file system last saw a write to it."""
         return self._io.fstat(self.fd).st_mtime_ns
 
+    def witness(self) -> Witness | None:
+        """What the kernel counts of the writes to it; None where it does not. Blocks."""
+        return self._io.witness(self.fd)
+
+    def superblock(self) -> Superblock:
+        """What its superblock is called. Blocks."""
+        return self._superblock_of(self.fd)
+
     @classmethod
-    def open_path(cls, path: str, io: Io = SYSTEM, *, read_only: bool = False) -> Self:
+    def open_path(
+        cls,
+        path: str,
+        io: Io = SYSTEM,
+        *,
+        read_only: bool = False,
+        superblock_of: SuperblockOf = no_superblock,
+    ) -> Self:
         """Open and own the source at `path`.
 
         Raises RefusedError when it is in use, empty, or neither a block device nor a regular file; OSError when it
@@ -493,4 +514,4 @@ class OriginDevice(File):
             raise RefusedError(f"{path} is empty (0 bytes): there is nothing to take a snapshot of")
         # After a failed sync, by us or by others before us, the cache may show what the device does not have.
         io.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return cls(io, fd, path, geometry)
+        return cls(io, fd, path, geometry, superblock_of)

@@ -13,18 +13,19 @@ from typing import NamedTuple
 
 import trio
 
-from cow.catalog import FILE_NAME, Catalog, OriginRow, State
+from cow.catalog import FILE_NAME, Catalog, OriginRow
 from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError, RefusedError, printable
-from cow.fingerprint import compare, sampled
 from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
+from cow.recognition import Facts, Verdict, facts_key, gather, judge
 from cow.recovery import open_journal, recover
 from cow.space import RESERVE_NAME, Space, keep_for_opening, shrink_reserve
-from cow.store import Store
+from cow.store import TRUSTED, Store
+from cow.superblock import Superblock, SuperblockOf, no_superblock
 
 
 class Source(NamedTuple):
@@ -53,6 +54,9 @@ async def open_store(
     write_behind: bool = True,
     read_only: bool = False,
     read_suspect: bool = False,
+    accept_changed: bool = False,
+    accept_unchanged: bool = False,
+    superblock_of: SuperblockOf = no_superblock,
     elsewhere: str | None = None,
     on_trouble: Callable[[str], None] = lambda sentence: None,
     io: Io = SYSTEM,
@@ -64,12 +68,14 @@ async def open_store(
     `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (cow/elsewhere.py).
     With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with
     the process until a sync; not so under the policy block-writes, whose errors are for the writer.
-    With `read_suspect` snapshots can be read although their device was changed meanwhile.
+    A device that is not as it was is refused, and nothing recorded, unless `accept_changed`: then its snapshots become
+    suspect. With `read_suspect` those can be read. Where no sample differs, and the device was written to all the same,
+    `accept_unchanged` says that it has what it had. `superblock_of` reads a device's UUID, for status and sentences.
     Raises RefusedError, or OSError when something cannot be opened.
     """
     with ExitStack() as stack:
         directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=True))
-        devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, stack)
+        devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, superblock_of, stack)
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
@@ -87,8 +93,7 @@ async def open_store(
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
-        for origin, row in zip(store.origins, rows, strict=True):
-            recovered.findings += await _check_fingerprint(store, origin, row)
+        recovered.findings += await _recognise(store, catalog, rows, was_clean, accept_changed, accept_unchanged)
         catalog.set_setting("clean", 0)
         await store.housekeeping.hold_back()
         await space.measure()
@@ -170,14 +175,16 @@ def _is_ours(name: str) -> bool:
     return name in ("lock", "layers", RESERVE_NAME) or is_journal(name) or name.startswith((FILE_NAME, "hcpfs.log"))
 
 
-def _open_devices(sources: Sequence[Source], io: Io, read_only: bool, stack: ExitStack) -> list[OriginDevice]:
+def _open_devices(
+    sources: Sequence[Source], io: Io, read_only: bool, superblock_of: SuperblockOf, stack: ExitStack
+) -> list[OriginDevice]:
     names = [source.name for source in sources]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RefusedError(f"two sources are called {printable(twice)}: name them apart with NAME=PATH")
     devices = []
     for source in sources:
-        device = OriginDevice.open_path(source.path, io, read_only=read_only)
+        device = OriginDevice.open_path(source.path, io, read_only=read_only, superblock_of=superblock_of)
         stack.callback(device.close)
         devices.append(device)
     return devices
@@ -200,9 +207,6 @@ def _match(
         )
     for source, device in zip(sources, devices, strict=True):
         _check_size(rows[source.name], path, device)
-    if not was_clean:
-        for row in rows.values():
-            row.modified_ns = time.time_ns()  # unknown: what was written before the crash may be newer than recorded
     return [rows[source.name] for source in sources], was_clean
 
 
@@ -222,7 +226,8 @@ def _check_size(row: OriginRow, path: str, device: OriginDevice) -> None:
         change = "grew" if device.size_bytes > row.size_bytes else "shrank"
         raise RefusedError(
             f"{device.label} {change} from {row.size_bytes} to {device.size_bytes} bytes since the store {path} was "
-            f"made: give it its old size, or use another store"
+            f"made: it is another disk, or was resized. Name the right one; or give it its old size (--accept "
+            f"unchanged then says that it has what it had); or use another store"
         )
 
 
@@ -235,27 +240,82 @@ def _open_elsewhere(path: str | None, catalog: Catalog, io: Io, stack: ExitStack
     return Elsewhere(directory, str(catalog.setting("uuid")))
 
 
-async def _check_fingerprint(store: Store, origin: Origin, row: OriginRow) -> list[str]:
-    """Whether the device is the one that the snapshots were taken of, and was left alone meanwhile.
+async def _recognise(
+    store: Store,
+    catalog: Catalog,
+    rows: Sequence[OriginRow],
+    was_clean: bool,
+    accept_changed: bool,
+    accept_unchanged: bool,
+) -> list[str]:
+    """See to it that the devices are those of the snapshots, and were left alone meanwhile. # I12
 
-    Raises RefusedError when it is another one. When it was changed the snapshots become suspect.
+    Raises RefusedError before anything is recorded, when one is another one, or was changed and that is not accepted.
+    When it is accepted the snapshots become suspect.
     """
-    known = store.by_id(row.fingerprint_of)
-    if known is None or not known.usable:
-        return []
-    now = await trio.to_thread.run_sync(origin.fingerprint)
-    found = compare(sampled(origin.size_bytes), row.fingerprint, now, lambda chunk: not origin.knows(chunk))
-    if found.is_another_device:
-        raise RefusedError(
-            f"{origin.device.label} is not the device that the store {store.path} was made for: none of what was "
-            f"sampled is on it. Name the right device, or another store"
-        )
-    if not found.changed or known.row.state is State.SUSPECT:  # of which it has been said
-        return []
-    places = ", ".join(f"{run.offset}+{run.length}" for run in found.changed[:8])
-    sentence = (
-        f"{origin.device.label} was changed while hcpfs was not running (seen at {places}): what snapshots read from "
-        f"it may be wrong"
+    sentences = []
+    for origin, row in zip(store.origins, rows, strict=True):
+        known = Facts.from_text(catalog.setting(facts_key(origin.id)))
+        now = await trio.to_thread.run_sync(gather, origin)
+        origin.superblock = now.superblock
+        newest = store.by_id(row.fingerprint_of)
+        seen = row.fingerprint if newest is not None and newest.usable else b""
+        verdict = judge(origin, seen, known, now, was_clean=was_clean)
+        if not verdict.is_proved_untouched:
+            origin.modified_ns = time.time_ns()  # what was written before, or by others, may be newer than recorded
+        if not any(one.usable for one in store.snapshots):
+            continue
+        if verdict.is_another:
+            raise RefusedError(_another_device(store, origin, verdict, _known_as(catalog, rows, row, verdict.now)))
+        in_doubt = bool(verdict.changed) or (verdict.is_written_to and not accept_unchanged)
+        if in_doubt and any(one.row.state in TRUSTED for one in store.snapshots):
+            if not accept_changed:
+                raise RefusedError(_changed_device(store, origin, verdict, row))
+            sentences.append(
+                f"{origin.device.label} was changed while hcpfs was not running ({verdict.what_differs()}): what "
+                f"snapshots read from it may be wrong"
+            )
+    if sentences:
+        await store.suspect("; ".join(sentences))
+    return sentences
+
+
+def _another_device(store: Store, origin: Origin, verdict: Verdict, known_as: str) -> str:
+    names = f": it has {verdict.now}, and that had {verdict.before}" if verdict.has_other_uuid else ""
+    return (
+        f"{origin.device.label} is not the device that the store {store.path} was made for{names}; none of what was "
+        f"sampled is on it, so it is another disk, or was made anew{known_as}. Nothing was changed. Name the right "
+        f"device for {printable(origin.name)}, or another store"
     )
-    await store.suspect(sentence)
-    return [sentence]
+
+
+def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginRow) -> str:
+    count = sum(1 for one in store.snapshots if one.row.state in TRUSTED)
+    path = os.fsdecode(row.path)
+    was = f", which was {path} then" if path != origin.device.label else ""
+    uuid = "" if verdict.has_other_uuid or not verdict.now.uuid else f" ({verdict.now})"
+    ways = [
+        "If it is another disk: name the right one, or another store.",
+        "If it was written to without hcpfs (mounted directly, repaired, restored): mount it with --accept changed. "
+        "Its snapshots become suspect then: what they read from the disk is refused, what the store has can be read.",
+    ]
+    if verdict.changed:
+        ways.insert(1, "If it is the right one, and what is on it now is a mistake: put back what it had.")
+    else:
+        ways.append(
+            "If you know that it has what it had (it was touched, or resized and put back): mount it with --accept "
+            "unchanged, and the snapshots stay valid."
+        )
+    ways_on = "".join(f"\n  {way}" for way in ways)
+    return (
+        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {count} snapshots{was}: "
+        f"{verdict.what_differs()}. Nothing was changed.{ways_on}"
+    )
+
+
+def _known_as(catalog: Catalog, rows: Sequence[OriginRow], own: OriginRow, found: Superblock) -> str:
+    """Which other source of the store has that UUID: names may have been exchanged."""
+    for row in rows:
+        if row is not own and found.uuid and Facts.from_text(catalog.setting(facts_key(row.id))).superblock == found:
+            return f"; it is the one that the store knows as {printable(row.name)}"
+    return ""

@@ -26,6 +26,7 @@ from cow.layer import Layer
 from cow.memory import Memory
 from cow.offload import is_short, offload
 from cow.preserver import Preserver
+from cow.superblock import Superblock
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Origin:
         self.chunks = chunks_of(device.size_bytes)
         self.modified_ns = row.modified_ns
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
+        self.superblock = Superblock()  #: what it was called when somebody last looked
         self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
         self.layout = 0  #: grows when the groups change
         self._gate = gate

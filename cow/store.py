@@ -50,6 +50,7 @@ from cow.layerfiles import OPEN_FILES_OF_A_LAYER
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
 from cow.preserver import OnFull, Preserver, is_full
+from cow.recognition import facts_key, gather
 from cow.removal import Removal
 from cow.snapshot import Snapshot, check_name
 from cow.space import Space
@@ -57,7 +58,7 @@ from cow.space import Space
 DRAIN_SECONDS = 30.0
 _OTHER_OPEN_FILES = 64
 NO_LAYER = 0  # an id that the catalog never gives
-_TRUSTED = (State.VALID, State.DAMAGED)
+TRUSTED = (State.VALID, State.DAMAGED)
 
 Evidence = dict[str, str]
 Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
@@ -315,7 +316,7 @@ class Store:
 
     async def _take_fingerprints(self) -> None:
         """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
-        newest = next((one.id for one in reversed(self._snapshots.values()) if one.row.state in _TRUSTED), 0)
+        newest = next((one.id for one in reversed(self._snapshots.values()) if one.row.state in TRUSTED), 0)
         for origin in self.origins if newest and not self.read_only else ():
             if origin.fingerprint_of != newest:
                 fingerprint = await trio.to_thread.run_sync(origin.fingerprint)
@@ -323,6 +324,7 @@ class Store:
                     return  # it went meanwhile; the chores come again
                 await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)
                 origin.fingerprint_of = newest
+                origin.superblock = await trio.to_thread.run_sync(origin.device.superblock)
 
     # -- opening and closing -------------------------------------------------------------------------------------
 
@@ -437,7 +439,7 @@ class Store:
         return failures
 
     async def close(self) -> None:
-        """Record a clean stop. After `drain`; `run` has ended, and no call is under way.
+        """Record a clean stop, and what the devices are known by. After `drain`; `run` has ended, no call is under way.
 
         Raises where that cannot be done; the next opening recovers then.
         """
@@ -446,14 +448,16 @@ class Store:
             await self._commits.checkpoint()
             await self.housekeeping.do_all(closing=True)
             stopped = [(one.id, os.fsencode(one.device.label), one.modified_ns) for one in self.origins]
-            await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped)
+            facts = {facts_key(one.id): await trio.to_thread.run_sync(gather, one) for one in self.origins}
+            settings = {key: one.to_text() for key, one in facts.items()}
+            await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped, settings)
 
     async def suspect(self, reason: str) -> None:
         """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.
 
         What is preserved from now on may be wrong for them too, and right for newer ones: it goes into new layers.
         """
-        trusted = [one for one in self._snapshots.values() if one.row.state in _TRUSTED]
+        trusted = [one for one in self._snapshots.values() if one.row.state in TRUSTED]
         if not trusted:
             return
         rows = await trio.to_thread.run_sync(self._catalog.suspect_snapshots, [one.id for one in trusted], reason)

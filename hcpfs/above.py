@@ -11,8 +11,6 @@ from typing import Any
 
 from hcpfs import beneath, loops
 
-_DELETED = " (deleted)"  # the kernel adds it to the path once it has noticed that names cannot be looked up any more
-
 
 @dataclass
 class LoopAbove:
@@ -136,7 +134,7 @@ def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str
     """For `find`: the images of a mount that is dead and still there."""
 
     def image_of(shown: str) -> str | None:
-        path = shown.removesuffix(_DELETED)
+        path = shown.removesuffix(loops.DELETED)
         owner = owner_of(mounts, path)
         if owner is None or owner.device != dead.device:
             return None
@@ -152,7 +150,7 @@ def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str],
     pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
 
     def image_of(shown: str) -> str | None:
-        path = shown.removesuffix(_DELETED)
+        path = shown.removesuffix(loops.DELETED)
         return mountpoint + path if pattern.fullmatch(path) else None
 
     return image_of

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +20,8 @@ from rich.table import Table
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover, stores, unmount
-from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+from hcpfs import __version__, background, beneath, leftovers, recover, stores, unmount
+from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
 from hcpfs.text import path_in
@@ -29,6 +29,14 @@ from hcpfs.text import path_in
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
 STILL_AT_WORK = 2  # exit code of umount
 _WIDE = 10_000  # columns of what is no terminal
+
+
+_ACCEPT = click.option(
+    "--accept", multiple=True, type=click.Choice([one.value for one in Accept]), metavar="WHAT",
+    help="Go on although it is refused for that. quota: at the next write it may cost snapshots. changed: "
+    "the device was changed while hcpfs was not running; its snapshots become suspect. unchanged: it was written to, "
+    "and has what it had.",
+)  # fmt: skip
 
 
 class _Sentence(click.ClickException):
@@ -65,8 +73,9 @@ def cli() -> None:
 @click.option(
     "-o", "options", multiple=True, metavar="OPT,...",
     help="store=DIR, quota=SIZE, on_full=drop-oldest|lose-chunks|block-writes, source=[NAME=]PATH, ro, read_suspect, "
-    "sync, allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS.",
+    "sync, allow_other, uid=N, gid=N, mode=OCTAL, freeze=SECONDS, accept=WHAT+....",
 )  # fmt: skip
+@_ACCEPT
 @click.option("--recover", "recovering", is_flag=True, help="If a daemon died there, do what hcpfs recover does.")
 @click.option("--ready-fd", type=int, hidden=True)
 def mount(
@@ -76,6 +85,7 @@ def mount(
     sync: bool,
     foreground: bool,
     options: tuple[str, ...],
+    accept: tuple[str, ...],
     recovering: bool,
     ready_fd: int | None,
 ) -> None:
@@ -88,24 +98,34 @@ def mount(
         wanted = _mount_options(sources, store, quota, options)
         wanted.sync |= sync
         wanted.foreground |= foreground
-        stores.check_no_other(wanted)
+        wanted.accept |= {Accept(word) for word in accept}
+        for note in stores.check_no_other(wanted) if ready_fd is None else ():
+            _complain(f"note: {note}")
     except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
     if recovering:
         record = Record(wanted.mountpoint, wanted.arguments(), wanted.image_names)
         try:
-            done = recover.recover_and_mount(record, Voice(click.echo, _complain), foreground=wanted.foreground)
+            voice = Voice(click.echo, _complain)
+            done = recover.recover_and_mount(record, wanted.accept, voice, foreground=wanted.foreground)
         except (CowError, OSError) as error:
             raise _Sentence(str(error)) from error
         if done is not None and not wanted.foreground:
             sys.exit(done)
         ready_fd = done
+    if ready_fd is None:
+        _tidy(wanted.mountpoint)
     if ready_fd is None and not wanted.foreground:
-        sentence = background.run_in_background(wanted.arguments())
+        sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)])
         if sentence is not None:
             raise _Sentence(sentence)
         return
     _serve(wanted, ready_fd)
+
+
+def _tidy(mountpoint: str) -> None:
+    with suppress(OSError):  # who may not, or has no such directory, leaves none either
+        leftovers.tidy(but=mountpoint)
 
 
 def _complain(sentence: str) -> None:
@@ -160,7 +180,8 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
 @click.argument("mountpoint")
 @click.option("--force", is_flag=True, help="Also when the daemon is alive but does not answer: end it.")
 @click.option("--no-mount", is_flag=True, help="Set the loop devices up again, but mount nothing on them.")
-def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
+@_ACCEPT
+def recover_command(mountpoint: str, force: bool, no_mount: bool, accept: tuple[str, ...]) -> None:
     """Get MOUNTPOINT going again after its daemon died.
 
     Unmounts what sat on its images and detaches their loop devices, clears the dead mount, serves it again as before,
@@ -171,7 +192,8 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool) -> None:
     """
     path = beneath.real_path(mountpoint)
     try:
-        sys.exit(recover.recover(path, Voice(click.echo, _complain), force=force, mount_again=not no_mount))
+        voice, accepted = Voice(click.echo, _complain), {Accept(word) for word in accept}
+        sys.exit(recover.recover(path, accepted, voice, force=force, mount_again=not no_mount))
     except (CowError, OSError) as error:
         raise _Sentence(str(error)) from error
 

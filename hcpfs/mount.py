@@ -16,12 +16,13 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, loops, readahead, record
+from hcpfs import beneath, ground, loops, readahead, record, stores
 from hcpfs.operations import Operations
-from hcpfs.options import STORES, MountOptions
+from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
+from hcpfs.superblock import superblock_of
 from hcpfs.tree import Tree
 
 log = logging.getLogger("hcpfs")
@@ -51,6 +52,7 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
 async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
     troubles: list[Callable[[str], None]] = [log.warning]
     async with (
+        _held(options.sources),
         _freezer() as freezer,
         open_store(
             options.store_path,
@@ -60,10 +62,17 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
             write_behind=not options.sync,
             read_only=options.read_only,
             read_suspect=options.read_suspect,
+            accept_changed=Accept.CHANGED in options.accept,
+            accept_unchanged=Accept.UNCHANGED in options.accept,
+            superblock_of=superblock_of,
             elsewhere=STORES,
             on_trouble=lambda sentence: troubles[-1](sentence),
         ) as opened,
     ):
+        try:
+            stores.remember(options.store_path)
+        except OSError as error:
+            log.warning("a default store for this disk would be made without a question some day: %s", error)
         for finding in opened.findings:
             log.warning("found at the start: %s", finding)
         inodes: dict[str, int] = {}
@@ -87,6 +96,12 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
         log.warning("what used the images finds them dead: hcpfs recover %s gets it going again", options.mountpoint)
     else:
         _forget(options.mountpoint)
+
+
+@asynccontextmanager
+async def _held(sources: Sequence[Source]) -> AsyncIterator[None]:
+    with ground.held([source.path for source in sources]):
+        yield
 
 
 @asynccontextmanager
@@ -132,7 +147,12 @@ async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callab
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
-        record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))
+        paths = [source.path for source in options.sources]
+        record.write(
+            record.of_this_process(
+                options.mountpoint, options.arguments(), options.image_names, options.store_path, paths
+            )
+        )
     except OSError as error:
         log.warning("hcpfs recover will not know how this was mounted: %s", error)
     on_ready()
@@ -205,9 +225,24 @@ def check_sources(sources: Sequence[Source]) -> None:
             raise RefusedError(f"{source.path} cannot be used as a source: {error.strerror}") from error
         if stat.S_ISBLK(kind.st_mode):
             _refuse_mounted(source.path, beneath.mountpoints_of(kind.st_rdev))
-        for loop in beneath.loops_on(kind.st_dev, {kind.st_ino}) if stat.S_ISREG(kind.st_mode) else ():
+        with ground.held([source.path]):
+            pass  # while it is served it is held for good
+        _refuse_other_loops(source.path)
+        if stat.S_ISREG(kind.st_mode) and ground.has_writer(source.path):
             raise RefusedError(
-                f"{source.path} is in use by the loop device {loop.path}, whose writes would not be seen: "
+                f"{source.path} is open for writing in another program, whose writes would not be seen: end that "
+                f"first, and let it use the live image instead"
+            )
+
+
+def _refuse_other_loops(path: str) -> None:
+    """Refuse a source whose bytes can be written through a loop device beside it."""
+    own = {f"/dev/{name}" for name in ground.chain(path)}
+    extents = ground.extents(path)
+    for loop in beneath.loops():
+        if loop.path not in own and any(extent.meets(part) for extent in extents for part in ground.extents(loop.path)):
+            raise RefusedError(
+                f"{path} is in use by the loop device {loop.path}, whose writes would not be seen: "
                 f"losetup -d it first, and set it up on the live image instead"
             )
 

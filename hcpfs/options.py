@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from xxhash import xxh3_64_hexdigest
 
@@ -27,6 +28,14 @@ class UsageError(ValueError):
     """What was written makes no sense; the sentence says what would."""
 
 
+class Accept(StrEnum):
+    """A consequence that a mount is refused for, unless it is said that it is meant."""
+
+    QUOTA = "quota"  # a quota at which the next write may cost snapshots
+    CHANGED = "changed"  # the device was changed while hcpfs was not running: its snapshots become suspect
+    UNCHANGED = "unchanged"  # it was written to, and has what it had: they stay valid
+
+
 @dataclass
 class MountOptions:
     """Everything about a mount, from the command line and -o together."""
@@ -43,6 +52,7 @@ class MountOptions:
     access: Access = field(default_factory=Access)
     freeze_seconds: float = 10.0
     foreground: bool = False
+    accept: set[Accept] = field(default_factory=set)  #: for this mount alone
 
     @property
     def store_path(self) -> str:
@@ -59,7 +69,10 @@ class MountOptions:
         return [os.fsdecode(source.name) for source in self.sources]
 
     def arguments(self) -> list[str]:
-        """The words for `hcpfs` that mount the same from any directory, in the background."""
+        """The words for `hcpfs` that mount the same from any directory, in the background.
+
+        Without what is accepted: that is for one start, and `accepting` has the words.
+        """
         words = ["mount", *map(_word, self.sources), self.mountpoint, "--store", self.store_path]
         if self.quota_bytes is not None:
             words += ["--quota", str(self.quota_bytes)]
@@ -78,6 +91,11 @@ class MountOptions:
         if self.freeze_seconds != plain.freeze_seconds:
             texts.append(f"freeze={self.freeze_seconds}")
         return [*words, *(("-o", ",".join(texts)) if texts else ())]
+
+
+def accepting(accept: Iterable[Accept]) -> list[str]:
+    """The words for `hcpfs mount` that accept these consequences, for this one start."""
+    return [word for one in sorted(accept) for word in ("--accept", one.value)]
 
 
 def _word(source: Source) -> str:
@@ -123,7 +141,7 @@ def apply_options(options: MountOptions, texts: Iterable[str]) -> None:
 
 def _apply_option(options: MountOptions, option: str) -> None:
     key, _, value = option.partition("=")
-    if key in ("store", "quota", "on_full", "source", "uid", "gid", "mode", "freeze") and not value:
+    if key in ("store", "quota", "on_full", "source", "uid", "gid", "mode", "freeze", "accept") and not value:
         raise UsageError(f"the option {key} needs a value: {key}=...")
     match key:
         case "store":
@@ -147,6 +165,8 @@ def _apply_option(options: MountOptions, option: str) -> None:
             options.allow_other = True
         case "foreground":
             options.foreground = True
+        case "accept":
+            options.accept |= {_consequence(word) for word in value.split("+")}
         case "uid" | "gid" | "mode":
             try:
                 number = int(value, 8 if key == "mode" else 10)
@@ -166,5 +186,12 @@ def _apply_option(options: MountOptions, option: str) -> None:
             if key not in _IGNORED and not key.startswith(("x-", "comment")):
                 raise UsageError(
                     f"the mount option {option!r} is not known: there are store, quota, on_full, source, ro, "
-                    f"read_suspect, sync, allow_other, uid, gid, mode, freeze and foreground"
+                    f"read_suspect, sync, allow_other, uid, gid, mode, freeze, accept and foreground"
                 )
+
+
+def _consequence(word: str) -> Accept:
+    try:
+        return Accept(word)
+    except ValueError:
+        raise UsageError(f"accept={word} is not known: there are {', '.join(Accept)}") from None

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hcpfs import aside, beneath, loops, probe, record
+from hcpfs import aside, beneath, leftovers, loops, probe, record
 from hcpfs.above import Above, LoopAbove, MountAbove, binds_of, find, images_of_detached, images_on
 from hcpfs.record import Record
 
@@ -34,14 +34,14 @@ class Voice(NamedTuple):
 class Rebuild:
     """The steps of one recovery; the caller has the mount served between `clear` and `put_back`."""
 
-    def __init__(self, dead: beneath.Mount | None, wanted: Record, earlier: dict[str, Any], voice: Voice) -> None:
+    def __init__(self, dead: beneath.Mount | None, wanted: Record, known: Record | None, voice: Voice) -> None:
         """`dead` is None when the mount was unmounted lazily; `wanted` is how it will be made again.
 
-        `earlier` is the record's `above`: what a recovery took down that did not come to its end.
+        `known` is the record of how it was, whose `above` has what a recovery took down that did not come to its end.
         """
         self._dead = dead
         self._wanted = wanted
-        self._earlier = earlier
+        self._known = known
         self._mountpoint = wanted.mountpoint
         self._say, self._complain = voice
         self._above = Above()
@@ -90,13 +90,20 @@ class Rebuild:
         if image is None:
             return None
         mine = [state for state in loops.states() if state.file == shown]
+        if self._known is not None and not any(leftovers.can_be_of(self._known, state) for state in mine):
+            return None
         if any(probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD for state in mine):
             return None
-        mounted = {mount.mountpoint for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE}
+        every = beneath.all_mounts()
+        if self._known is not None and leftovers.is_gone(self._known, every):
+            return None
+        mounted = {mount.mountpoint for mount in every if mount.filesystem == beneath.FILESYSTEM_TYPE}
         for other in record.others(self._mountpoint):
-            image_of = images_of_detached(other.mountpoint, other.images)
-            if not other.is_alive and other.mountpoint not in mounted and image_of(shown) is not None:
-                devices = " ".join(state.path for state in mine)
+            if other.is_alive or other.mountpoint in mounted or leftovers.is_gone(other, every):
+                continue
+            possible = [state for state in mine if leftovers.can_be_of(other, state)]
+            if possible:
+                devices = " ".join(state.path for state in possible)
                 self._lose(
                     f"{devices} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both of "
                     f"which were unmounted lazily; unmount what is on it, and losetup -d it"
@@ -106,7 +113,7 @@ class Rebuild:
 
     def _take_over_an_earlier_one(self) -> None:
         try:
-            self._above.add(Above.from_json(self._earlier))
+            self._above.add(Above.from_json(self._known.above if self._known is not None else {}))
         except (TypeError, KeyError):
             self._complain(
                 f"what an earlier recovery of {self._mountpoint} took down cannot be read: put it back by hand"

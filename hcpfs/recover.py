@@ -4,11 +4,13 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
 from cow.errors import RefusedError
-from hcpfs import background, beneath, probe, record
+from hcpfs import background, beneath, leftovers, probe, record
+from hcpfs.options import Accept, accepting
 from hcpfs.rebuild import Rebuild, Voice
 from hcpfs.record import Record
 
@@ -93,20 +95,21 @@ def _kill(known: Record) -> None:
             os.close(process)
 
 
-def recover(mountpoint: str, voice: Voice, *, force: bool, mount_again: bool) -> int:
+def recover(mountpoint: str, accept: Iterable[Accept], voice: Voice, *, force: bool, mount_again: bool) -> int:
     """`hcpfs recover`: the exit code. Raises RefusedError or OSError when the mount point is not served afterwards."""
     with record.recovering():
         trouble = examine(mountpoint, force=force)
+        leftovers.tidy(but=mountpoint)
         if trouble.known is None:
             raise RefusedError(
                 f"the daemon of {mountpoint} is dead, but how it was mounted is not known, as {record.DIRECTORY} has "
                 f"no record of it: hcpfs mount --recover SOURCE... {mountpoint}"
             )
         rebuild = _clear(trouble, trouble.known, voice)
-        return _serve_and_put_back(rebuild, trouble.known, voice, mount_again=mount_again)
+        return _serve_and_put_back(rebuild, trouble.known, accept, voice, mount_again=mount_again)
 
 
-def recover_and_mount(wanted: Record, voice: Voice, *, foreground: bool) -> int | None:
+def recover_and_mount(wanted: Record, accept: Iterable[Accept], voice: Voice, *, foreground: bool) -> int | None:
     """`hcpfs mount --recover`: None when there is nothing to recover, so that it is a plain mount.
 
     In the background it is all done then, and the answer is the exit code. In the foreground it is the descriptor for
@@ -121,18 +124,20 @@ def recover_and_mount(wanted: Record, voice: Voice, *, foreground: bool) -> int 
         rebuild = _clear(trouble, wanted, voice)
         if foreground:
             return _put_back_when_served(rebuild)
-        return _serve_and_put_back(rebuild, wanted, voice, mount_again=True)
+        return _serve_and_put_back(rebuild, wanted, accept, voice, mount_again=True)
 
 
 def _clear(trouble: Trouble, wanted: Record, voice: Voice) -> Rebuild:
     _end_the_daemon(trouble, voice)
-    rebuild = Rebuild(trouble.dead, wanted, trouble.known.above if trouble.known else {}, voice)
+    rebuild = Rebuild(trouble.dead, wanted, trouble.known, voice)
     rebuild.clear()
     return rebuild
 
 
-def _serve_and_put_back(rebuild: Rebuild, wanted: Record, voice: Voice, *, mount_again: bool) -> int:
-    sentence = background.run_in_background(wanted.arguments)
+def _serve_and_put_back(
+    rebuild: Rebuild, wanted: Record, accept: Iterable[Accept], voice: Voice, *, mount_again: bool
+) -> int:
+    sentence = background.run_in_background([*wanted.arguments, *accepting(accept)])
     if sentence is not None:
         raise RefusedError(
             f"{wanted.mountpoint} is not served again: {sentence}. When that is mended, recover once more"

@@ -106,6 +106,8 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         key = _key(origin.name)
         pairs += [
             (f"{key}.device", origin.device.label),
+            (f"{key}.uuid", origin.superblock.uuid or "-"),
+            (f"{key}.filesystem", origin.superblock.kind or "-"),
             (f"{key}.size", origin.size_bytes),
             (f"{key}.buffered_bytes", origin.buffered_bytes),
         ]

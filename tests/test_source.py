@@ -14,7 +14,7 @@ ROOT = COW.parent
 
 # Each module may import only from rows above its own; modules of one row do not import each other.
 LAYERS = [
-    {"cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum"},
+    {"cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum", "cow.superblock", "cow.witness"},
     {"cow.geometry"},
     {"cow.contents", "cow.device"},
     {
@@ -33,7 +33,7 @@ LAYERS = [
     {"cow.preserver", "cow.space"},
     {"cow.housekeeping"},
     {"cow.origin"},
-    {"cow.flatten", "cow.image", "cow.origins"},
+    {"cow.flatten", "cow.image", "cow.origins", "cow.recognition"},
     {"cow.snapshot"},
     {"cow.damage", "cow.removal"},
     {"cow.store"},
@@ -48,19 +48,20 @@ LAYERS = [
         "hcpfs.loops",
         "hcpfs.process",
         "hcpfs.protocol",
-        "hcpfs.record",
+        "hcpfs.superblock",
         "hcpfs.text",
     },
-    {"hcpfs.probe"},
-    {"hcpfs.users"},
+    {"hcpfs.probe", "hcpfs.record"},
+    {"hcpfs.leftovers", "hcpfs.users"},
     {"hcpfs.namespaces"},
-    {"hcpfs.above", "hcpfs.freezer", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
+    {"hcpfs.above", "hcpfs.freezer", "hcpfs.ground", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.session", "hcpfs.stores"},
     {"hcpfs.mount", "hcpfs.recover", "hcpfs.unmount"},
     {"hcpfs.cli"},
     {"hcpfs.__main__"},
 ]
+KNOWN_INVARIANTS = {*range(1, 11), 12}  # 11 is of the mode that follows a disk, which is not there yet
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
 
 
@@ -114,13 +115,13 @@ def test_every_invariant_is_kept_somewhere_and_none_is_unknown() -> None:
     named = {number for path in _sources().values() for number in re.findall(r"# I(\d+)", path.read_text())}
     named |= {number for path in _sources().values() for number in re.findall(r"\(I(\d+)\)", path.read_text())}
     stated = set(re.findall(r"^- \*\*I(\d+) ", (COW / "DESIGN.md").read_text(), re.MULTILINE))
-    assert named == stated == {str(number) for number in range(1, 11)}
+    assert named == stated == {str(number) for number in KNOWN_INVARIANTS}
 
 
 def test_tests_name_known_invariants() -> None:
     for path in (ROOT / "tests").rglob("test_*.py"):
         for name in re.findall(r"def (test_(?:i\d+_)+)", path.read_text()):
-            assert all(1 <= int(number) <= 10 for number in re.findall(r"i(\d+)_", name)), (path, name)
+            assert all(int(number) in KNOWN_INVARIANTS for number in re.findall(r"i(\d+)_", name)), (path, name)
 
 
 def test_the_format_document_describes_what_the_code_writes() -> None:

@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Path:
         catalog.set_setting("clean", 0)
         with pytest.raises(CatalogError):
             catalog.rename_snapshot(rows[4], b"\xffother")
-        catalog.record_clean_stop([(1, b"/elsewhere", 3)])
+        catalog.record_clean_stop([(1, b"/elsewhere", 3)], {"device.1": "facts"})
     return tmp_path
 
 
@@ -203,7 +203,7 @@ TRANSACTIONS: list[Callable[[Catalog, int], object]] = [
     lambda catalog, snapshot: catalog.give_up_snapshot(snapshot - 1, snapshot - 2, "a test"),
     lambda catalog, snapshot: catalog.delete_snapshot(snapshot, snapshot - 2),
     lambda catalog, snapshot: catalog.set_setting("journal", 9),
-    lambda catalog, snapshot: catalog.record_clean_stop([(1, b"/a", 9)]),
+    lambda catalog, snapshot: catalog.record_clean_stop([(1, b"/a", 9)], {}),
 ]
 
 

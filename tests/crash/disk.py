@@ -198,6 +198,9 @@ class Disk(Io):
     def geometry(self, fd: int) -> Geometry:
         return Geometry(len(self._descriptors[fd].content), 512, is_block=False)
 
+    def witness(self, fd: int) -> None:
+        """It has no counters."""
+
     def is_in_memory(self, fd: int) -> bool:
         return self._in_memory  # if not, what blocks is done beside everything else, as on a real disk
 

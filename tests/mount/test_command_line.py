@@ -15,7 +15,7 @@ import pytest
 from cow import Source
 from cow.errors import RefusedError
 from hcpfs import __version__, beneath, stores
-from hcpfs.options import MountOptions, UsageError, apply_options, parse_size, parse_source
+from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.quiesce import WRITE_BACK_SECONDS
 from hcpfs.text import path_in
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
@@ -83,7 +83,7 @@ def test_i4_no_second_default_store_is_made_for_a_device_whose_snapshots_are_in_
     (served.snaps / "a").mkdir()
     for spelled in (f"{sandbox.path}/alias", f"data={device}"):
         other = MountOptions(sources=[parse_source(spelled)])
-        with pytest.raises(RefusedError, match=f"has snapshots in the store {store}"):
+        with pytest.raises(RefusedError, match=f"of which the store {store} has 1 snapshots"):
             stores.check_no_other(other)
     stores.check_no_other(MountOptions(sources=[parse_source(str(sandbox.disk("b.img")))]))
     other.store = "/elsewhere"
@@ -96,17 +96,22 @@ def test_options_of_mount_and_fstab() -> None:
     assert (options.quota_bytes, options.store, options.read_only) == (2 << 30, "/s", True)
     assert options.sources == [Source(b"b", "/dev/sdb")]
     assert (options.access.gid, options.access.mode) == (7, 0o640)
+    apply_options(options, ["accept=quota+changed"])
+    assert options.accept == {Accept.QUOTA, Accept.CHANGED}
 
 
 def test_the_words_for_mounting_again_say_the_same_from_anywhere() -> None:
     options = MountOptions(mountpoint="/mnt/hcp", sources=[parse_source("/dev/disk/by-id/x=1"), parse_source("b=rel")])
     apply_options(options, ["source=c=/dev/sdc,store=st,quota=2G,ro,allow_other,uid=5,gid=7,mode=640,freeze=2.5"])
+    options.accept = {Accept.QUOTA, Accept.CHANGED}
     command, *words = options.arguments()
     again = MountOptions(mountpoint="/mnt/hcp")
     again.store, again.quota_bytes = words[words.index("--store") + 1], parse_size(words[words.index("--quota") + 1])
     again.sources = [parse_source(word) for word in words[:3]]
     apply_options(again, [words[words.index("-o") + 1]])
     options.store = options.store_path
+    assert accepting(options.accept) == ["--accept", "changed", "--accept", "quota"]  # for the one start
+    options.accept.clear()
     assert (command, again) == ("mount", options)
     assert all(source.path.startswith("/") for source in again.sources)
 

@@ -111,7 +111,7 @@ def test_a_source_of_another_size(sandbox: Sandbox, where: list[object], change:
     os.truncate(disk, disk.stat().st_size + change)
     assert f"{disk} {word} from" in sandbox.refusal(disk, where[0], "--store", store)
     os.truncate(disk, disk.stat().st_size - change)
-    sandbox.mount(disk)
+    sandbox.mount(disk, options=["--accept", "unchanged"])
 
 
 def test_a_store_made_for_another_device(sandbox: Sandbox, where: list[object]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hcpfs import beneath, loops, record
+from hcpfs.options import STORES
 
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2
@@ -219,6 +220,9 @@ class Sandbox:
                 os.kill(pid, signal.SIGKILL)
         for one in records:
             record.remove(one.mountpoint, one.pid)
+        for link in Path(STORES).glob("store.*"):
+            if link.is_symlink() and os.readlink(link).startswith(f"{self.path}/"):
+                link.unlink()
         shutil.rmtree(self.path)
 
     def _unmount_all(self) -> None:
