@@ -73,14 +73,14 @@ class Above:
             mine += [mount for mount in others if (mount.mountpoint, mount.source) not in places]
 
 
-def find(mounts: list[beneath.Mount], image_of: Callable[[str], str | None]) -> Above:
-    """What sits on the images. `image_of` has the path that an image will be at again, for the path that sysfs shows.
+def find(mounts: list[beneath.Mount], image_of: Callable[[loops.LoopState], str | None]) -> Above:
+    """What sits on the images. `image_of` has the path that the image of a loop device will be at again.
 
     The dead mount's own binds are not looked for (see `binds_of`).
     """
     found = Above()
     states = loops.states()
-    current = [state._replace(file=image) for state in states if (image := image_of(state.file)) is not None]
+    current = [state._replace(file=image) for state in states if (image := image_of(state)) is not None]
     level = 0
     while current:
         known = {loop.state.name for loop in found.loops}
@@ -131,7 +131,7 @@ def owner_of(mounts: list[beneath.Mount], path: str) -> beneath.Mount | None:
 
 
 def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str], str | None]:
-    """For `find`: the images of a mount that is dead and still there."""
+    """Of a mount that is dead and still there: the image for the path that sysfs shows of a loop device's file."""
 
     def image_of(shown: str) -> str | None:
         path = shown.removesuffix(loops.DELETED)
@@ -146,7 +146,7 @@ def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str
 
 
 def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str], str | None]:
-    """For `find`: the images of a mount that was unmounted lazily: the kernel shows their paths within the mount."""
+    """The same of a mount that was unmounted lazily, of whose images the kernel shows the paths within the mount."""
     pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
 
     def image_of(shown: str) -> str | None:

@@ -2,7 +2,8 @@
 
 A file system lives on after its unmounting as long as something uses it: a loop device, say, whose file the kernel then
 shows by its path within the mount, which does not tell whose it is. Its FUSE connection goes with it, and so proves
-that nothing is left. The number of a connection is used again; a later record or another kind of mount tells.
+that nothing is left. The number of a connection is used again; a later record or what is mounted with it
+tells.
 """
 
 import os
@@ -40,7 +41,8 @@ def is_gone(one: Record, mounts: list[beneath.Mount]) -> bool:
     if any(other.device == one.device and other.mounted_ns > one.mounted_ns for other in later):
         return True
     shown = [mount for mount in mounts if mount.device == one.device]
-    if shown and all(mount.filesystem != beneath.FILESYSTEM_TYPE for mount in shown):
+    ours = beneath.FILESYSTEM_TYPE, one.source
+    if shown and all((mount.filesystem, mount.source) != ours for mount in shown):
         return True
     try:
         return os.minor(one.device) not in probe.connections()

@@ -80,33 +80,29 @@ class Rebuild:
     def _find(self, mounts: list[beneath.Mount]) -> Above:
         if self._dead is None:
             return find(mounts, self._detached_image)
-        found = find(mounts, images_on(mounts, self._dead))
+        image_of = images_on(mounts, self._dead)
+        found = find(mounts, lambda state: image_of(state.file))
         found.binds = binds_of(mounts, self._dead)
         return found
 
-    def _detached_image(self, shown: str) -> str | None:
+    def _detached_image(self, state: loops.LoopState) -> str | None:
         """The image of a loop device whose mount was unmounted lazily, if it is sure to have been ours."""
-        image = images_of_detached(self._mountpoint, self._wanted.images)(shown)
-        if image is None:
+        image = images_of_detached(self._mountpoint, self._wanted.images)(state.file)
+        if image is None or (self._known is not None and not leftovers.can_be_of(self._known, state)):
             return None
-        mine = [state for state in loops.states() if state.file == shown]
-        if self._known is not None and not any(leftovers.can_be_of(self._known, state) for state in mine):
+        if probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD:
             return None
-        if any(probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD for state in mine):
+        mounts = beneath.all_mounts()
+        if self._known is not None and leftovers.is_gone(self._known, mounts):
             return None
-        every = beneath.all_mounts()
-        if self._known is not None and leftovers.is_gone(self._known, every):
-            return None
-        mounted = {mount.mountpoint for mount in every if mount.filesystem == beneath.FILESYSTEM_TYPE}
+        mounted = {mount.mountpoint for mount in mounts if mount.filesystem == beneath.FILESYSTEM_TYPE}
         for other in record.others(self._mountpoint):
-            if other.is_alive or other.mountpoint in mounted or leftovers.is_gone(other, every):
+            if other.is_alive or other.mountpoint in mounted or not leftovers.can_be_of(other, state):
                 continue
-            possible = [state for state in mine if leftovers.can_be_of(other, state)]
-            if possible:
-                devices = " ".join(state.path for state in possible)
+            if not leftovers.is_gone(other, mounts):
                 self._lose(
-                    f"{devices} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both of "
-                    f"which were unmounted lazily; unmount what is on it, and losetup -d it"
+                    f"{state.path} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both "
+                    f"of which were unmounted lazily; unmount what is on it, and losetup -d it"
                 )
                 return None
         return image

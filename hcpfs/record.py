@@ -36,6 +36,7 @@ class Record:
     # What an older version does not write:
     boot: str = ""  #: the kernel's boot_id then
     device: int = 0  #: the device number of the mount, whose minor is the number of its FUSE connection
+    source: str = ""  #: what mountinfo shows as its source
     mounted_ns: int = 0  #: when that was seen, on the monotonic clock
     store: str = ""
     sources: list[str] = field(default_factory=list)
@@ -64,11 +65,12 @@ def of_this_process(
     mountpoint: str, arguments: list[str], images: list[str], store: str = "", sources: Sequence[str] = ()
 ) -> Record:
     """The record of a mount that this process serves, its images being those of the sources, paths. Raises OSError."""
-    shown = [one.device for one in beneath.mounts() if one.mountpoint == mountpoint]
+    shown = [one for one in beneath.mounts() if one.mountpoint == mountpoint]
     return Record(
         *(mountpoint, arguments, images, os.getpid(), _state("/proc/self")[1]),
         boot=boot(),
-        device=shown[-1] if shown else 0,
+        device=shown[-1].device if shown else 0,
+        source=shown[-1].source if shown else "",
         mounted_ns=time.monotonic_ns(),
         store=store,
         sources=list(sources),
