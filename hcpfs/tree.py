@@ -26,7 +26,8 @@ from cow.origin import Origin
 from cow.scrub import Finding, OpenScrub
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
-from hcpfs.text import LastError, info, lost, status
+from hcpfs import busy
+from hcpfs.text import LastError, info, listed, lost, status
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
 _SCRUBS = {b".verify": 5, b".repair": 6}  # not listed, so that nobody who reads the whole tree starts one
@@ -315,9 +316,18 @@ class Tree:
             # A loop device that was just detached closes its file a moment later.
             with trio.move_on_after(_RELEASE_GRACE_SECONDS):
                 await self._until_closed(name)
-            await self.store.delete_snapshot(name)
+            await self._delete_or_say_who(name)
         self._changed_ns = time.time_ns()
         log.info("snapshot %s removed", os.fsdecode(name))
+
+    async def _delete_or_say_who(self, name: bytes) -> None:
+        try:
+            await self.store.delete_snapshot(name)
+        except SnapshotBusyError as error:
+            snapshot = self.store.find(name)
+            entries = () if snapshot is None else self.entries(snapshot.id << _SNAPSHOT_SHIFT)
+            users = await busy.who(self._mountpoint, [entry.inode for entry in entries])
+            raise SnapshotBusyError(f"{error}. In use by: {listed(users)}" if users else str(error)) from error
 
     async def _until_closed(self, name: bytes) -> None:
         while (snapshot := self.store.find(name)) is not None and snapshot.is_open:

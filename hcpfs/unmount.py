@@ -14,6 +14,7 @@ from collections.abc import Callable
 from cow.errors import RefusedError
 from hcpfs import background, beneath, namespaces, stores, users
 from hcpfs.namespaces import Survey
+from hcpfs.text import listed
 
 _PATIENCE_SECONDS = 2.0  # for what is about to let go: a loop device that was just detached, a scan by udev
 _FIRST_WORD_SECONDS, _WORD_SECONDS = 2.0, 5.0
@@ -52,7 +53,7 @@ def _refuse_what_is_in_the_way(path: str, device: int) -> None:
     while found := in_the_way(path, device, namespaces.survey()):
         if time.monotonic() >= deadline:
             raise RefusedError(
-                f"{path} is in use, and nothing was unmounted. In the way: {users.listed(found)}. Unmount and detach "
+                f"{path} is in use, and nothing was unmounted. In the way: {listed(found)}. Unmount and detach "
                 f"what sits on it (umount, losetup -d), end those programs, and try again"
             )
         time.sleep(_POLL_SECONDS)
@@ -119,7 +120,7 @@ def _unmount_here(path: str, device: int, say: Callable[[str], None]) -> None:
                 waiting.say(words.__str__)
         if child.returncode != 0:
             found = in_the_way(path, device, namespaces.survey())
-            who = users.listed(found or ["something that does not show: a file on its way between processes, perhaps"])
+            who = listed(found or ["something that does not show: a file on its way between processes, perhaps"])
             raise RefusedError(f"{path} cannot be unmounted: {said.strip().rstrip('.')}. In the way: {who}")
 
 
@@ -132,7 +133,7 @@ def _wait(daemon: int, pid: int, device: int, path: str, say: Callable[[str], No
             if not kept:
                 return f"the daemon (process {pid}) writes to its disks what it holds, and closes the store"
             found = in_the_way(path, device, namespaces.survey())
-            return f"the file system is still in use by {users.listed(found) or 'something that does not show'}"
+            return f"the file system is still in use by {listed(found) or 'something that does not show'}"
 
         waiting.say(words)
         if waiting.seconds >= (min(seconds, _KEPT_SECONDS) if kept else seconds):

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hcpfs import beneath, loops, probe
+from hcpfs.text import listed
 
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _AT_NO_AUTOMOUNT = -100, 0x4000, 0x800
 _MAPS_SECONDS = 3.0
 _LOOP_SECONDS = 5.0
 _DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a mount that is unmounted lazily
-_MOST_NAMED = 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -306,10 +306,3 @@ def loops_of(device: int, mountpoints: Iterable[str]) -> list[tuple[loops.LoopSt
 def loop_words(state: loops.LoopState) -> str:
     """A loop device with all that uses it: `/dev/loop0 (ext4 mounted at /srv)`."""
     return f"{state.path} on {state.file} ({listed(device_words(state.device, state.path) or ['itself not in use'])})"
-
-
-def listed(words: Iterable[str]) -> str:
-    """The words in one list, of which the end is counted when it is long."""
-    words = list(words)
-    rest = len(words) - _MOST_NAMED
-    return ", ".join(words[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -120,7 +120,7 @@ def test_the_number_of_a_connection_is_used_again(sandbox: Sandbox) -> None:
     one.device = later.device  # as the kernel may have given it
     assert os.minor(one.device) in probe.connections()
     assert leftovers.is_gone(one, beneath.all_mounts())
-    one.mounted_ns = later.mounted_ns + 1
+    one.mounted_ns, one.source = later.mounted_ns + 1, later.source
     assert not leftovers.is_gone(one, beneath.all_mounts())
     one.boot = "another"
     assert leftovers.is_gone(one, beneath.all_mounts())
