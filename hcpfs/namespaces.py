@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hcpfs import aside, beneath, users
 
 _CLONE_NEWNS = 0x20000
-_UMOUNT_NOFOLLOW = 8
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -97,16 +97,16 @@ def _own_mountinfo(proc: int) -> bytes:
         return lines.read()
 
 
-def unmount(namespace: Namespace, mount: beneath.Mount) -> None:
-    """Unmount it in there, unless it is gone; never lazily. Raises OSError: EBUSY when it is in use or hidden."""
+def unmount(namespace: Namespace, mountpoint: str, device: int, *, lazily: bool = False) -> None:
+    """Unmount the file system in there, unless it is gone. Raises OSError: EBUSY when it is in use or hidden."""
 
     def act(proc: int) -> bytes:
-        there = [one for one in beneath.parse_mounts(_own_mountinfo(proc)) if one.mountpoint == mount.mountpoint]
-        if all(one.device != mount.device for one in there):
+        there = [one for one in beneath.parse_mounts(_own_mountinfo(proc)) if one.mountpoint == mountpoint]
+        if all(one.device != device for one in there):
             return b""
-        if there[-1].device != mount.device:
+        if there[-1].device != device:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        _check(_libc.umount2(os.fsencode(mount.mountpoint), _UMOUNT_NOFOLLOW))
+        _check(_libc.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)))
         return b""
 
     enter(namespace.handle, act)

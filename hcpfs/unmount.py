@@ -95,7 +95,7 @@ def _unmount_copies(path: str, device: int, say: Callable[[str], None]) -> None:
         if mount.namespace not in survey.others:
             continue
         try:
-            namespaces.unmount(survey.others[mount.namespace], mount)
+            namespaces.unmount(survey.others[mount.namespace], mount.mountpoint, mount.device)
         except OSError as error:
             raise RefusedError(
                 f"{path} is not unmounted: its copy at {survey.where(mount)} cannot be unmounted ({error.strerror}); "

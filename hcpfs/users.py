@@ -86,6 +86,7 @@ class Swap(NamedTuple):
 
     path: str
     device: int
+    priority: int
 
 
 def known_of(path: str) -> Known:
@@ -115,6 +116,30 @@ def of_file_system(device: int, inodes: Collection[int] | None = None) -> list[U
 def of_block_devices(devices: Collection[int]) -> list[User]:
     """The processes that have one of the block devices open, each once; we do not count."""
     return _processes(frozenset(), None, devices)
+
+
+def of_any(devices: Collection[int]) -> list[User]:
+    """The processes that have one of the block devices open, or something of a file system with such a number."""
+    return _processes(devices, None, devices)
+
+
+def below(mountpoint: str) -> list[User]:
+    """The processes that have something below a path open, by its name alone: for btrfs (see `of_file_system`)."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        links = [f"/proc/{pid}/{link}" for link in ("cwd", "root", "exe")]
+        with suppress(OSError):
+            links += [f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd")]
+        if any(_is_below(link, mountpoint) for link in links):
+            found.append(User(pid, program_of(pid), "reading", 0))
+    return found
+
+
+def _is_below(link: str, mountpoint: str) -> bool:
+    try:
+        return f"{os.readlink(link)}/".startswith(f"{mountpoint}/")
+    except OSError:
+        return False
 
 
 def _processes(devices: Collection[int], inodes: Collection[int] | None, blocks: Collection[int]) -> list[User]:
@@ -213,7 +238,7 @@ def swaps() -> list[Swap]:
         if path.startswith("/dev/"):
             with suppress(OSError):  # its node is gone
                 device = os.stat(path).st_rdev
-        found.append(Swap(path, device))
+        found.append(Swap(path, device, int(line.split()[-1])))
     return found
 
 
@@ -282,7 +307,7 @@ def device_words(device: int, path: str) -> list[str]:
     words = [f"{mount.filesystem} mounted at {mount_words(mount)}" for mount in mounted]
     words += [f"swap on {swap.path}" for swap in swaps() if swap.device in above]
     words += [f"{name}, built on it" for name in holders(device)]
-    words += [user.words for user in of_block_devices(above)]
+    words += [user.words for user in of_any(above)]
     if not words and is_held(path):
         words.append("something in the kernel that does not show (a lazily unmounted file system, ZFS)")
     return words

@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"hcpfs.probe", "hcpfs.record"},
     {"hcpfs.leftovers", "hcpfs.users"},
-    {"hcpfs.busy", "hcpfs.namespaces"},
+    {"hcpfs.busy", "hcpfs.doomed", "hcpfs.namespaces"},
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.ground", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree", "hcpfs.who"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
     {"hcpfs.session", "hcpfs.stores"},
