@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hcpfs import users
-from tests.mount.test_recover import recover, write_durably
+from tests.mount.test_recover import recover
 from tests.support.sandbox import HCPFS, Sandbox, Served, run, status_of, wait_until
 
 MIB = 1 << 20
