@@ -7,6 +7,14 @@ in README.md; the file system hands `errno` to the kernel and keeps the sentence
 import errno as _errno
 
 
+WAY = "\n  "  #: before each way to go on, in a sentence that has several
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as `1 snapshot` and `2 snapshots`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(name: bytes) -> str:
     """A name from the file system as text that is safe to print: what is not UTF-8 is escaped."""
     return name.decode("utf-8", "backslashreplace")

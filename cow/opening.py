@@ -15,7 +15,7 @@ import trio
 from cow.catalog import FILE_NAME, Catalog, OriginRow
 from cow.clock import after
 from cow.device import SYSTEM, Directory, Io, OriginDevice
-from cow.errors import CowError, RefusedError, printable
+from cow.errors import WAY, CowError, RefusedError, counted, printable
 from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
@@ -309,9 +309,9 @@ def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginR
             "If you know that it has what it had (it was touched, or resized and put back): mount it with --accept "
             "unchanged, and the snapshots stay valid."
         )
-    ways_on = "".join(f"\n  {way}" for way in ways)
+    ways_on = "".join(f"{WAY}{way}" for way in ways)
     return (
-        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {count} snapshots{was}: "
+        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {counted(count, 'snapshot')}{was}: "
         f"{verdict.what_differs()}. Nothing was changed.{ways_on}"
     )
 

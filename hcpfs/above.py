@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hcpfs import beneath, loops
-
-_DELETED = " (deleted)"  # the kernel adds it to the path once it has noticed that names cannot be looked up any more
+from hcpfs import beneath, loops, users
+from hcpfs.doomed import owner_of
 
 
 @dataclass
@@ -36,6 +35,7 @@ class MountAbove:
     root: str
     options: str
     super_options: str
+    namespace: int = 0  #: the mount namespace, if it is not ours
 
     @property
     def read_only(self) -> bool:
@@ -44,12 +44,22 @@ class MountAbove:
 
 
 @dataclass
+class SwapAbove:
+    """Swap space on a device, `source`, named as in /dev, or on the file `path` of a file system there (no source)."""
+
+    source: str
+    path: str
+    priority: int
+
+
+@dataclass
 class Above:
-    """All that sits on the mount, and the other mounts of itself (mount --bind)."""
+    """All that sits on the mount, and the other mounts of itself: mount --bind, and copies in other namespaces."""
 
     loops: list[LoopAbove] = field(default_factory=list)
     mounts: list[MountAbove] = field(default_factory=list)
     binds: list[MountAbove] = field(default_factory=list)
+    swaps: list[SwapAbove] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -64,6 +74,7 @@ class Above:
             [LoopAbove(one["level"], loops.LoopState(*one["state"])) for one in values["loops"]],
             [MountAbove(**one) for one in values["mounts"]],
             [MountAbove(**one) for one in values["binds"]],
+            [SwapAbove(**one) for one in values.get("swaps", ())],
         )
 
     def add(self, older: "Above") -> None:
@@ -71,18 +82,22 @@ class Above:
         names = {loop.state.name for loop in self.loops}
         self.loops += [loop for loop in older.loops if loop.state.name not in names]
         for mine, others in ((self.mounts, older.mounts), (self.binds, older.binds)):
-            places = {(mount.mountpoint, mount.source) for mount in mine}
-            mine += [mount for mount in others if (mount.mountpoint, mount.source) not in places]
+            places = {(mount.mountpoint, mount.source, mount.namespace) for mount in mine}
+            mine += [mount for mount in others if (mount.mountpoint, mount.source, mount.namespace) not in places]
+        paths = {swap.path for swap in self.swaps}
+        self.swaps += [swap for swap in older.swaps if swap.path not in paths]
 
 
-def find(mounts: list[beneath.Mount], image_of: Callable[[str], str | None]) -> Above:
-    """What sits on the images. `image_of` has the path that an image will be at again, for the path that sysfs shows.
+def find(mounts: list[beneath.Mount], image_of: Callable[[loops.LoopState], str | None]) -> Above:
+    """What sits on the images. `image_of` has the path that the image of a loop device will be at again.
 
-    The dead mount's own binds are not looked for (see `binds_of`).
+    `mounts` are those of all namespaces, our own with the number 0. The dead mount's own binds are not looked for (see
+    `binds_of`).
     """
     found = Above()
     states = loops.states()
-    current = [state._replace(file=image) for state in states if (image := image_of(state.file)) is not None]
+    here = [mount for mount in mounts if not mount.namespace]
+    current = [state._replace(file=image) for state in states if (image := image_of(state)) is not None]
     level = 0
     while current:
         known = {loop.state.name for loop in found.loops}
@@ -95,18 +110,23 @@ def find(mounts: list[beneath.Mount], image_of: Callable[[str], str | None]) -> 
         mounted = list({mount.id: mount for mount in mounted if mount.id not in ids}.values())
         found.mounts += mounted
         ids = {mount.id for mount in mounted}
-        current = [state for state in states if (owner := owner_of(mounts, state.file)) and owner.id in ids]
+        current = [state for state in states if (owner := owner_of(here, state.file)) and owner.id in ids]
         level += 1
+    devices = {number for loop in found.loops for number in beneath.devices_above(loop.state.device)}
+    ids = {mount.id for mount in found.mounts}
+    for swap in users.swaps():
+        if swap.device in devices:
+            found.swaps.append(SwapAbove(beneath.name_of(swap.device), swap.path, swap.priority))
+        elif not swap.device and (owner := owner_of(here, swap.path)) and owner.id in ids:
+            found.swaps.append(SwapAbove("", swap.path, swap.priority))
     return found
 
 
 def _mounts_of(mounts: list[beneath.Mount], state: loops.LoopState) -> Iterable[tuple[beneath.Mount, str]]:
     names = {device: beneath.name_of(device) for device in beneath.devices_above(state.device)}
-    for mount in mounts:
-        if mount.device in names:
-            yield mount, names[mount.device]
-        elif mount.source.startswith("/dev/") and mount.source[5:] in names.values():
-            yield mount, mount.source[5:]  # btrfs shows an anonymous device number
+    for mount in users.mounts_from(mounts, state.device):
+        # btrfs shows an anonymous device number.
+        yield mount, names.get(mount.device) or mount.source.removeprefix("/dev/")
 
 
 def _above(mounts: list[beneath.Mount], mount: beneath.Mount, source: str, level: int) -> MountAbove:
@@ -117,7 +137,7 @@ def _above(mounts: list[beneath.Mount], mount: beneath.Mount, source: str, level
         depth += 1
     return MountAbove(
         level, depth, mount.id, mount.parent, source, mount.mountpoint, mount.filesystem, mount.root,
-        mount.options, mount.super_options,
+        mount.options, mount.super_options, mount.namespace,
     )  # fmt: skip
 
 
@@ -126,17 +146,11 @@ def binds_of(mounts: list[beneath.Mount], dead: beneath.Mount) -> list[MountAbov
     return [_above(mounts, mount, "", 0) for mount in mounts if mount.device == dead.device and mount.id != dead.id]
 
 
-def owner_of(mounts: list[beneath.Mount], path: str) -> beneath.Mount | None:
-    """The mount that a path lies on, told from the names alone."""
-    fitting = [mount for mount in mounts if f"{path}/".startswith(f"{mount.mountpoint.rstrip('/')}/")]
-    return max(reversed(fitting), key=lambda mount: len(mount.mountpoint), default=None)
-
-
 def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str], str | None]:
-    """For `find`: the images of a mount that is dead and still there."""
+    """Of a mount that is dead and still there: the image for the path that sysfs shows of a loop device's file."""
 
     def image_of(shown: str) -> str | None:
-        path = shown.removesuffix(_DELETED)
+        path = shown.removesuffix(loops.DELETED)
         owner = owner_of(mounts, path)
         if owner is None or owner.device != dead.device:
             return None
@@ -148,11 +162,11 @@ def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str
 
 
 def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str], str | None]:
-    """For `find`: the images of a mount that was unmounted lazily: the kernel shows their paths within the mount."""
+    """The same of a mount that was unmounted lazily, of whose images the kernel shows the paths within the mount."""
     pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
 
     def image_of(shown: str) -> str | None:
-        path = shown.removesuffix(_DELETED)
+        path = shown.removesuffix(loops.DELETED)
         return mountpoint + path if pattern.fullmatch(path) else None
 
     return image_of

@@ -12,6 +12,14 @@ _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def copy(path: str) -> int:
+    """A descriptor of another mount of what is mounted at the path, or of a directory in it. Raises OSError."""
+    fd = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _CLONE | _CLOEXEC | _AT_NO_AUTOMOUNT)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(fd)
+
+
 def put_aside(path: str) -> int:
     """Take away the mount at `path` and all that is mounted in it. Raises OSError.
 

@@ -5,11 +5,9 @@ import io
 import json
 import logging
 import os
-import select
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +20,7 @@ from rich.table import Table
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, recover, stores, terminal, unprivileged
+from hcpfs import __version__, background, beneath, leftovers, recover, stores, terminal, unmount, unprivileged
 from hcpfs.options import STORES, Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
 from hcpfs.rebuild import Voice
 from hcpfs.record import Record
@@ -30,6 +28,7 @@ from hcpfs.supervisor import Supervisor
 from hcpfs.text import path_in
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
+STILL_AT_WORK = 2  # exit code of umount
 _WIDE = 10_000  # columns of what is no terminal
 
 
@@ -138,6 +137,8 @@ def mount(
         if done is not None and not wanted.foreground:
             sys.exit(done)
         ready_fd = done
+    if ready_fd is None:
+        _tidy(wanted.mountpoint)
     if ready_fd is None and not wanted.foreground:
         sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)])
         if sentence is not None:
@@ -151,6 +152,11 @@ def _sentence(error: CowError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
         return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}"
     return str(error)
+
+
+def _tidy(mountpoint: str) -> None:
+    with suppress(OSError):  # who may not, or has no such directory, leaves none either
+        leftovers.tidy(but=mountpoint)
 
 
 def _mount_options(
@@ -222,29 +228,27 @@ def recover_command(mountpoint: str, force: bool, no_mount: bool, accept: tuple[
 
 @cli.command()
 @click.argument("mountpoint")
-def umount(mountpoint: str) -> None:
-    """Unmount MOUNTPOINT and wait until all is durable and the devices are released. The snapshots stay."""
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="For how many seconds to wait at most.")
+def umount(mountpoint: str, timeout: float) -> None:
+    """Unmount MOUNTPOINT and wait until all is durable and the devices are released. The snapshots stay.
+
+    Where something uses it, it says what and unmounts nothing. A copy of the mount that another mount namespace has,
+    and that nobody uses there, is unmounted too.
+
+    Exits with 0 when the daemon has ended clean, with 1 when it was not unmounted, or ended but not clean, with 2 when
+    it is unmounted and the daemon has not ended in time; it goes on.
+    """
     path = beneath.real_path(mountpoint)
     status = _read_status(path)
-    command = ["umount", path] if os.geteuid() == 0 else ["fusermount3", "-u", path]
     try:
-        daemon = os.pidfd_open(int(status["pid"]))
+        unmount.unmount(path, int(status["pid"]), path_in(status["store"]), terminal.say, timeout)
     except ProcessLookupError as error:
         raise _dead(path) from error
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        users = [loop.path for loop in beneath.loops() if loop.backing_device == os.stat(path).st_dev]
-        hint = f" Loop devices on its images: {' '.join(users)}." if users else ""
-        raise _Sentence(
-            f"{path} cannot be unmounted: {done.stderr.strip().rstrip('.')}.{hint} Unmount and detach what uses it."
-        )
-    select.select([daemon], [], [])
-    store = path_in(status["store"])
-    if not stores.stopped_clean(store):
-        raise _Sentence(
-            f"the daemon ended, but not clean; the next mount recovers. Its log says why: "
-            f"{os.path.join(store, background.LOG_NAME)}"
-        )
+    except unmount.StillAtWorkError as error:
+        terminal.complain(str(error))
+        sys.exit(STILL_AT_WORK)
+    except (CowError, OSError) as error:
+        raise _Sentence(_sentence(error)) from error
 
 
 @cli.command("ls")

@@ -14,6 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+DELETED = " (deleted)"  # the kernel adds it to the path once it has noticed that names cannot be looked up any more
+SECTOR_BYTES = 512
+
 _CLR_FD, _CONFIGURE, _GET_FREE = 0x4C01, 0x4C0A, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _PARTSCAN, _DIRECT_IO = 1, 4, 8, 16
 # struct loop_config with its loop_info64: descriptor of the file, block size, offset, size limit, flags; all else zero
@@ -44,6 +47,13 @@ class LoopState(NamedTuple):
     def path(self) -> str:
         """The device."""
         return f"/dev/{self.name}"
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the device, in whole sectors; 0 when it is gone."""
+        with suppress(OSError, ValueError):
+            return int(Path(f"/sys/block/{self.name}/size").read_text()) * SECTOR_BYTES
+        return 0
 
     @property
     def device(self) -> int:
@@ -150,7 +160,9 @@ def _add_partitions(device: int, state: LoopState) -> None:
     there = {number for number, _, _ in _partitions(entry)}
     for number, start, length in state.partitions:
         if number not in there:
-            part = ctypes.create_string_buffer(_PARTITION.pack(start * 512, length * 512, number), _PARTITION.size)
+            part = ctypes.create_string_buffer(
+                _PARTITION.pack(start * SECTOR_BYTES, length * SECTOR_BYTES, number), _PARTITION.size
+            )
             with suppress(OSError):  # whoever wants to use it sees that it is missing
                 fcntl.ioctl(device, _BLKPG, _BLKPG_ARGUMENT.pack(_ADD, 0, _PARTITION.size, ctypes.addressof(part)))
 

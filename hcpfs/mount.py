@@ -191,7 +191,12 @@ async def _get_ready(
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
-        record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))
+        paths = [source.path for source in options.sources]
+        record.write(
+            record.of_this_process(
+                options.mountpoint, options.arguments(), options.image_names, options.store_path, paths
+            )
+        )
     except OSError as error:
         log.warning("hcpfs recover will not know how this was mounted: %s", error)
     on_ready()

@@ -4,24 +4,29 @@ A process that waits for a FUSE daemon may be unkillable until the connection is
 child, with a time limit. The abort goes through the kernel's fusectl file system and frees all who wait.
 """
 
+import ctypes
 import enum
 import errno
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from hcpfs import beneath
-
-_CONNECTIONS = "/sys/fs/fuse/connections"
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same number on every architecture
+_CMD_CREATE, _CLOEXEC = 6, 1
 _CACHED_SECONDS = 1.5  # for up to 1 s the kernel answers from what it remembers of a file, also when its daemon is dead
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _TRY = "import fcntl, os, sys\ntry:\n    {}\nexcept OSError as error:\n    sys.exit(error.errno)"
 _READ = _TRY.format("os.read(os.open(sys.argv[1], os.O_RDONLY), 1)")
 _LOOP_STATUS = _TRY.format("fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))")
+_LOOP_FILE = "import struct\n" + _TRY.format(
+    "status = fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))\n"
+    "    print(*struct.unpack_from('QQ', status), file=sys.stderr)"
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Answer(enum.Enum):
@@ -43,6 +48,13 @@ def ask_loop(path: str, seconds: float) -> Answer:
     while (answer := _in_a_child(_LOOP_STATUS, path, seconds)) is Answer.ANSWERS and time.monotonic() < deadline:
         time.sleep(0.1)
     return answer
+
+
+def loop_file(path: str, seconds: float) -> tuple[int, int] | None:
+    """The device and inode of a loop device's file; None when its file system does not tell within `seconds`."""
+    code, said = attempt([sys.executable, "-I", "-S", "-c", _LOOP_FILE, path], seconds)
+    numbers = said.split()
+    return (int(numbers[0]), int(numbers[1])) if code == 0 and len(numbers) == 2 else None
 
 
 def _in_a_child(program: str, path: str, seconds: float) -> Answer:
@@ -76,14 +88,44 @@ def attempt(command: Sequence[str], seconds: float | None) -> tuple[int | None, 
 def abort(device: int) -> None:
     """Abort the FUSE connection of the mount with that device number: whoever waits for it gets an error.
 
-    Raises OSError. The kernel's fusectl is mounted for it when it is not there.
+    Raises OSError.
     """
-    mounted = any(mount.mountpoint == _CONNECTIONS for mount in beneath.mounts())
-    if not mounted:
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", _CONNECTIONS], capture_output=True, check=False)
+    with _fusectl() as directory, suppress(FileNotFoundError):  # it is gone already
+        fd = os.open(f"{os.minor(device)}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+        with os.fdopen(fd, "w") as file:
+            file.write("1")
+
+
+def connections() -> set[int]:
+    """The minor numbers of the FUSE file systems that there are, also of those that are mounted nowhere any more.
+
+    A connection's directory goes with its file system (fuse_ctl_remove_conn in the kernel). Raises OSError.
+    """
+    with _fusectl() as directory:
+        return {int(name) for name in os.listdir(directory)}
+
+
+@contextmanager
+def _fusectl() -> Iterator[int]:
+    """The kernel's fusectl file system, as a descriptor: mounted for us alone, where nobody can hide or unmount it."""
+    context = _call(_FSOPEN, b"fusectl", _CLOEXEC)
     try:
-        with suppress(FileNotFoundError):  # it is gone already
-            Path(_CONNECTIONS, str(os.minor(device)), "abort").write_text("1")
+        _call(_FSCONFIG, context, _CMD_CREATE, 0, 0, 0)
+        mount = _call(_FSMOUNT, context, _CLOEXEC, 0)  # which can only be walked from
     finally:
-        if not mounted:
-            subprocess.run(["umount", _CONNECTIONS], capture_output=True, check=False)
+        os.close(context)
+    try:
+        directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+    finally:
+        os.close(mount)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _call(number: int, *arguments: object) -> int:
+    result = int(_libc.syscall(number, *arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result

@@ -9,17 +9,19 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from hcpfs import aside, beneath, loops, probe, record
-from hcpfs.above import Above, LoopAbove, MountAbove, binds_of, find, images_of_detached, images_on
+from hcpfs import aside, beneath, doomed, leftovers, loops, namespaces, probe, record, users
+from hcpfs.above import Above, LoopAbove, MountAbove, SwapAbove, binds_of, find, images_of_detached, images_on
 from hcpfs.record import Record
 
 _ANSWER_SECONDS = 5.0
 _UNMOUNT_SECONDS = 30.0
 _NODE_SECONDS = 5.0
+_SWAP_SECONDS = 60.0
 # What a file system shows among its options once it has failed.
 _FAILED = {"emergency_ro", "shutdown"}
 
@@ -34,19 +36,20 @@ class Voice(NamedTuple):
 class Rebuild:
     """The steps of one recovery; the caller has the mount served between `clear` and `put_back`."""
 
-    def __init__(self, dead: beneath.Mount | None, wanted: Record, earlier: dict[str, Any], voice: Voice) -> None:
+    def __init__(self, dead: beneath.Mount | None, wanted: Record, known: Record | None, voice: Voice) -> None:
         """`dead` is None when the mount was unmounted lazily; `wanted` is how it will be made again.
 
-        `earlier` is the record's `above`: what a recovery took down that did not come to its end.
+        `known` is the record of how it was, whose `above` has what a recovery took down that did not come to its end.
         """
         self._dead = dead
         self._wanted = wanted
-        self._earlier = earlier
+        self._known = known
         self._mountpoint = wanted.mountpoint
         self._say, self._complain = voice
         self._above = Above()
         self._aside: list[tuple[int, str, int]] = []  #: the id of the mount that it was mounted in, path, descriptor
         self._lost = False
+        self._survey = namespaces.Survey([], {})  #: of the time before anything was taken down
 
     def _lose(self, sentence: str) -> None:
         self._lost = True
@@ -55,14 +58,22 @@ class Rebuild:
     # -- down ----------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Take down what sits on the dead mount, innermost first, and the mount itself."""
-        mounts = beneath.mounts()
+        """Take down what sits on the dead mount, innermost first, and the mount itself. What dies with it is named."""
+        self._survey = namespaces.survey()
+        mounts = [
+            one._replace(namespace=one.namespace * (one.namespace in self._survey.others))
+            for one in self._survey.mounts
+        ]
         self._above = self._find(mounts)
-        present = Above(list(self._above.loops), list(self._above.mounts), list(self._above.binds))
+        present = replace(self._above, **{one.name: list(getattr(self._above, one.name)) for one in fields(Above)})
         self._take_over_an_earlier_one()
-        for bind in present.binds:
-            self._unmount_lazily(bind.mountpoint)
         victims = {mount.id for mount in present.mounts}
+        for overlay in doomed.overlays(mounts, victims):
+            self._lose(f"the overlay at {self._survey.where(overlay)} has a layer that is dead: mount it again")
+        for swap in present.swaps:
+            self._swap_off(swap)
+        for bind in present.binds:
+            self._unmount_lazily(bind)
         top = max((loop.level for loop in present.loops), default=-1)
         for level in range(top, -1, -1):
             on_level = [mount for mount in present.mounts if mount.level == level]
@@ -74,39 +85,55 @@ class Rebuild:
                     self._detach(loop)
         if self._dead is not None:
             self._put_aside(self._dead.id, victims)
-            if self._unmount_lazily(self._mountpoint):
+            if self._unmount_lazily(_above_itself(self._dead)):
                 self._say(f"unmounted the dead hcpfs at {self._mountpoint}")
+        self._name_the_programs()
+
+    def _name_the_programs(self) -> None:
+        """Who has files of the dead mount itself open: programs, and other servers."""
+        known = self._known
+        if self._dead is not None:
+            device = self._dead.device
+        elif known is not None and known.device and not leftovers.is_gone(known, beneath.all_mounts()):
+            device = known.device
+        else:
+            return
+        for words in doomed.programs({device}):
+            self._lose(f"{words} has files of the dead mount open: they stay dead until it is restarted")
 
     def _find(self, mounts: list[beneath.Mount]) -> Above:
         if self._dead is None:
             return find(mounts, self._detached_image)
-        found = find(mounts, images_on(mounts, self._dead))
+        image_of = images_on([mount for mount in mounts if not mount.namespace], self._dead)
+        found = find(mounts, lambda state: image_of(state.file))
         found.binds = binds_of(mounts, self._dead)
         return found
 
-    def _detached_image(self, shown: str) -> str | None:
+    def _detached_image(self, state: loops.LoopState) -> str | None:
         """The image of a loop device whose mount was unmounted lazily, if it is sure to have been ours."""
-        image = images_of_detached(self._mountpoint, self._wanted.images)(shown)
-        if image is None:
+        image = images_of_detached(self._mountpoint, self._wanted.images)(state.file)
+        if image is None or (self._known is not None and not leftovers.can_be_of(self._known, state)):
             return None
-        mine = [state for state in loops.states() if state.file == shown]
-        if any(probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD for state in mine):
+        if probe.ask_loop(state.path, _ANSWER_SECONDS) is not probe.Answer.DEAD:
             return None
-        mounted = {mount.mountpoint for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE}
+        mounts = beneath.all_mounts()
+        if self._known is not None and leftovers.is_gone(self._known, mounts):
+            return None
+        mounted = {mount.mountpoint for mount in mounts if mount.filesystem == beneath.FILESYSTEM_TYPE}
         for other in record.others(self._mountpoint):
-            image_of = images_of_detached(other.mountpoint, other.images)
-            if not other.is_alive and other.mountpoint not in mounted and image_of(shown) is not None:
-                devices = " ".join(state.path for state in mine)
+            if other.is_alive or other.mountpoint in mounted or not leftovers.can_be_of(other, state):
+                continue
+            if not leftovers.is_gone(other, mounts):
                 self._lose(
-                    f"{devices} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both of "
-                    f"which were unmounted lazily; unmount what is on it, and losetup -d it"
+                    f"{state.path} is left alone: it may belong to {self._mountpoint} or to {other.mountpoint}, both "
+                    f"of which were unmounted lazily; unmount what is on it, and losetup -d it"
                 )
                 return None
         return image
 
     def _take_over_an_earlier_one(self) -> None:
         try:
-            self._above.add(Above.from_json(self._earlier))
+            self._above.add(Above.from_json(self._known.above if self._known is not None else {}))
         except (TypeError, KeyError):
             self._complain(
                 f"what an earlier recovery of {self._mountpoint} took down cannot be read: put it back by hand"
@@ -119,8 +146,11 @@ class Rebuild:
 
     def _put_aside(self, parent: int, victims: set[int]) -> None:
         """Keep what is mounted in the mount and has nothing to do with us."""
-        for child in beneath.mounts():
+        for child in self._current_mounts():
             if child.parent != parent or child.id in victims:
+                continue
+            if child.namespace in self._survey.others:
+                self._lose(f"{self._survey.where(child)} ({child.filesystem}) goes too: mount it again there")
                 continue
             try:
                 self._aside.append((parent, child.mountpoint, aside.put_aside(child.mountpoint)))
@@ -129,25 +159,60 @@ class Rebuild:
                 self._lose(f"{child.mountpoint} ({child.filesystem}) cannot be kept and goes too: {error.strerror}")
 
     def _unmount(self, mount: MountAbove) -> None:
-        if all(one.id != mount.id for one in beneath.mounts()):
+        if all(one.id != mount.id for one in self._current_mounts()):
             return  # it went with another one, to which it was propagated
-        code, words = probe.attempt(["umount", "--no-canonicalize", mount.mountpoint], _UNMOUNT_SECONDS)
-        if code == 0:
-            self._say(f"unmounted {mount.mountpoint} ({mount.filesystem} on /dev/{mount.source})")
+        device = next((one.device for one in self._survey.mounts if one.id == mount.id), 0)
+        what = f"{self._where(mount)} ({mount.filesystem} on /dev/{mount.source})"
+        if mount.namespace:
+            words = _said(lambda: namespaces.unmount(self._survey.others[mount.namespace], mount.mountpoint, device))
+        else:
+            code, words = probe.attempt(["umount", "--no-canonicalize", mount.mountpoint], _UNMOUNT_SECONDS)
+            words = "" if code == 0 else words or "in use"
+        if not words:
+            self._say(f"unmounted {what}")
             return
-        users = _users_of(mount.mountpoint)
-        why = f"in use by {users}" if users else words or "in use"
-        if self._unmount_lazily(mount.mountpoint):
-            self._say(
-                f"unmounted {mount.mountpoint} ({mount.filesystem} on /dev/{mount.source}) lazily, as it is {why}: "
-                f"programs that have files open there must be restarted"
-            )
+        found = users.of_file_system(device) or users.below(mount.mountpoint)
+        names = ", ".join(f"{user.words}" for user in found)
+        exported = users.exports(mount.mountpoint)
+        if exported:
+            self._lose(f"the NFS server has handed out {' '.join(exported)}: exportfs -ra")
+        if self._unmount_lazily(mount):
+            why = f"in use by {names}" if names else words
+            sentence = f"unmounted {what} lazily, as it is {why}"
+            if names:
+                self._lose(f"{sentence}: what they have open there stays dead until they are restarted")
+            else:
+                self._say(sentence)
 
-    def _unmount_lazily(self, mountpoint: str) -> bool:
-        code, words = probe.attempt(["umount", "--lazy", "--no-canonicalize", mountpoint], _UNMOUNT_SECONDS)
-        if code != 0:
-            self._complain(f"{mountpoint} could not be unmounted: {words}")
-        return code == 0
+    def _unmount_lazily(self, mount: MountAbove) -> bool:
+        if mount.namespace:
+            device = next((one.device for one in self._survey.mounts if one.id == mount.id), 0)
+            space = self._survey.others[mount.namespace]
+            words = _said(lambda: namespaces.unmount(space, mount.mountpoint, device, lazily=True))
+        else:
+            command = ["umount", "--lazy", "--no-canonicalize", mount.mountpoint]
+            code, words = probe.attempt(command, _UNMOUNT_SECONDS)
+            words = "" if code == 0 else words or f"umount failed with {code}"
+        if words and any(one.id == mount.id for one in self._current_mounts()):
+            self._lose(f"{self._where(mount)} could not be unmounted: {words}")
+        return not words
+
+    def _current_mounts(self) -> list[beneath.Mount]:
+        return namespaces.survey().mounts
+
+    def _where(self, mount: MountAbove) -> str:
+        other = self._survey.others.get(mount.namespace)
+        return mount.mountpoint if other is None else f"{mount.mountpoint} in {other.words}"
+
+    def _swap_off(self, swap: SwapAbove) -> None:
+        code, words = probe.attempt(["swapoff", swap.path], _SWAP_SECONDS)
+        if code == 0:
+            self._say(f"turned off the swap on {swap.path}")
+        else:
+            self._lose(
+                f"the swap on {swap.path} cannot be turned off ({words or code}): programs whose memory is there end "
+                f"when they need it"
+            )
 
     def _detach(self, loop: LoopAbove) -> None:
         state = loop.state
@@ -155,17 +220,23 @@ class Rebuild:
             if loops.detach(state):
                 self._say(f"detached {state.path} ({state.file})")
                 return
-            reason = "it is still in use, and goes when its last user does"
+            reason = "it goes when its last user does"
         except OSError as error:
             reason = str(error.strerror)
-        holders = [entry.name for entry in Path(f"/sys/block/{state.name}").glob("**/holders/*")]
-        if holders:
+        names = users.holders(state.device)
+        if names:
             self._lose(
-                f"{state.path} was not detached: {' '.join(holders)} holds it; deactivate that (vgchange -an, dmsetup "
+                f"{state.path} was not detached: {' '.join(names)} holds it; deactivate that (vgchange -an, dmsetup "
                 f"remove, mdadm --stop) and activate it again on the new device"
             )
-        else:
-            self._complain(f"{state.path} was not detached: {reason}")
+            return
+        devices = beneath.devices_above(state.device)
+        found = doomed.programs(devices) or [
+            words for words in users.device_words(state.device, state.path) if users.is_held(state.path)
+        ]
+        if found or Path(f"/sys/block/{state.name}/loop/backing_file").exists():
+            who = ", ".join(found) or "something that does not show"
+            self._lose(f"{state.path} was not detached, as {who} uses it, which stays dead until restarted: {reason}")
 
     # -- up ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +257,8 @@ class Rebuild:
                     self._put_back_aside(mount.id)
             for bind in sorted(self._above.binds, key=lambda bind: (bind.depth, bind.id)):
                 self._bind(self._mountpoint + bind.root.rstrip("/"), bind)
+            for swap in self._above.swaps if mount_again else ():
+                self._swap_on(swap, names)
         for _, path, _ in self._aside:
             self._lose(f"{path}, which was put aside, is not back, as what it was mounted in is not: mount it again")
         self.release()
@@ -220,21 +293,15 @@ class Rebuild:
         self._say(f"set up {state.path} again on {state.file}{other}")
 
     def _mount(self, mount: MountAbove, names: dict[str, str]) -> None:
-        match = re.fullmatch(r"(loop[0-9]+)(p[0-9]+)?", mount.source)
-        source = f"/dev/{mount.source}"
-        if match is not None:
-            if match[1] not in names:
-                self._lose(f"{mount.mountpoint} is not mounted again, as /dev/{match[1]} is not back")
-                return
-            source = f"/dev/{names[match[1]]}{match[2] or ''}"
-        if any((one.mountpoint, one.source) == (mount.mountpoint, source) for one in beneath.mounts()):
+        source = self._new_device(mount.source, names)
+        if source is None:
+            self._lose(f"{self._where(mount)} is not mounted again, as /dev/{mount.source} is not back")
+            return
+        if self._is_there(mount, source):
             return  # it came with another one, from which it was propagated
-        deadline = time.monotonic() + _NODE_SECONDS
-        while not os.path.exists(source) and time.monotonic() < deadline:
-            time.sleep(0.02)  # a partition's node
         options = mount.super_options.split(",")
         shown = next((option[7:] for option in options if option.startswith("subvol=")), "/")  # of btrfs
-        if mount.root == shown:
+        if mount.root == shown and not mount.namespace:
             words = self._mount_device(mount, source, mount.mountpoint)
             if words is None:
                 self._say(f"mounted {mount.mountpoint} again ({mount.filesystem} on {source})")
@@ -243,11 +310,11 @@ class Rebuild:
                     f"{mount.mountpoint} is not mounted again: {words}; look at the kernel's log, and mount {source}"
                 )
             return
-        place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")
+        place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")  # for a part of it, or for another namespace
         try:
             words = self._mount_device(mount, source, place)
             if words is not None:
-                self._lose(f"{mount.mountpoint} is not mounted again: {words}")
+                self._lose(f"{self._where(mount)} is not mounted again: {words}")
                 return
             self._bind(os.path.join(place, os.path.relpath(mount.root, shown)), mount)
             probe.attempt(["umount", place], _UNMOUNT_SECONDS)
@@ -267,13 +334,75 @@ class Rebuild:
         return words
 
     def _bind(self, source: str, mount: MountAbove) -> None:
-        words = _mounted("--bind", source, mount.mountpoint) or _mounted(
-            "-o", f"remount,bind,{mount.options}", mount.mountpoint
-        )
-        if words is None:
-            self._say(f"mounted {mount.mountpoint} again (a bind mount)")
+        if mount.namespace:
+            words: str | None = self._mount_elsewhere(source, mount)
         else:
-            self._lose(f"{mount.mountpoint} is not mounted again: {words}")
+            words = _mounted("--bind", source, mount.mountpoint) or _mounted(
+                "-o", f"remount,bind,{mount.options}", mount.mountpoint
+            )
+        if not words:
+            self._say(f"mounted {self._where(mount)} again (a bind mount)")
+        else:
+            self._lose(f"{self._where(mount)} is not mounted again: {words}")
+
+    def _mount_elsewhere(self, source: str, mount: MountAbove) -> str:
+        """Mount what is at `source` in the other namespace. Nothing when done, else why not."""
+        survey = namespaces.survey()
+        space = survey.others.get(mount.namespace)
+        if space is None:
+            return "its mount namespace is gone"
+        if any((one.namespace, one.mountpoint) == (mount.namespace, mount.mountpoint) for one in survey.mounts):
+            return ""  # it came with another one, from which it was propagated
+        place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")
+        try:
+            # With the flags of that one mount.
+            words = _mounted("--bind", source, place) or _mounted("-o", f"remount,bind,{mount.options}", place)
+            if words is not None:
+                return words
+            try:
+                tree = aside.copy(place)
+            finally:
+                probe.attempt(["umount", place], _UNMOUNT_SECONDS)
+            try:
+                namespaces.move_into(space, tree, mount.mountpoint)
+            finally:
+                os.close(tree)
+        except OSError as error:
+            return str(error.strerror)
+        finally:
+            os.rmdir(place)  # and never what is in it
+        return ""
+
+    def _is_there(self, mount: MountAbove, source: str) -> bool:
+        return any(
+            (one.mountpoint, one.source, one.namespace * (one.namespace in self._survey.others))
+            == (mount.mountpoint, source, mount.namespace)
+            for one in self._current_mounts()
+        )
+
+    def _new_device(self, source: str, names: dict[str, str]) -> str | None:
+        """The path of the device that is called `source` in /dev, once it is there; None when its loop is not back."""
+        path = f"/dev/{source}"
+        match = re.fullmatch(r"(loop[0-9]+)(p[0-9]+)?", source)
+        if match is not None and any(loop.state.name == match[1] for loop in self._above.loops):
+            if match[1] not in names:
+                return None
+            path = f"/dev/{names[match[1]]}{match[2] or ''}"
+        deadline = time.monotonic() + _NODE_SECONDS
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.02)  # a partition's node
+        return path
+
+    def _swap_on(self, swap: SwapAbove, names: dict[str, str]) -> None:
+        path = self._new_device(swap.source, names) if swap.source else swap.path
+        words = f"/dev/{swap.source} is not back"
+        if path is not None:
+            priority = ["--priority", str(swap.priority)] if swap.priority >= 0 else []
+            code, words = probe.attempt(["swapon", *priority, path], _SWAP_SECONDS)
+            if code == 0:
+                self._say(f"turned on the swap on {path} again")
+                return
+        self._lose(f"the swap on {swap.path} is not on again: {words}")
 
 
 def _mounted(*words: str) -> str | None:
@@ -282,15 +411,17 @@ def _mounted(*words: str) -> str | None:
     return None if code == 0 else said or f"mount failed with {code}"
 
 
-def _users_of(mountpoint: str) -> str:
-    """The processes that have files open there or are in it, told without asking the file system."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        links = [process / "cwd", process / "root", process / "exe"]
-        with suppress(OSError):
-            links += (process / "fd").iterdir()
-        for link in links:
-            with suppress(OSError):
-                if f"{os.readlink(link)}/".startswith(f"{mountpoint}/"):
-                    found[process.name] = (process / "comm").read_text().strip()
-    return ", ".join(f"process {pid} ({name})" for pid, name in found.items())
+def _above_itself(dead: beneath.Mount) -> MountAbove:
+    return MountAbove(
+        *(0, 0, dead.id, dead.parent, "", dead.mountpoint, dead.filesystem, dead.root),
+        *(dead.options, dead.super_options),
+    )
+
+
+def _said(call: Callable[[], None]) -> str:
+    """Nothing, or why the call failed."""
+    try:
+        call()
+    except OSError as error:
+        return str(error.strerror)
+    return ""

@@ -1,20 +1,23 @@
 """How a mount was made, left in /run/hcpfs (of root) while the daemon lives, for `hcpfs recover` after its death.
 
 One small JSON file for each mount point, removed at a clean umount. It is a convenience: whoever cannot write it says
-so and goes on without.
+so and goes on without. What is left of a mount that is long gone: see hcpfs/leftovers.py.
 """
 
 import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
+
+from hcpfs import beneath
 
 
 def _place() -> str:
@@ -39,6 +42,14 @@ class Record:
     pid: int = 0
     started: int = 0  #: when the daemon began, in clock ticks since the boot: a pid alone may be somebody else's by now
     above: dict[str, Any] = field(default_factory=dict)  #: what a recovery took down and has not put back
+    # What an older version does not write:
+    boot: str = ""  #: the kernel's boot_id then
+    device: int = 0  #: the device number of the mount, whose minor is the number of its FUSE connection
+    source: str = ""  #: what mountinfo shows as its source
+    mounted_ns: int = 0  #: when that was seen, on the monotonic clock
+    store: str = ""
+    sources: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  #: of the images, in bytes, in their order
 
     @property
     def is_alive(self) -> bool:
@@ -56,9 +67,37 @@ class Record:
         return False
 
 
-def of_this_process(mountpoint: str, arguments: list[str], images: list[str]) -> Record:
-    """The record of a mount that this process serves."""
-    return Record(mountpoint, arguments, images, os.getpid(), _state("/proc/self")[1])
+_FIELDS = {one.name for one in fields(Record)}
+
+
+def of_this_process(
+    mountpoint: str, arguments: list[str], images: list[str], store: str = "", sources: Sequence[str] = ()
+) -> Record:
+    """The record of a mount that this process serves, its images being those of the sources, paths. Raises OSError."""
+    shown = [one for one in beneath.mounts() if one.mountpoint == mountpoint]
+    return Record(
+        *(mountpoint, arguments, images, os.getpid(), _state("/proc/self")[1]),
+        boot=boot(),
+        device=shown[-1].device if shown else 0,
+        source=shown[-1].source if shown else "",
+        mounted_ns=time.monotonic_ns(),
+        store=store,
+        sources=list(sources),
+        sizes=[_size(source) for source in sources],
+    )
+
+
+def boot() -> str:
+    """The kernel's name for the time since it was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _size(source: str) -> int:
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
 
 
 def _state(process: str) -> tuple[str, int]:
@@ -89,10 +128,11 @@ def read(mountpoint: str) -> Record | None:
     return None
 
 
-def others(mountpoint: str) -> list[Record]:
-    """The records for all other mount points."""
+def others(mountpoint: str | None) -> list[Record]:
+    """The records for all other mount points; for all, when None."""
+    own = "" if mountpoint is None else _name(mountpoint)
     with suppress(OSError), _directory() as directory:
-        names = [name for name in os.listdir(directory) if name.endswith(".json") and name != _name(mountpoint)]
+        names = [name for name in os.listdir(directory) if name.endswith(".json") and name != own]
         return [record for name in names if (record := _load(directory, name)) is not None]
     return []
 
@@ -135,7 +175,8 @@ def _directory() -> Iterator[int]:
 def _load(directory: int, name: str) -> Record | None:
     try:
         with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory), "rb") as file:
-            record = Record(**json.load(file))
-    except (OSError, ValueError, TypeError):
+            values = json.load(file)
+            record = Record(**{name: value for name, value in values.items() if name in _FIELDS})
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     return record if _name(record.mountpoint) == name else None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from cow.errors import RefusedError
-from hcpfs import background, beneath, probe, record
+from hcpfs import background, beneath, leftovers, probe, record
 from hcpfs.options import Accept, accepting
 from hcpfs.rebuild import Rebuild, Voice
 from hcpfs.record import Record
@@ -99,6 +99,7 @@ def recover(mountpoint: str, accept: Iterable[Accept], voice: Voice, *, force: b
     """`hcpfs recover`: the exit code. Raises RefusedError or OSError when the mount point is not served afterwards."""
     with record.recovering():
         trouble = examine(mountpoint, force=force)
+        leftovers.tidy(but=mountpoint)
         if trouble.known is None:
             raise RefusedError(
                 f"the daemon of {mountpoint} is dead, but how it was mounted is not known, as {record.DIRECTORY} has "
@@ -128,7 +129,7 @@ def recover_and_mount(wanted: Record, accept: Iterable[Accept], voice: Voice, *,
 
 def _clear(trouble: Trouble, wanted: Record, voice: Voice) -> Rebuild:
     _end_the_daemon(trouble, voice)
-    rebuild = Rebuild(trouble.dead, wanted, trouble.known.above if trouble.known else {}, voice)
+    rebuild = Rebuild(trouble.dead, wanted, trouble.known, voice)
     rebuild.clear()
     return rebuild
 

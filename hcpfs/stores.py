@@ -18,7 +18,7 @@ from xxhash import xxh3_64_hexdigest
 
 from cow import Source
 from cow.catalog import FILE_NAME, State
-from cow.errors import RefusedError
+from cow.errors import WAY, RefusedError, counted
 from cow.fingerprint import compare, digests, sampled
 from cow.geometry import Run
 from cow.recognition import Facts, facts_key
@@ -231,7 +231,7 @@ def _matches(view: ground.View, known: _Known, *, is_clean: bool) -> bool:
 def _sentence(source: Source, known: _Known, other: _Other, relation: _Relation) -> str:
     uuid = f", {known.facts.superblock}" if known.facts.superblock.uuid else ""
     return (
-        f"{source.path} {relation} the disk of which the store {other.path} has {other.snapshots} snapshots (there "
+        f"{source.path} {relation} the disk of which the store {other.path} has {counted(other.snapshots, 'snapshot')} (there "
         f"{known.path}{uuid}). What is written to it with another store is not kept for them, and they read wrong bytes"
     )
 
@@ -239,12 +239,12 @@ def _sentence(source: Source, known: _Known, other: _Other, relation: _Relation)
 def _ways_on(source: Source, known: _Known, other: _Other, relation: _Relation, mountpoint: str) -> str:
     if relation not in (_Relation.SAME, _Relation.ALIKE):
         return (
-            f".\n  Use it through that store: mount {known.path} as before"
-            f"\n  or remove those snapshots first"
-            f"\n  or, if they may become wrong, choose a store for it with --store DIR"
+            f".{WAY}Use it through that store: mount {known.path} as before"
+            f"{WAY}or remove those snapshots first"
+            f"{WAY}or, if they may become wrong, choose a store for it with --store DIR"
         )
     words = [f"{one.name}={os.path.abspath(source.path) if one is known else one.path}" for one in other.known]
     return (
-        f".\n  Mount it with that store: hcpfs mount {shlex.join([*words, mountpoint, '--store', other.path])}"
-        f"\n  or, if it is a copy of that disk and not the disk, give it a store of its own with --store DIR"
+        f".{WAY}Mount it with that store: hcpfs mount {shlex.join([*words, mountpoint, '--store', other.path])}"
+        f"{WAY}or, if it is a copy of that disk and not the disk, give it a store of its own with --store DIR"
     )

@@ -2,6 +2,8 @@
 
 import sys
 
+from cow.errors import WAY
+
 
 def prepare() -> None:
     """Have what the encoding of standard output and standard error lacks escaped."""
@@ -28,5 +30,6 @@ def say(sentence: str) -> None:
 
 
 def complain(sentence: str) -> None:
-    """One line on standard error, by this program."""
-    print(f"hcpfs: {plain(sentence)}", file=sys.stderr, flush=True)
+    """One line on standard error, by this program; and the ways to go on, where it has some, on lines of their own."""
+    lines = [plain(part) for part in sentence.split(WAY)]
+    print(f"hcpfs: {WAY.join(lines)}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from cow.space import Space
 from cow.store import Store
 from hcpfs import __version__
 
+_MOST_LISTED = 8
 _ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
 _ESCAPED = re.compile(r"\\([\\nr]|u[0-9a-f]{4})")
 
@@ -33,6 +34,13 @@ def lines(pairs: Iterable[tuple[str, object]]) -> bytes:
 
 def _one_line(value: str) -> str:
     return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def listed(words: Iterable[str]) -> str:
+    """The words in one list, of which the end is counted when it is long."""
+    words = list(words)
+    rest = len(words) - _MOST_LISTED
+    return ", ".join(words[:_MOST_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def path_in(value: str) -> str:

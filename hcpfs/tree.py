@@ -26,9 +26,10 @@ from cow.origin import Origin
 from cow.scrub import OpenScrub
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
+from hcpfs import busy
 from hcpfs.handles import READ_ONLY_TEXT, Handle, NotPermittedError, ReadOnly, Scrub, Text
 from hcpfs.openfiles import OpenFiles, TextTimes
-from hcpfs.text import LastError, info, lost, status
+from hcpfs.text import LastError, info, listed, lost, status
 from hcpfs.truncating import Truncating
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
@@ -277,12 +278,21 @@ class Tree:
             # A loop device that was just detached closes its file a moment later.
             with trio.move_on_after(_RELEASE_GRACE_SECONDS):
                 await self._until_closed(name)
-            await self.store.delete_snapshot(name)
+            await self._delete_or_say_who(name)
         if snapshot is not None:
             inode = snapshot.id << _SNAPSHOT_SHIFT
             self._text_times.forget(range(inode, inode + _FIRST_IMAGE))
         self._changed_ns = after(self._changed_ns)
         log.info("snapshot %s removed", os.fsdecode(name))
+
+    async def _delete_or_say_who(self, name: bytes) -> None:
+        try:
+            await self.store.delete_snapshot(name)
+        except SnapshotBusyError as error:
+            snapshot = self.store.find(name)
+            entries = () if snapshot is None else self.entries(snapshot.id << _SNAPSHOT_SHIFT)
+            users = await busy.who(self._mountpoint, [entry.inode for entry in entries])
+            raise SnapshotBusyError(f"{error}. In use by: {listed(users)}" if users else str(error)) from error
 
     async def _until_closed(self, name: bytes) -> None:
         while (snapshot := self.store.find(name)) is not None and snapshot.is_open:

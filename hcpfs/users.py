@@ -12,6 +12,7 @@ for themselves, and processes of pid namespaces beside ours.
 import ctypes
 import errno
 import os
+import re
 import stat
 import threading
 from collections.abc import Collection, Iterable, Iterator
@@ -19,11 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from hcpfs import beneath, loops
+from hcpfs import beneath, loops, probe
+from hcpfs.text import listed
 
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _AT_NO_AUTOMOUNT = -100, 0x4000, 0x800
 _MAPS_SECONDS = 3.0
-_MOST_NAMED = 8
+_LOOP_SECONDS = 5.0
+_DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a mount that is unmounted lazily
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,6 +86,7 @@ class Swap(NamedTuple):
 
     path: str
     device: int
+    priority: int
 
 
 def known_of(path: str) -> Known:
@@ -112,6 +116,30 @@ def of_file_system(device: int, inodes: Collection[int] | None = None) -> list[U
 def of_block_devices(devices: Collection[int]) -> list[User]:
     """The processes that have one of the block devices open, each once; we do not count."""
     return _processes(frozenset(), None, devices)
+
+
+def of_any(devices: Collection[int]) -> list[User]:
+    """The processes that have one of the block devices open, or something of a file system with such a number."""
+    return _processes(devices, None, devices)
+
+
+def below(mountpoint: str) -> list[User]:
+    """The processes that have something below a path open, by its name alone: for btrfs (see `of_file_system`)."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        links = [f"/proc/{pid}/{link}" for link in ("cwd", "root", "exe")]
+        with suppress(OSError):
+            links += [f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd")]
+        if any(_is_below(link, mountpoint) for link in links):
+            found.append(User(pid, program_of(pid), "reading", 0))
+    return found
+
+
+def _is_below(link: str, mountpoint: str) -> bool:
+    try:
+        return f"{os.readlink(link)}/".startswith(f"{mountpoint}/")
+    except OSError:
+        return False
 
 
 def _processes(devices: Collection[int], inodes: Collection[int] | None, blocks: Collection[int]) -> list[User]:
@@ -210,7 +238,7 @@ def swaps() -> list[Swap]:
         if path.startswith("/dev/"):
             with suppress(OSError):  # its node is gone
                 device = os.stat(path).st_rdev
-        found.append(Swap(path, device))
+        found.append(Swap(path, device, int(line.split()[-1])))
     return found
 
 
@@ -279,19 +307,27 @@ def device_words(device: int, path: str) -> list[str]:
     words = [f"{mount.filesystem} mounted at {mount_words(mount)}" for mount in mounted]
     words += [f"swap on {swap.path}" for swap in swaps() if swap.device in above]
     words += [f"{name}, built on it" for name in holders(device)]
-    words += [user.words for user in of_block_devices(above)]
+    words += [user.words for user in of_any(above)]
     if not words and is_held(path):
         words.append("something in the kernel that does not show (a lazily unmounted file system, ZFS)")
     return words
 
 
+def loops_of(device: int, mountpoints: Iterable[str]) -> list[tuple[loops.LoopState, int]]:
+    """The loop devices on files of the hcpfs with that device number, with the inode of the file of each.
+
+    `mountpoints`: where it is mounted, in any namespace. Its daemon is asked, in a child and not for long.
+    """
+    places = tuple(f"{place.rstrip('/')}/" for place in mountpoints)
+    found = []
+    for state in loops.states():
+        if state.file.startswith(places) or _DETACHED.match(state.file):
+            file = probe.loop_file(state.path, _LOOP_SECONDS)
+            if file is not None and file[0] == device:
+                found.append((state, file[1]))
+    return found
+
+
 def loop_words(state: loops.LoopState) -> str:
     """A loop device with all that uses it: `/dev/loop0 (ext4 mounted at /srv)`."""
-    return f"{state.path} ({listed(device_words(state.device, state.path) or ['not in use itself'])})"
-
-
-def listed(words: Iterable[str]) -> str:
-    """The words in one list, of which the end is counted when it is long."""
-    words = list(words)
-    rest = len(words) - _MOST_NAMED
-    return ", ".join(words[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return f"{state.path} on {state.file} ({listed(device_words(state.device, state.path) or ['itself not in use'])})"

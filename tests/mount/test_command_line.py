@@ -83,7 +83,7 @@ def test_i4_no_second_default_store_is_made_for_a_device_whose_snapshots_are_in_
     (served.snaps / "a").mkdir()
     for spelled in (f"{sandbox.path}/alias", f"data={device}"):
         other = MountOptions(sources=[parse_source(spelled)])
-        with pytest.raises(RefusedError, match=f"of which the store {store} has 1 snapshots"):
+        with pytest.raises(RefusedError, match=f"of which the store {store} has 1 snapshot"):
             stores.check_no_other(other)
     stores.check_no_other(MountOptions(sources=[parse_source(str(sandbox.disk("b.img")))]))
     other.store = "/elsewhere"
@@ -226,7 +226,7 @@ def test_umount_says_what_keeps_it(sandbox: Sandbox) -> None:
     device = sandbox.loop(served.live)
     done = run(*HCPFS, "umount", served.path, check=False)
     assert done.returncode == 1
-    assert "busy" in done.stderr
+    assert "is in use, and nothing was unmounted" in done.stderr
     assert device in done.stderr
     sandbox.unloop(device)
     wait_until(lambda: run(*HCPFS, "umount", served.path, check=False).returncode == 0, what="the umount")

@@ -190,7 +190,7 @@ def test_a_store_that_was_named_is_asked_too(sandbox: Sandbox, ask: Ask) -> None
     served.umount()
     for store in (gone, named):
         stores.remember(str(store))
-    with pytest.raises(RefusedError, match=f"of which the store {named} has 1 snapshots"):
+    with pytest.raises(RefusedError, match=f"of which the store {named} has 1 snapshot"):
         ask(disk)
     shutil.rmtree(named)
     shutil.rmtree(gone.parent)
@@ -209,5 +209,5 @@ def test_who_names_a_store_is_told_what_it_costs(sandbox: Sandbox, ask: Ask) -> 
     disk = _disk(sandbox)
     _take(sandbox, disk)
     (note,) = ask(disk, store=str(sandbox.path / "chosen"))
-    assert "has 1 snapshots" in note
+    assert "has 1 snapshot" in note
     assert "they read wrong bytes" in note

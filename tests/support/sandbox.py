@@ -124,6 +124,11 @@ class Sandbox:
                 file.truncate(size)
         return path
 
+    def mkdir(self, name: str) -> Path:
+        """A directory."""
+        (self.path / name).mkdir()
+        return self.path / name
+
     def mount(
         self,
         *sources: object,
