@@ -6,7 +6,6 @@ in README.md; the file system hands `errno` to the kernel and keeps the sentence
 
 import errno as _errno
 
-
 WAY = "\n  "  #: before each way to go on, in a sentence that has several
 
 

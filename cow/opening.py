@@ -293,7 +293,7 @@ def _another_device(store: Store, origin: Origin, verdict: Verdict, known_as: st
 
 
 def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginRow) -> str:
-    count = sum(1 for one in store.snapshots if one.row.state in TRUSTED)
+    count = counted(sum(1 for one in store.snapshots if one.row.state in TRUSTED), "snapshot")
     path = os.fsdecode(row.path)
     was = f", which was {path} then" if path != origin.device.label else ""
     uuid = "" if verdict.has_other_uuid or not verdict.now.uuid else f" ({verdict.now})"
@@ -311,7 +311,7 @@ def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginR
         )
     ways_on = "".join(f"{WAY}{way}" for way in ways)
     return (
-        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {counted(count, 'snapshot')}{was}: "
+        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {count}{was}: "
         f"{verdict.what_differs()}. Nothing was changed.{ways_on}"
     )
 

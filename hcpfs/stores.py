@@ -230,8 +230,9 @@ def _matches(view: ground.View, known: _Known, *, is_clean: bool) -> bool:
 
 def _sentence(source: Source, known: _Known, other: _Other, relation: _Relation) -> str:
     uuid = f", {known.facts.superblock}" if known.facts.superblock.uuid else ""
+    count = counted(other.snapshots, "snapshot")
     return (
-        f"{source.path} {relation} the disk of which the store {other.path} has {counted(other.snapshots, 'snapshot')} (there "
+        f"{source.path} {relation} the disk of which the store {other.path} has {count} (there "
         f"{known.path}{uuid}). What is written to it with another store is not kept for them, and they read wrong bytes"
     )
 
