@@ -10,7 +10,7 @@ import trio.testing
 
 from cow.memory import Memory
 from hcpfs.protocol import FROM_CACHE, Opcode, change_init
-from hcpfs.truncating import PIECE_BYTES, Truncating, position_in
+from hcpfs.truncating import FORGETTING_SECONDS, PIECE_BYTES, Truncating, position_in
 from tests.support.requests import NUMBER, Scene, fsync, request, shows
 
 SIZE = 1 << 20
@@ -226,6 +226,25 @@ def test_beyond_the_end_nothing_is_zeroed_before_the_refusal() -> None:
         assert opened.image.content == opened.image.old
 
     trio.run(main)
+
+
+def test_the_answer_to_a_truncation_does_not_wait_for_ever_for_the_kernels_cache() -> None:
+    """Pages that others have mapped and written to are let go only after the answer."""
+
+    async def main() -> None:
+        opened = Opened()
+
+        async def never(_offset: int, _length: int) -> None:
+            await trio.sleep_forever()
+
+        opened.file = Truncating(opened.image, never)  # type: ignore[arg-type]
+        began = trio.current_time()
+        await opened.file.begin()
+        await opened.file.extend()
+        assert trio.current_time() - began == 2 * FORGETTING_SECONDS
+        assert opened.image.content == bytes(SIZE)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_the_position_of_an_open_file_is_found(tmp_path: Path) -> None:
