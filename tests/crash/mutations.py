@@ -323,8 +323,8 @@ ORDER = [
     Edit(
         "recovery drops the journal before the layers are saved",
         "recovery:_recover",
-        "    if not _save(layers, catalog):\n",
-        "    journal.retire(journal.numbers)\n    if not _save(layers, catalog):\n",
+        "    if not _save(layers, catalog, journal, rehashed):\n",
+        "    journal.retire(journal.numbers)\n    if not _save(layers, catalog, journal, rehashed):\n",
     ),
     Edit(
         "recovery does not rehash what was being overwritten",
