@@ -16,6 +16,7 @@ from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
 from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, long_workloads, prepare, short_workloads
+from tests.support.constants import changed
 
 LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
 JOURNAL_BYTES = 4096  # so that a few commits fill a file
@@ -68,17 +69,11 @@ def small_and_deterministic() -> Iterator[None]:
     trio._core._run._r.seed(1)
     with (
         patch.object(trio.to_thread, "run_sync", _Inline().run_sync),
-        patch.object(journal, "FILE_BYTES", JOURNAL_BYTES),
-        patch.object(space, "FILE_BYTES", JOURNAL_BYTES),
-        patch.object(space, "RESERVE_BYTES", 2 * JOURNAL_BYTES),
-        patch.object(space, "OPENING_BYTES", JOURNAL_BYTES // 2),
-        patch.object(behind, "LINGER_SECONDS", 0),
-        patch.object(flatten, "MOST_LAYERS", 1),
-        patch.object(flatten, "PIECE_CHUNKS", 1),
-        patch.object(flatten, "PUNCH_CHUNKS", 1),
-        patch.object(flatten, "REST", 0),
-        patch.object(behind, "MOST_CHUNKS_HERE", 2),
-        patch.object(contents, "EXTENT_CHUNKS", 2),
+        changed(journal, FILE_BYTES=JOURNAL_BYTES),
+        changed(space, RESERVE_BYTES=2 * JOURNAL_BYTES, OPENING_BYTES=JOURNAL_BYTES // 2),
+        changed(behind, LINGER_SECONDS=0, MOST_CHUNKS_HERE=2),
+        changed(flatten, MOST_LAYERS=1, PIECE_CHUNKS=1, PUNCH_CHUNKS=1, REST=0),
+        changed(contents, EXTENT_CHUNKS=2),
     ):
         yield
 

@@ -10,12 +10,13 @@ import random
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch
 
+from cow.errors import CowError
 from tests.crash.calls import Call
 from tests.crash.corruption import check_many
 from tests.crash.disk import Disk, empty_state
@@ -68,23 +69,52 @@ GLANCES, SHARE, DOUBLES = 12, 0.05, 0.5  #: one glance at a share of the states 
 QUICK_SHARE = 0.05  #: of the openings' states, for a first look
 
 
+class BrokenEditError(Exception):
+    """An edit that is no program: a name in it is gone, or something is used as what it is not. It proves nothing."""
+
+
+def is_meant(error: BaseException) -> bool:
+    """Whether the promise was seen to be broken, or the engine says so itself.
+
+    Any other exception tells that the engine broke down, but not of what. Raises BrokenEditError for those that come
+    of an edit whose names have gone, and not of what it leaves out.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return any([is_meant(one) for one in error.exceptions])
+    if isinstance(error, ViolationError) and error.__cause__ is not None:
+        return is_meant(error.__cause__)
+    if isinstance(error, (NameError, AttributeError, ImportError, TypeError)):
+        raise BrokenEditError(f"{type(error).__name__}: {error}") from error
+    return isinstance(error, (AssertionError, CowError, OSError))
+
+
+def _searches(make_disk: Callable[[], Disk], glances: int) -> Iterator[Callable[[], Awaitable[object]]]:
+    """What is looked at, one after the other."""
+    for workload in HUNTS:  # some show without a power cut
+        yield partial(record, workload, make_disk())
+    yield partial(check_workload, OPENINGS, random.Random(1), Tally(), share=QUICK_SHARE, whole=True, disk=make_disk())
+    for glance in range(glances):
+        for number, workload in enumerate(HUNTS):
+            random_ = random.Random(f"{glance} {number}")
+            yield partial(check_workload, workload, random_, Tally(), share=SHARE, doubles=DOUBLES, disk=make_disk())
+        if glance == 0:
+            random_ = random.Random(1)
+            yield partial(check_workload, OPENINGS, random_, Tally(), doubles=DOUBLES, whole=True, disk=make_disk())
+
+
 async def hunt(
     make_disk: Callable[[], Disk] = lambda: Disk(empty_state(CONTENT)), glances: int = GLANCES
 ) -> str | None:
-    """What the harness says of the engine as it is now, on such a disk; None when it has nothing to say."""
-    try:
-        for workload in HUNTS:  # some show without a power cut
-            await record(workload, make_disk())
-        await check_workload(OPENINGS, random.Random(1), Tally(), share=QUICK_SHARE, whole=True, disk=make_disk())
-        for glance in range(glances):
-            for number, workload in enumerate(HUNTS):
-                random_ = random.Random(f"{glance} {number}")
-                await check_workload(workload, random_, Tally(), share=SHARE, doubles=DOUBLES, disk=make_disk())
-            if glance == 0:
-                random_ = random.Random(1)
-                await check_workload(OPENINGS, random_, Tally(), doubles=DOUBLES, whole=True, disk=make_disk())
-    except Exception as error:  # an engine that breaks down is noticed, whatever it raises
-        return str(error) or type(error).__name__
+    """What the harness says of the engine as it is now, on such a disk; None when it has nothing to say.
+
+    Raises BrokenEditError.
+    """
+    for search in _searches(make_disk, glances):
+        try:
+            await search()
+        except Exception as error:
+            if is_meant(error):
+                return str(error) or type(error).__name__
     return None
 
 
@@ -114,6 +144,11 @@ class Edit:
     old: str
     new: str
 
+    @property
+    def unchanged(self) -> "Edit":
+        """The control: the function compiled anew as it is."""
+        return replace(self, new=self.old)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The engine with the edit in it."""
@@ -125,10 +160,12 @@ class Edit:
         assert source.count(self.old) == 1, (
             f"{self.what}: {self.old!r} is in {self.function} {source.count(self.old)} times"
         )
+        # In its own globals: what it is imported into, or inherited by, has other names.
+        home = sys.modules[inspect.unwrap(getattr(owner, name)).__module__]
         namespace: dict[str, object] = {}
         exec(
             compile(textwrap.dedent(source.replace(self.old, self.new)), f"<{self.what}>", "exec"),
-            vars(module),
+            vars(home),
             namespace,
         )
         original = inspect.getattr_static(owner, name)
@@ -415,7 +452,8 @@ def unnoticed_check(edit: Edit) -> str | None:
     with edit.applied():
         try:
             run(partial(check_many, DAMAGED_STORES, 2))
-        except ViolationError:
+        except ViolationError as error:
+            is_meant(error)  # an error that is none of ours is a broken promise here, but not one of a broken edit
             return None
     return edit.what
 

@@ -4,21 +4,63 @@ import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 
+import pytest
+
+from cow import journal
 from cow.device import Directory
 from cow.errors import CowError
 from cow.geometry import Run
 from cow.journal import Journal, Kind, Record
+from tests.crash.corruption import check_many
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
 from tests.crash.harness import CONTENT, run, small_and_deterministic
-from tests.crash.mutations import CHECKS, all_mutations, hunt, unnoticed, unnoticed_check
+from tests.crash.mutations import (
+    CHECKS,
+    ORDER,
+    BrokenEditError,
+    Edit,
+    all_mutations,
+    hunt,
+    unnoticed,
+    unnoticed_check,
+)
+from tests.support.constants import changed
 
 
-def test_without_a_mutation_there_is_nothing_to_notice() -> None:
-    assert run(partial(hunt, glances=1)) is None
+def test_functions_compiled_anew_as_they_are_change_nothing() -> None:
+    """The control of all edits at once: without a mutation there is nothing to notice."""
+    with ExitStack() as stack:
+        for function in {edit.function: edit for edit in (*ORDER, *CHECKS)}.values():
+            stack.enter_context(function.unchanged.applied())
+        assert run(partial(hunt, glances=1)) is None
+        run(partial(check_many, 200, 2))
+
+
+@pytest.mark.parametrize(
+    "new", ["await self._no_such_thing(records)", "apply.no_such_name", "no_such_name", "apply(1)"]
+)
+def test_an_edit_that_is_no_program_is_not_taken_for_noticed(new: str) -> None:
+    old = "        async with holding(self._lock):\n"
+    edit = Edit("a broken edit", "commits:Commits.commit", old, f"{old}            {new}\n")
+    with edit.applied(), pytest.raises(BrokenEditError):
+        run(hunt)
+
+
+def test_an_engine_that_breaks_down_for_another_reason_is_not_taken_for_noticed() -> None:
+    old = "        async with holding(self._lock):\n"
+    edit = Edit("a defect", "commits:Commits.commit", old, f"{old}            {{}}['nothing']\n")
+    with edit.applied():
+        assert run(partial(hunt, glances=0)) is None
+
+
+def test_a_constant_that_is_gone_is_not_passed_over() -> None:
+    with pytest.raises(AttributeError, match="NO_SUCH_NAME"), changed(journal, NO_SUCH_NAME=1):
+        pass
 
 
 def test_every_mutation_of_the_write_path_is_noticed() -> None:
