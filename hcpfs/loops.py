@@ -23,6 +23,7 @@ _READ_ONLY, _AUTOCLEAR, _PARTSCAN, _DIRECT_IO = 1, 4, 8, 16
 _CONFIG = struct.Struct("=II 24x QQ 12x I 240x")
 # struct blkpg_ioctl_arg: operation, address of a struct blkpg_partition: start and length in bytes, number
 _BLKPG, _ADD = 0x1269, 1
+_BLKROSET = 0x125D
 _BLKPG_ARGUMENT = struct.Struct("@iiiP")
 _PARTITION = struct.Struct("@qqi128x0q")
 _DETACH_SECONDS = 2.0  # it takes a moment after the last use
@@ -150,6 +151,8 @@ def _configure(device: int, state: LoopState, file: int) -> bool:
         if error.errno == errno.EBUSY:
             return False
         raise
+    if not state.read_only:  # a flag that somebody set on the device of that number stays with it
+        fcntl.ioctl(device, _BLKROSET, bytes(4))
     _add_partitions(device, state)
     return True
 

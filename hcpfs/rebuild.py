@@ -17,6 +17,7 @@ from typing import NamedTuple
 from hcpfs import aside, beneath, doomed, leftovers, loops, namespaces, probe, record, users
 from hcpfs.above import Above, LoopAbove, MountAbove, SwapAbove, binds_of, find, images_of_detached, images_on
 from hcpfs.record import Record
+from hcpfs.remount import bind, mount_elsewhere, mounted
 
 _ANSWER_SECONDS = 5.0
 _UNMOUNT_SECONDS = 30.0
@@ -72,8 +73,8 @@ class Rebuild:
             self._lose(f"the overlay at {self._survey.where(overlay)} has a layer that is dead: mount it again")
         for swap in present.swaps:
             self._swap_off(swap)
-        for bind in present.binds:
-            self._unmount_lazily(bind)
+        for mount in present.binds:
+            self._unmount_lazily(mount)
         top = max((loop.level for loop in present.loops), default=-1)
         for level in range(top, -1, -1):
             on_level = [mount for mount in present.mounts if mount.level == level]
@@ -139,6 +140,9 @@ class Rebuild:
                 f"what an earlier recovery of {self._mountpoint} took down cannot be read: put it back by hand"
             )
         self._wanted.above = self._above.to_json()
+        if self._known is not None:  # what is left, should it come to a second attempt, is left of that mount
+            for name in ("boot", "device", "source", "mounted_ns"):
+                setattr(self._wanted, name, getattr(self._known, name))
         try:
             record.write(self._wanted)
         except OSError as error:
@@ -255,8 +259,8 @@ class Rebuild:
                 for mount in sorted(on_level, key=lambda mount: (mount.depth, mount.id)) if mount_again else ():
                     self._mount(mount, names)
                     self._put_back_aside(mount.id)
-            for bind in sorted(self._above.binds, key=lambda bind: (bind.depth, bind.id)):
-                self._bind(self._mountpoint + bind.root.rstrip("/"), bind)
+            for mount in sorted(self._above.binds, key=lambda mount: (mount.depth, mount.id)):
+                self._bind(self._mountpoint + mount.root.rstrip("/"), mount)
             for swap in self._above.swaps if mount_again else ():
                 self._swap_on(swap, names)
         for _, path, _ in self._aside:
@@ -328,50 +332,20 @@ class Rebuild:
         read_only = all(one.read_only for one in alike)
         options = [*mount.options.split(","), *mount.super_options.split(",")]
         options = ["ro" if read_only else "rw", *(one for one in options if one not in {"ro", "rw", *_FAILED})]
-        words = _mounted("-t", mount.filesystem, "-o", ",".join(options), source, place)
+        words = mounted("-t", mount.filesystem, "-o", ",".join(options), source, place)
         if words is None and mount.read_only and not read_only and place == mount.mountpoint:
-            return _mounted("-o", f"remount,bind,{mount.options}", place)
+            return mounted("-o", f"remount,bind,{mount.options}", place)
         return words
 
     def _bind(self, source: str, mount: MountAbove) -> None:
         if mount.namespace:
-            words: str | None = self._mount_elsewhere(source, mount)
+            words = mount_elsewhere(source, mount.namespace, mount.mountpoint, mount.options)
         else:
-            words = _mounted("--bind", source, mount.mountpoint) or _mounted(
-                "-o", f"remount,bind,{mount.options}", mount.mountpoint
-            )
-        if not words:
+            words = bind(source, mount.mountpoint, mount.options)
+        if words is None:
             self._say(f"mounted {self._where(mount)} again (a bind mount)")
         else:
             self._lose(f"{self._where(mount)} is not mounted again: {words}")
-
-    def _mount_elsewhere(self, source: str, mount: MountAbove) -> str:
-        """Mount what is at `source` in the other namespace. Nothing when done, else why not."""
-        survey = namespaces.survey()
-        space = survey.others.get(mount.namespace)
-        if space is None:
-            return "its mount namespace is gone"
-        if any((one.namespace, one.mountpoint) == (mount.namespace, mount.mountpoint) for one in survey.mounts):
-            return ""  # it came with another one, from which it was propagated
-        place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")
-        try:
-            # With the flags of that one mount.
-            words = _mounted("--bind", source, place) or _mounted("-o", f"remount,bind,{mount.options}", place)
-            if words is not None:
-                return words
-            try:
-                tree = aside.copy(place)
-            finally:
-                probe.attempt(["umount", place], _UNMOUNT_SECONDS)
-            try:
-                namespaces.move_into(space, tree, mount.mountpoint)
-            finally:
-                os.close(tree)
-        except OSError as error:
-            return str(error.strerror)
-        finally:
-            os.rmdir(place)  # and never what is in it
-        return ""
 
     def _is_there(self, mount: MountAbove, source: str) -> bool:
         return any(
@@ -403,12 +377,6 @@ class Rebuild:
                 self._say(f"turned on the swap on {path} again")
                 return
         self._lose(f"the swap on {swap.path} is not on again: {words}")
-
-
-def _mounted(*words: str) -> str | None:
-    """Run mount(8). None when done, else what it says."""
-    code, said = probe.attempt(["mount", *words], None)
-    return None if code == 0 else said or f"mount failed with {code}"
 
 
 def _above_itself(dead: beneath.Mount) -> MountAbove:

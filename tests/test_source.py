@@ -75,6 +75,7 @@ LAYERS = [
         "hcpfs.mountpoint",
         "hcpfs.quiesce",
         "hcpfs.readahead",
+        "hcpfs.remount",
         "hcpfs.tree",
         "hcpfs.who",
         "hcpfs.writeback",
