@@ -38,11 +38,19 @@ def test_a_signal_writes_back_what_sits_on_the_images_the_innermost_first(sandbo
     assert f"{sandbox.path}/try (ext4" in line
     assert "NOT written back" not in log
     assert "closed clean" in log
-    run(*HCPFS, "recover", served.path)
-    for place in ("outer", "inner", "try"):
+    for place, device in (("inner", inner), ("try", try_out), ("outer", outer)):
+        run("umount", "--lazy", sandbox.path / place)
+        sandbox.unloop(device)
+    served = served.again()
+    sandbox.mount_device(sandbox.loop(served.live), "outer")
+    sandbox.mount_device(sandbox.loop(files / "inner.img"), "inner")
+    for place in ("outer", "inner"):
         assert (sandbox.path / place / "precious").read_text() == place
-    for place in ("inner", "try", "outer"):
+    for place in ("inner", "outer"):
         sandbox.unmount(sandbox.path / place)
+    sandbox.mount_device(sandbox.loop(served.image("a")), "try")
+    assert (sandbox.path / "try" / "precious").read_text() == "try"
+    sandbox.unmount(sandbox.path / "try")
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGQUIT", "SIGINT"])
