@@ -43,11 +43,13 @@ def test_a_signal_writes_back_what_sits_on_the_images_the_innermost_first(sandbo
         sandbox.unloop(device)
     served = served.again()
     sandbox.mount_device(sandbox.loop(served.live), "outer")
-    sandbox.mount_device(sandbox.loop(files / "inner.img"), "inner")
+    inner = sandbox.loop(files / "inner.img")
+    sandbox.mount_device(inner, "inner")
     for place in ("outer", "inner"):
         assert (sandbox.path / place / "precious").read_text() == place
-    for place in ("inner", "outer"):
-        sandbox.unmount(sandbox.path / place)
+    sandbox.unmount(nested)
+    sandbox.unloop(inner)
+    sandbox.unmount(files)
     sandbox.mount_device(sandbox.loop(served.image("a")), "try")
     assert (sandbox.path / "try" / "precious").read_text() == "try"
     sandbox.unmount(sandbox.path / "try")
