@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import sqlite3
 import stat
 import struct
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Self
 
+from cow import trial, unwritable
 from cow.errors import RefusedError, SyncError
+from cow.limits import raise_limit
 
 MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
@@ -56,12 +59,27 @@ class Io:
     fchmod = staticmethod(os.fchmod)
     fstatvfs = staticmethod(os.fstatvfs)
     mkdir = staticmethod(os.mkdir)
-    makedirs = staticmethod(os.makedirs)
     rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
     rmdir = staticmethod(os.rmdir)
     posix_fadvise = staticmethod(os.posix_fadvise)
     flock = staticmethod(fcntl.flock)
+    try_out = staticmethod(trial.try_out)
+    file_system = staticmethod(trial.file_system)
+    check_writable = staticmethod(unwritable.check_writable)
+
+    def make_directories(self, path: str, mode: int) -> list[str]:
+        """Make a directory and those above it that are missing. Returns those made, outermost first."""
+        missing = []
+        while path and not os.path.lexists(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        made = []
+        for one in reversed(missing):
+            with suppress(FileExistsError):  # by another just now
+                os.mkdir(one, mode)
+                made.append(one)
+        return made
 
     def listdir(self, fd: int) -> list[str]:
         """The names in a directory, in any order."""
@@ -197,7 +215,11 @@ class File:
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data`. Durable only after `sync`."""
-        written = self._io.pwrite(self.fd, data, offset)
+        try:
+            written = self._io.pwrite(self.fd, data, offset)
+        except OSError as error:
+            _raise_file_limit(error)
+            written = self._io.pwrite(self.fd, data, offset)
         if written == len(data):
             return
         view = memoryview(data)
@@ -209,7 +231,11 @@ class File:
 
     def pwritev(self, parts: Sequence[bytes | memoryview], offset: int) -> None:
         """Write all of `parts`, at most `MOST_PARTS`, one after the other. Durable only after `sync`."""
-        written = self._io.pwritev(self.fd, parts, offset)
+        try:
+            written = self._io.pwritev(self.fd, parts, offset)
+        except OSError as error:
+            _raise_file_limit(error)
+            written = self._io.pwritev(self.fd, parts, offset)
         if written < sum(map(len, parts)):
             self.pwrite(b"".join(parts)[written:], offset + written)
 
@@ -254,7 +280,11 @@ class File:
 
     def allocate(self, length: int) -> None:
         """Reserve and zero-fill the first `length` bytes, so that writes into them find space."""
-        self._io.fallocate(self.fd, 0, 0, length)
+        try:
+            self._io.fallocate(self.fd, 0, 0, length)
+        except OSError as error:
+            _raise_file_limit(error)
+            self._io.fallocate(self.fd, 0, 0, length)
 
     def truncate(self, length: int) -> None:
         """Set the file's size. Durable after `sync`."""
@@ -279,6 +309,12 @@ class File:
         self._io.close(self.fd)
 
 
+def _raise_file_limit(error: OSError) -> None:
+    """Raise the error, unless it is of a limit that somebody has lowered since and that can be raised again."""
+    if error.errno != errno.EFBIG or not raise_limit(resource.RLIMIT_FSIZE):
+        raise error
+
+
 class Directory:
     """An open directory of the store. Names are single components; symbolic links are never followed."""
 
@@ -287,6 +323,7 @@ class Directory:
         self.label = label
         self.is_in_memory = io.is_in_memory(fd)  #: nothing in it ever waits for a disk
         self._io = io
+        self._made: list[str] = []  #: what was made for it, outermost first
 
     @classmethod
     def open_path(cls, path: str, io: Io = SYSTEM, *, create: bool = False) -> Self:
@@ -295,11 +332,18 @@ class Directory:
         With `create` it is made, 0700, with those above it, when missing.
         """
         try:
-            if create:
-                io.makedirs(path, 0o700, True)
-            return cls(io, io.open(path, _DIRECTORY_FLAGS), path)
+            made = io.make_directories(path, 0o700) if create else []
+            directory = cls(io, io.open(path, _DIRECTORY_FLAGS), path)
         except (NotADirectoryError, FileExistsError) as error:
             raise RefusedError(f"{path} is not a directory, or a symbolic link: name the directory itself") from error
+        directory._made = made
+        return directory
+
+    def unmake(self) -> None:
+        """Remove what `open_path` made, as far as it is empty."""
+        with suppress(OSError):
+            for path in reversed(self._made):
+                self._io.rmdir(path)
 
     @property
     def io(self) -> Io:
@@ -410,6 +454,11 @@ class Directory:
         stats = self._io.fstatvfs(self.fd)
         return stats.f_blocks * stats.f_frsize
 
+    def free_inodes(self) -> int | None:
+        """How many files the file system can still make for us; None where it does not count them, as btrfs."""
+        stats = self._io.fstatvfs(self.fd)
+        return stats.f_favail if stats.f_files else None
+
     def allocated_bytes(self) -> int:
         """What all files below take on the file system."""
         return self._io.allocated_bytes(self.fd)
@@ -446,7 +495,7 @@ class OriginDevice(File):
 
     def __init__(self, io: Io, fd: int, label: str, geometry: Geometry) -> None:
         super().__init__(io, fd, label)
-        self._size_bytes, self.logical_block_bytes, _ = geometry
+        self._size_bytes, self.logical_block_bytes, self.is_block = geometry
 
     @property
     def size_bytes(self) -> int:
@@ -473,6 +522,8 @@ class OriginDevice(File):
         try:
             fd = io.open_source(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in unwritable.REFUSALS and not read_only:
+                raise unwritable.refusal(path, error) from error
             if error.errno != errno.EBUSY:
                 raise
             raise RefusedError(
@@ -491,6 +542,14 @@ class OriginDevice(File):
         if geometry.size_bytes == 0:
             io.close(fd)
             raise RefusedError(f"{path} is empty (0 bytes): there is nothing to take a snapshot of")
+        if not read_only:
+            try:
+                io.check_writable(fd)
+            except OSError as error:
+                io.close(fd)
+                if error.errno not in unwritable.REFUSALS:
+                    raise
+                raise unwritable.refusal(path, error) from error
         # After a failed sync, by us or by others before us, the cache may show what the device does not have.
         io.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return cls(io, fd, path, geometry)

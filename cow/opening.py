@@ -6,24 +6,27 @@ before anything is written: a store in use, of a newer format, made for other de
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 
+from cow import trial
 from cow.catalog import FILE_NAME, Catalog, OriginRow, State
 from cow.device import SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError, RefusedError, printable
 from cow.fingerprint import compare, sampled
+from cow.footing import check_file_system, check_source_limits, largest_file_bytes
+from cow.forecast import check_quota
 from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recovery import open_journal, recover
-from cow.space import RESERVE_NAME, Space, keep_for_opening, shrink_reserve
+from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, keep_for_opening, shrink_reserve
 from cow.store import Store
 
 
@@ -53,6 +56,7 @@ async def open_store(
     write_behind: bool = True,
     read_only: bool = False,
     read_suspect: bool = False,
+    accept_quota: bool = False,
     elsewhere: str | None = None,
     on_trouble: Callable[[str], None] = lambda sentence: None,
     io: Io = SYSTEM,
@@ -65,11 +69,15 @@ async def open_store(
     With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with
     the process until a sync; not so under the policy block-writes, whose errors are for the writer.
     With `read_suspect` snapshots can be read although their device was changed meanwhile.
-    Raises RefusedError, or OSError when something cannot be opened.
+    A quota lower than the last one, so that the next write may cost snapshots, is refused unless `accept_quota`.
+    Raises RefusedError, or OSError when something cannot be opened; a store that was made by it is gone again then, and
+    so it is when the block is left with a RefusedError.
     """
     with ExitStack() as stack:
-        directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=True))
+        new = NewStore()
+        directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=new))
         devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, stack)
+        await trio.to_thread.run_sync(_check_limits, directory, sources, devices, new.is_new, read_only)
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
@@ -89,12 +97,15 @@ async def open_store(
         _load(store, recovered.layers, stack)
         for origin, row in zip(store.origins, rows, strict=True):
             recovered.findings += await _check_fingerprint(store, origin, row)
+        await space.measure()
+        if not read_only:
+            await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
         await store.housekeeping.hold_back()
-        await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
-            yield Opened(store, was_clean, recovered.findings)
+            with new.kept_unless_refused():
+                yield Opened(store, was_clean, recovered.findings)
             left_behind = await _drain(store)
             nursery.cancel_scope.cancel()
         if left_behind is not None:
@@ -117,22 +128,64 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
     store.load(layers)
 
 
+class NewStore:
+    """A store that this opening makes, if it is one: it does not outlive a refusal."""
+
+    def __init__(self) -> None:
+        self.is_new = False
+        self._keep = False
+
+    @contextmanager
+    def kept_unless_refused(self) -> Iterator[None]:
+        """Around its use."""
+        self._keep = True
+        try:
+            yield
+        except RefusedError:
+            self._keep = False
+            raise
+
+    def take_back(self, directory: Directory) -> None:
+        """Remove what was made, if it shall not be kept. It has no snapshots, and nobody else has it open."""
+        if self._keep or not self.is_new:
+            return
+        with suppress(OSError):
+            names = [name for name in directory.names() if _is_ours(name)]
+            if "layers" in names:
+                directory.rmdir("layers")
+            last = ("lock", FILE_NAME)
+            for name in names:
+                if name != "layers" and name not in last:
+                    directory.unlink(name)
+            directory.sync()  # what belongs to a catalog may not be there without it
+            for name in last:
+                if name in names:
+                    directory.unlink(name)
+        directory.unmake()
+
+
 def open_directory(
-    path: str, io: Io, stack: ExitStack, *, create: bool, repair: bool = False
+    path: str, io: Io, stack: ExitStack, *, create: NewStore | None = None, repair: bool = False
 ) -> tuple[Directory, Catalog]:
-    """Open the store's directory and its catalog, and lock it; made when missing, with `create`.
+    """Open the store's directory and its catalog, and lock it; made when missing, with `create`, which is told so.
 
     What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
     """
-    directory = claim_directory(path, io, create=create)
+    directory = claim_directory(path, io, create=create is not None)
     stack.callback(directory.close)
+    if create is not None:
+        stack.callback(directory.unmake)  # of what is empty
+        create.is_new = not {FILE_NAME, "layers"} & set(directory.names())
+        check_file_system(directory, RESERVE_BYTES, is_new=create.is_new)
     directory.close_to_others()
     try:
         lock = directory.lock("lock")
     except BlockingIOError as error:
         raise RefusedError(f"the store {path} is in use by another hcpfs: unmount that first") from error
     stack.callback(lock.close)
-    if create or repair:
+    if create is not None:
+        stack.callback(create.take_back, directory)
+    if create is not None or repair:
         shrink_reserve(directory, 0)  # on a full disk the catalog alone needs some of it
         stack.callback(keep_for_opening, directory)  # also where this one is refused
     catalog = Catalog(directory, repair=repair)
@@ -161,13 +214,31 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
             )
         directory.check_ours_below()
     except (OSError, RefusedError):
+        directory.unmake()
         directory.close()
         raise
     return directory
 
 
 def _is_ours(name: str) -> bool:
-    return name in ("lock", "layers", RESERVE_NAME) or is_journal(name) or name.startswith((FILE_NAME, "hcpfs.log"))
+    return (
+        name in ("lock", "layers", RESERVE_NAME, trial.NAME)
+        or is_journal(name)
+        or name.startswith((FILE_NAME, "hcpfs.log"))
+    )
+
+
+def _check_limits(
+    directory: Directory, sources: Sequence[Source], devices: Sequence[OriginDevice], is_new: bool, read_only: bool
+) -> None:
+    """Refuse what would fail in the middle of a write one day."""
+    check_file_system(directory, largest_file_bytes(device.size_bytes for device in devices), is_new=is_new)
+    if not read_only:
+        check_source_limits(
+            (source.path, device.size_bytes)
+            for source, device in zip(sources, devices, strict=True)
+            if not device.is_block
+        )
 
 
 def _open_devices(sources: Sequence[Source], io: Io, read_only: bool, stack: ExitStack) -> list[OriginDevice]:

@@ -146,7 +146,7 @@ def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progres
     Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as a mount does.
     """
     with ExitStack() as stack:
-        directory, catalog = open_directory(path, io, stack, create=False, repair=repair)
+        directory, catalog = open_directory(path, io, stack, repair=repair)
         if catalog.repaired:
             yield Finding(f"{catalog.repaired}; all snapshots were given up", repaired=True)
         yield from (Finding(problem) for problem in catalog.problems())

@@ -31,6 +31,7 @@ CATALOG_BYTES = 1 << 20  # that it may grow by between two looks, with its write
 UNPROMISED_BYTES = FILE_BYTES + CATALOG_BYTES  # a journal file may come beside another
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
+MOST_BYTES_OF_A_WRITE = (1 << 20) + (8 << 10)  # a request's old bytes, and their checksums
 MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
 MEASURE_SECONDS = 5.0  # for so long the promises do for the layers, where there is plenty of room
@@ -97,6 +98,17 @@ class Space:
         """How full it is, at most 100."""
         return min(100, 100 * self.used_bytes // max(1, self.used_bytes + self.available_bytes))
 
+    @property
+    def excess_bytes(self) -> int:
+        """How much is in the way of a first overwrite of the longest request; not more than 0 when nothing is."""
+        quota = self.total_bytes if self.quota_bytes is None else self.quota_bytes
+        return self.used_bytes + MOST_BYTES_OF_A_WRITE + UNPROMISED_BYTES - quota
+
+    @property
+    def has_room_for_a_write(self) -> bool:
+        """Whether the quota has room for that."""
+        return self.excess_bytes <= 0
+
     async def measure(self) -> None:
         """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
         async with self._measuring:
@@ -162,7 +174,7 @@ class Space:
             self._warned_percent = reached
             self._on_warning(
                 f"the store {self._directory.label} is {percent} % full ({self.used_bytes} of {self.total_bytes} "
-                f"bytes): remove snapshots, or mount with a larger quota"
+                f"bytes): remove snapshots, or mount with a larger quota{_consequence(percent)}"
             )
 
     async def check_for_snapshot(self) -> None:
@@ -286,6 +298,12 @@ class Space:
             finally:
                 file.close()
             return self.holding_back
+
+
+def _consequence(percent: int) -> str:
+    if percent >= MOST_PERCENT_FOR_WRITES:
+        return "; until then there are no new ones, those there are take no writes of their own, and some may be lost"
+    return "; until then there are no new ones" if percent >= MOST_PERCENT_FOR_SNAPSHOTS else ""
 
 
 def shrink_reserve(directory: Directory, most_bytes: int) -> None:

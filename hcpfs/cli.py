@@ -19,6 +19,7 @@ from rich.progress import DownloadColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from cow.catalog import FILE_NAME
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
@@ -113,7 +114,7 @@ def mount(
             sys.exit(done)
         ready_fd = done
     if ready_fd is None and not wanted.foreground:
-        sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)])
+        sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)], _note)
         if sentence is not None:
             raise _Sentence(sentence)
         return
@@ -122,6 +123,10 @@ def mount(
 
 def _complain(sentence: str) -> None:
     click.echo(f"hcpfs: {sentence}", err=True)
+
+
+def _note(sentence: str) -> None:
+    _complain(f"note: {sentence}")
 
 
 def _mount_options(
@@ -144,27 +149,31 @@ def _mount_options(
 def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
     from hcpfs.mount import check, serve  # the other commands need no pyfuse3, and start faster without it
 
-    ready = [ready_fd]
-
-    def on_ready() -> None:
-        background.answer(ready.pop(), background.READY)
-        ready.append(None)
-
     os.umask(0o077)
+    caller = background.Caller(ready_fd)
     with ExitStack() as stack:
+        log = stack.enter_context(background.Log())
+
+        def begin_log() -> None:
+            if not log.has_begun:
+                store = claim_directory(wanted.store_path, create=False)
+                stack.callback(store.close)
+                log.begin(store)
+
         try:
+            if wanted.foreground:
+                log.begin(None)
             check(wanted)
-            store = claim_directory(wanted.store_path, create=True)  # no log is left where no store can be
-            stack.callback(store.close)
-            stack.callback(background.log_to(None if wanted.foreground else store).stop)
-            serve(wanted, on_ready)
+            if os.path.lexists(os.path.join(wanted.store_path, FILE_NAME)):
+                begin_log()  # else it is left to the opening to make a store, where one can be
+            serve(wanted, caller.ready, caller.note, begin_log)
         except (CowError, OSError) as error:
             logging.getLogger("hcpfs").error("%s", error)
-            background.answer(ready[0], str(error))
+            caller.refuse(str(error))
             raise _Sentence(str(error)) from error
         except Exception as error:
             logging.getLogger("hcpfs").exception("a defect of hcpfs ended it; please report it")
-            background.answer(ready[0], f"a defect of hcpfs: {error!r}; please report it")
+            caller.refuse(f"a defect of hcpfs: {error!r}; please report it")
             raise
 
 

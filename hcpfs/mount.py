@@ -16,9 +16,9 @@ import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, loops, readahead, record
+from hcpfs import beneath, loops, notes, readahead, record
 from hcpfs.operations import Operations
-from hcpfs.options import STORES, MountOptions
+from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
@@ -27,9 +27,16 @@ from hcpfs.tree import Tree
 log = logging.getLogger("hcpfs")
 
 
-def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+def serve(
+    options: MountOptions,
+    on_ready: Callable[[], None],
+    on_note: Callable[[str], None],
+    on_open: Callable[[], None],
+) -> None:
     """Mount and serve; returns after the umount, when all is durable and the devices are released.
 
+    `on_open` is called when there is a store, `on_ready` when the mount is usable; before that, `on_note` gets what a
+    person must know, which is in the log too.
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
     """
     keep_memory()
@@ -37,7 +44,7 @@ def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
     if refused:
         log.warning("not permitted, so memory pressure may stall this mount: %s", "; ".join(refused))
     try:
-        trio.run(_serve, options, on_ready)
+        trio.run(_serve, options, on_ready, on_note, on_open)
     except* (CowError, OSError) as group:
         raise _only(group) from group
 
@@ -48,8 +55,17 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
-    troubles: list[Callable[[str], None]] = [log.warning]
+async def _serve(
+    options: MountOptions,
+    on_ready: Callable[[], None],
+    on_note: Callable[[str], None],
+    on_open: Callable[[], None],
+) -> None:
+    def note(sentence: str) -> None:
+        log.warning("%s", sentence)
+        on_note(sentence)
+
+    troubles = [note]
     async with (
         _freezer() as freezer,
         open_store(
@@ -60,22 +76,32 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
             write_behind=not options.sync,
             read_only=options.read_only,
             read_suspect=options.read_suspect,
+            accept_quota=Accept.QUOTA in options.accept,
             elsewhere=STORES,
             on_trouble=lambda sentence: troubles[-1](sentence),
         ) as opened,
     ):
-        for finding in opened.findings:
-            log.warning("found at the start: %s", finding)
+        on_open()
+        for sentences in (opened.findings, notes.of_snapshots(opened.store), notes.of_room(opened.store)):
+            for sentence in sentences:
+                note(sentence)
+        for sentence in notes.of_mount(options):
+            note(sentence)
         inodes: dict[str, int] = {}
         quiescer = Quiescer(options.mountpoint, inodes, freezer, options.freeze_seconds)
         tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access)
         inodes.update(tree.live_inodes())
-        troubles.append(tree.record_trouble)
+
+        def trouble(sentence: str) -> None:
+            tree.record_trouble(sentence)
+            on_note(sentence)
+
+        troubles.append(trouble)
         session = _mount(Operations(tree, options.access), options)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_terminate_on_signals, freezer)
-                nursery.start_soon(_get_ready, options, quiescer, on_ready)
+                nursery.start_soon(_get_ready, options, quiescer, note, on_ready)
                 await session.serve()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
@@ -128,13 +154,18 @@ def _widen_read_ahead(mountpoint: str) -> None:
         log.warning("the read-ahead of the mount stays as it is, so that cp and mmap are slower: %s", error)
 
 
-async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
+async def _get_ready(
+    options: MountOptions, quiescer: Quiescer, note: Callable[[str], None], on_ready: Callable[[], None]
+) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
         record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))
     except OSError as error:
-        log.warning("hcpfs recover will not know how this was mounted: %s", error)
+        note(
+            f"should this daemon die, hcpfs recover will not know how it was mounted, as {record.DIRECTORY} takes no "
+            f"record ({error}): use hcpfs mount --recover with the same arguments then"
+        )
     on_ready()
 
 

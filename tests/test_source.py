@@ -14,8 +14,8 @@ ROOT = COW.parent
 
 # Each module may import only from rows above its own; modules of one row do not import each other.
 LAYERS = [
-    {"cow.errors", "cow.holding", "cow.memory", "cow.offload", "cow.rowsum"},
-    {"cow.geometry"},
+    {"cow.errors", "cow.holding", "cow.limits", "cow.memory", "cow.offload", "cow.rowsum", "cow.trial"},
+    {"cow.geometry", "cow.unwritable"},
     {"cow.contents", "cow.device"},
     {
         "cow.behind",
@@ -31,12 +31,13 @@ LAYERS = [
     {"cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery"},
     {"cow.preserver", "cow.space"},
-    {"cow.housekeeping"},
+    {"cow.footing", "cow.housekeeping"},
     {"cow.origin"},
     {"cow.flatten", "cow.image", "cow.origins"},
     {"cow.snapshot"},
     {"cow.damage", "cow.removal"},
     {"cow.store"},
+    {"cow.forecast"},
     {"cow.opening"},
     {"cow.scrub"},
     {"cow"},
@@ -53,7 +54,7 @@ LAYERS = [
     },
     {"hcpfs.above", "hcpfs.freezer", "hcpfs.probe", "hcpfs.quiesce", "hcpfs.readahead", "hcpfs.tree"},
     {"hcpfs.fastpath", "hcpfs.operations", "hcpfs.options", "hcpfs.rebuild"},
-    {"hcpfs.session", "hcpfs.stores"},
+    {"hcpfs.notes", "hcpfs.session", "hcpfs.stores"},
     {"hcpfs.mount", "hcpfs.recover"},
     {"hcpfs.cli"},
     {"hcpfs.__main__"},

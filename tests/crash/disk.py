@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
+from cow.trial import Trial
 from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
 
 STORE, SOURCE, ELSEWHERE, SECOND_SOURCE = "/store", "/disk.img", "/elsewhere", "/second.img"
@@ -223,7 +224,7 @@ class Disk(Io):
 
     def fstatvfs(self, fd: int) -> Any:
         free = max(0, self.capacity_bytes - self._used()) // PAGE
-        return SimpleNamespace(f_bavail=free, f_frsize=PAGE, f_blocks=self.capacity_bytes // PAGE)
+        return SimpleNamespace(f_bavail=free, f_frsize=PAGE, f_blocks=self.capacity_bytes // PAGE, f_files=0, f_flag=0)
 
     def _used(self) -> int:
         return sum(len(one.pages) for one in self._reachable()) * PAGE
@@ -337,7 +338,16 @@ class Disk(Io):
 
     # -- directories ---------------------------------------------------------------------------------------------
 
-    def makedirs(self, path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+    def make_directories(self, path: str, mode: int) -> list[str]:
+        return []
+
+    def try_out(self, directory: int, size_bytes: int) -> Trial:
+        return Trial()
+
+    def file_system(self, fd: int) -> str:
+        return "one in memory"
+
+    def check_writable(self, fd: int) -> None:
         pass
 
     def listdir(self, fd: int) -> list[str]:
