@@ -135,9 +135,10 @@ class Io:
                     status = os.stat(name, dir_fd=place, follow_symlinks=False)
                     yield os.path.normpath(os.path.join(above, name)), status
 
-    def allocated_bytes(self, fd: int) -> int:
-        """What all that is below a directory takes on the file system."""
-        return sum(status.st_blocks * 512 for _, status in self.entries_below(fd))
+    def allocated(self, fd: int) -> tuple[int, int]:
+        """What all that is below a directory takes on the file system: bytes, and inodes."""
+        blocks = [status.st_blocks for _, status in self.entries_below(fd)]
+        return sum(blocks) * 512, len(blocks)
 
     def allocated_here(self, fd: int) -> int:
         """What the entries of a directory take on the file system, without what is below them."""
@@ -459,9 +460,13 @@ class Directory:
         stats = self._io.fstatvfs(self.fd)
         return stats.f_favail if stats.f_files else None
 
+    def allocated(self) -> tuple[int, int]:
+        """What all that is below takes on the file system: bytes, and inodes."""
+        return self._io.allocated(self.fd)
+
     def allocated_bytes(self) -> int:
-        """What all files below take on the file system."""
-        return self._io.allocated_bytes(self.fd)
+        """The bytes of that."""
+        return self.allocated()[0]
 
     def allocated_here(self) -> int:
         """What its entries take on the file system, without what is below them."""

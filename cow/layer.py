@@ -17,13 +17,28 @@ from cow import layermap
 from cow.device import Directory
 from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
-from cow.layerfiles import LayerFiles
+from cow.layerfiles import INODES_OF_A_LAYER, OPEN_FILES_OF_A_LAYER, LayerFiles
 from cow.layermap import BadMapError, LayerMap, MapImage
 from cow.sums import FILE_NAME as SUMS
 from cow.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
+
+
+def segments_of(chunks: int) -> int:
+    """How many files the data of a device with so many chunks may be in."""
+    return -(-chunks // SEGMENT_CHUNKS)
+
+
+def open_files(chunks: int) -> int:
+    """How many files a layer of such a device has open at most."""
+    return OPEN_FILES_OF_A_LAYER - 1 + segments_of(chunks)
+
+
+def inodes(chunks: int) -> int:
+    """How many inodes a layer of such a device takes at most."""
+    return INODES_OF_A_LAYER - 1 + segments_of(chunks)
 
 
 class Layer:

@@ -10,6 +10,7 @@ from cow.device import Directory, File
 from cow.errors import CowError, SyncError
 
 OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more of devices beyond a TiB
+INODES_OF_A_LAYER = OPEN_FILES_OF_A_LAYER + 2  # the same and its map, and for a moment a new one
 Key = int | str  # of a file: the number of a segment of the data, or another file's name
 
 

@@ -21,12 +21,13 @@ from cow.errors import CowError, RefusedError, printable
 from cow.fingerprint import compare, sampled
 from cow.footing import check_file_system, check_source_limits, largest_file_bytes
 from cow.forecast import check_quota
+from cow.inodes import is_spare
 from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recovery import open_journal, recover
-from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, keep_for_opening, shrink_reserve
+from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, keep_for_opening, let_all_go
 from cow.store import Store
 
 
@@ -186,7 +187,7 @@ def open_directory(
     if create is not None:
         stack.callback(create.take_back, directory)
     if create is not None or repair:
-        shrink_reserve(directory, 0)  # on a full disk the catalog alone needs some of it
+        let_all_go(directory)  # on a full disk the catalog alone needs some of it
         stack.callback(keep_for_opening, directory)  # also where this one is refused
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
@@ -224,6 +225,7 @@ def _is_ours(name: str) -> bool:
     return (
         name in ("lock", "layers", RESERVE_NAME, trial.NAME)
         or is_journal(name)
+        or is_spare(name)
         or name.startswith((FILE_NAME, "hcpfs.log"))
     )
 

@@ -113,7 +113,8 @@ class Preserver:
     """Trio thread only. `run` must be running.
 
     `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
-    least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
+    least wanted snapshot and tells whether there was one, and `let_inodes_go()` whether inodes were short and some were
+    held back. `give_up(snapshots, reason)` gives up those; `on_lost` is
     told, with a sentence, whose chunks were lost.
     """
 
@@ -123,6 +124,7 @@ class Preserver:
         on_full: OnFull,
         room: Callable[[int], AbstractAsyncContextManager[None]],
         make_room: Callable[[], Awaitable[bool]],
+        let_inodes_go: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
         on_lost: Callable[[Sequence[int], str], None],
     ) -> None:
@@ -130,6 +132,7 @@ class Preserver:
         self._on_full = on_full
         self._room = room
         self._make_room = make_room
+        self._let_inodes_go = let_inodes_go
         self._give_up = give_up
         self._on_lost = on_lost
         self._next = _Batch()
@@ -188,6 +191,8 @@ class Preserver:
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)
+                elif await self._let_inodes_go():
+                    pass  # it was a file that could not be made, and now it can
                 elif most > FEWEST_CHUNKS:
                     most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
                 else:

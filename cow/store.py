@@ -45,8 +45,7 @@ from cow.gate import Gate
 from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal
-from cow.layer import Layer
-from cow.layerfiles import OPEN_FILES_OF_A_LAYER
+from cow.layer import Layer, inodes, open_files
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
 from cow.preserver import OnFull, Preserver, is_full
@@ -55,7 +54,7 @@ from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
-_OTHER_OPEN_FILES = 64
+OTHER_OPEN_FILES = 64  #: of this process, beside those of layers
 NO_LAYER = 0  # an id that the catalog never gives
 _TRUSTED = (State.VALID, State.DAMAGED)
 
@@ -119,8 +118,9 @@ class Store:
             on_trouble,
         )  # fmt: skip
         self._preserver = Preserver(
-            self._commits, on_full, space.room, self._removal.make_room, self._removal.give_up, self.damage.mark
-        )
+            self._commits, on_full, space.room, self._removal.make_room, space.let_inodes_go, self._removal.give_up,
+            self.damage.mark,
+        )  # fmt: skip
         chores = [self.damage.record, self._take_fingerprints]
         self.housekeeping.serve(self._commits, chores, self._removal.give_up_readers)
 
@@ -205,13 +205,17 @@ class Store:
     def _check_open_files(self) -> None:
         """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        layers = sum(1 for layer in self._layers.values() if layer.held) + 2 * len(self.origins)
-        if limit != resource.RLIM_INFINITY and layers * OPEN_FILES_OF_A_LAYER + _OTHER_OPEN_FILES > limit:
+        needed = self._most_open_files + 2 * sum(open_files(origin.chunks) for origin in self.origins)
+        if limit != resource.RLIM_INFINITY and needed > limit:
             raise StoreFullError(
-                f"{len(self._snapshots)} snapshots have {layers} layers with up to {OPEN_FILES_OF_A_LAYER} open files "
-                f"each, and this process may open {limit} files: rmdir snapshots, or raise its limit (ulimit -n, "
-                f"LimitNOFILE=) and mount again"
+                f"{len(self._snapshots)} snapshots, and one more, may need {needed} open files, and this process may "
+                f"open {limit}: rmdir snapshots, or raise its limit (ulimit -n, LimitNOFILE=) and mount again"
             )
+
+    @property
+    def _most_open_files(self) -> int:
+        """How many files are open when all layers have all theirs."""
+        return OTHER_OPEN_FILES + sum(open_files(layer.chunks) for layer in self._layers.values())
 
     def _check_name_is_free(self, name: bytes) -> None:
         if name in self._named:
@@ -342,6 +346,9 @@ class Store:
                     store_is_in_memory=self._layers_directory.is_in_memory,
                 )
             )
+
+        per_layer = [inodes(origin.chunks) for origin in self.origins]
+        self.space.inodes.expect(2 * sum(per_layer), len(self.origins), lambda: len(self._layers) * max(per_layer))
 
     def load(self, layers: dict[int, Layer]) -> None:
         """Put together the snapshots from what recovery found. Called once, by the opener.

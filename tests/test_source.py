@@ -27,7 +27,7 @@ LAYERS = [
         "cow.layerfiles",
         "cow.layermap",
     },
-    {"cow.sums"},
+    {"cow.inodes", "cow.sums"},
     {"cow.layer"},
     {"cow.chain", "cow.commits", "cow.recovery"},
     {"cow.preserver", "cow.space"},

@@ -237,13 +237,14 @@ class Disk(Io):
             todo += inode.entries.values()
         return found
 
-    def allocated_bytes(self, fd: int) -> int:
-        below, todo = 0, list(self._descriptors[fd].entries.values())
+    def allocated(self, fd: int) -> tuple[int, int]:
+        below, count, todo = 0, 0, list(self._descriptors[fd].entries.values())
         while todo:
             inode = self._inodes[todo.pop()]
             below += len(inode.pages) * PAGE
+            count += 1
             todo += inode.entries.values()
-        return below
+        return below, count
 
     def allocated_here(self, fd: int) -> int:
         return sum(len(self._inodes[one].pages) * PAGE for one in self._descriptors[fd].entries.values())
