@@ -13,7 +13,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.commits import Checkpoint, Commits
-from cow.device import FULL, Directory
+from cow.device import Directory
 from cow.errors import CowError
 from cow.layer import Layer, pinned
 from cow.layerfiles import remove_layer_directory
@@ -124,7 +124,7 @@ class Housekeeping:
             try:
                 async with self._files:
                     with self._space.changing_layers():
-                        await self._save_one(checkpoint)
+                        await self._space.see_through(functools.partial(self._commits.save, checkpoint))
             except BaseException as error:
                 self._checkpoints.insert(0, checkpoint)
                 if (
@@ -134,17 +134,6 @@ class Housekeeping:
                 ):
                     await self._on_unsavable(checkpoint.unsaved, error)
                 raise
-
-    async def _save_one(self, checkpoint: Checkpoint) -> None:
-        try:
-            await self._commits.save(checkpoint)
-            return
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-        with self._space.in_need() as let_go:  # a map is small, and makes journal files needless
-            await trio.to_thread.run_sync(let_go)
-            await self._commits.save(checkpoint)
 
     async def _punch(self) -> None:
         failures: list[Exception] = []

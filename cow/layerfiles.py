@@ -6,11 +6,12 @@ files until the last of them is done.
 
 import threading
 
-from cow.device import Directory, File
+from cow.device import FULL, Directory, File
 from cow.errors import CowError, SyncError
 
 OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more of devices beyond a TiB
 INODES_OF_A_LAYER = OPEN_FILES_OF_A_LAYER + 2  # the same and its map, and for a moment a new one
+NEW_MAP_NAME = "map.new"  # of a map that is not in its place yet
 Key = int | str  # of a file: the number of a segment of the data, or another file's name
 
 
@@ -50,6 +51,8 @@ class LayerFiles:
                         raise
                     self.opened[key] = directory.open(name, create=True)
                     self._entries_unsynced = True
+                    if not isinstance(key, int):
+                        _hold_inode_for_map(directory)
             return self.opened[key]
 
     def directory(self) -> Directory:
@@ -132,6 +135,16 @@ class LayerFiles:
             if self._directory is not None:
                 self._directory.close()
                 self._directory = None
+
+
+def _hold_inode_for_map(directory: Directory) -> None:
+    """Make the layer's first map to be, empty, so that it can be saved when there are no inodes left."""
+    if directory.free_inodes() is not None:
+        try:
+            directory.open(NEW_MAP_NAME, create=True).close()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise  # else it is as if others had taken the inode later
 
 
 def remove_layer_directory(layers: Directory, name: str) -> None:

@@ -27,7 +27,7 @@ from cow.layer import Layer
 from cow.origin import Origin
 from cow.preserver import OnFull
 from cow.recovery import open_journal, recover
-from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, keep_for_opening, let_all_go
+from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, hold_inodes_back, keep_for_opening, let_all_go, let_inodes_go
 from cow.store import Store
 
 
@@ -186,9 +186,13 @@ def open_directory(
     stack.callback(lock.close)
     if create is not None:
         stack.callback(create.take_back, directory)
+    # On a full disk the catalog alone needs some of what is held back. It is again afterwards, also after a refusal.
     if create is not None or repair:
-        let_all_go(directory)  # on a full disk the catalog alone needs some of it
-        stack.callback(keep_for_opening, directory)  # also where this one is refused
+        let_all_go(directory)
+        stack.callback(keep_for_opening, directory)
+    else:
+        let_inodes_go(directory)
+        stack.callback(hold_inodes_back, directory)
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()

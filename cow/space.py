@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TypeVar
 
 import trio
 
@@ -43,6 +44,9 @@ MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
 _MAKE_INODES = "remove snapshots, or other files on that file system, or have the store on one with more inodes"
+
+
+T = TypeVar("T")
 
 
 class Space:
@@ -311,6 +315,24 @@ class Space:
         finally:
             self._in_need -= 1
 
+    async def see_through(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Do what must not fail for want of room: where it does, again with a part of what is held back, and with all."""
+        try:
+            return await action()
+        except (OSError, StoreFullError) as error:
+            if not _is_no_room(error):
+                raise
+        with self.in_need() as let_go:
+            for _ in range(2):
+                await trio.to_thread.run_sync(let_go)
+                try:
+                    return await action()
+                except (OSError, StoreFullError) as error:
+                    if not _is_no_room(error):
+                        raise
+            await trio.to_thread.run_sync(let_go)
+            return await action()
+
     def _let_go(self, most_bytes: int, most_spares: int) -> None:
         with self._reserve:
             self.holding_back = False
@@ -344,6 +366,10 @@ class Space:
             return self.holding_back
 
 
+def _is_no_room(error: OSError | StoreFullError) -> bool:
+    return isinstance(error, StoreFullError) or error.errno in FULL
+
+
 def _consequence(percent: int) -> str:
     if percent >= MOST_PERCENT_FOR_WRITES:
         return "; until then there are no new ones, those there are take no writes of their own, and some may be lost"
@@ -353,9 +379,20 @@ def _consequence(percent: int) -> str:
 def let_all_go(directory: Directory) -> None:
     """Give back all that is held back: an opening may need it. Blocks."""
     shrink_reserve(directory, 0)
+    let_inodes_go(directory)
+
+
+def let_inodes_go(directory: Directory) -> None:
+    """Give back the spare inodes, where the file system is short of them. Blocks."""
     free = directory.free_inodes()
     if free is not None and free < 2 * OPENING_SPARES:
         let_go(directory, 0)
+
+
+def hold_inodes_back(directory: Directory) -> None:
+    """Have inodes for the next opening, as far as there are some. Blocks."""
+    with suppress(OSError):
+        fill_up(directory, OPENING_SPARES, 0)
 
 
 def shrink_reserve(directory: Directory, most_bytes: int) -> None:
@@ -378,7 +415,7 @@ def keep_for_opening(directory: Directory) -> None:
             _filled(file, OPENING_BYTES)
         finally:
             file.close()
-        fill_up(directory, OPENING_SPARES, 0)
+    hold_inodes_back(directory)
 
 
 def _filled(file: File, size: int) -> bool:

@@ -61,9 +61,13 @@ async def _serve(
     on_note: Callable[[str], None],
     on_open: Callable[[], None],
 ) -> None:
+    told = set()
+
     def note(sentence: str) -> None:
         log.warning("%s", sentence)
-        on_note(sentence)
+        if sentence not in told:
+            told.add(sentence)
+            on_note(sentence)
 
     troubles = [note]
     async with (
@@ -94,7 +98,8 @@ async def _serve(
 
         def trouble(sentence: str) -> None:
             tree.record_trouble(sentence)
-            on_note(sentence)
+            if sentence not in told:
+                on_note(sentence)
 
         troubles.append(trouble)
         session = _mount(Operations(tree, options.access), options)
