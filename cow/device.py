@@ -74,11 +74,16 @@ class Io:
         while path and not os.path.lexists(path):
             missing.append(path)
             path = os.path.dirname(path)
-        made = []
-        for one in reversed(missing):
-            with suppress(FileExistsError):  # by another just now
-                os.mkdir(one, mode)
-                made.append(one)
+        made: list[str] = []
+        try:
+            for one in reversed(missing):
+                with suppress(FileExistsError):  # by another just now
+                    os.mkdir(one, mode)
+                    made.append(one)
+        except OSError:
+            for one in reversed(made):
+                os.rmdir(one)
+            raise
         return made
 
     def listdir(self, fd: int) -> list[str]:
@@ -89,11 +94,25 @@ class Io:
         """Open the database at `path`, in autocommit mode, for any thread."""
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
+    def identity(self, fd: int, name: str = "") -> tuple[int, int] | None:
+        """Which file a descriptor has open, or which one has that name in its directory: None when there is none."""
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False) if name else os.fstat(fd)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def is_removed(self, fd: int) -> bool:
+        """Whether a file or directory has no name any more."""
+        return os.fstat(fd).st_nlink == 0
+
     def is_at(self, fd: int, path: str) -> bool:
         """Whether `path` is what the descriptor has open, and no symbolic link to it."""
         try:
             return os.path.samestat(os.fstat(fd), os.lstat(path))
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
             return False
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
@@ -296,6 +315,11 @@ class File:
         self._io.fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
 
     @property
+    def is_removed(self) -> bool:
+        """Whether it has no name any more."""
+        return self._io.is_removed(self.fd)
+
+    @property
     def size_bytes(self) -> int:
         """The file's present size."""
         return self._io.fstat(self.fd).st_size
@@ -361,7 +385,7 @@ class Directory:
         This is for the opening, where a refusal costs nothing. What is opened later is checked for its type alone: who
         makes hard links of a store in use, or opens it to others, shall not lose snapshots by it. # I8
         """
-        for path, status in self._io.entries_below(self.fd):
+        for path, status in self.entries_below():
             label = f"{self.label}/{path}"
             if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
                 _check_ours(status, label)
@@ -371,10 +395,33 @@ class Directory:
                     f"that name, and copy a store with cp -a, while it is not mounted"
                 )
 
+    def entries_below(self) -> Iterator[tuple[str, os.stat_result]]:
+        """All that is below: its path from here, and what it is."""
+        return self._io.entries_below(self.fd)
+
     @property
     def is_at_its_path(self) -> bool:
         """Whether the directory is still where it was opened."""
         return self._io.is_at(self.fd, self.label)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it has no name any more."""
+        return self._io.is_removed(self.fd)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its file system takes no writes."""
+        return bool(self._io.fstatvfs(self.fd).f_flag & os.ST_RDONLY)
+
+    def identity(self, name: str) -> tuple[int, int] | None:
+        """Device and inode of what has that name here, None when nothing has."""
+        return self._io.identity(self.fd, name)
+
+    @property
+    def own_identity(self) -> tuple[int, int] | None:
+        """The same of the directory itself."""
+        return self._io.identity(self.fd)
 
     def close_to_others(self) -> None:
         """Make the directory 0700."""

@@ -18,7 +18,7 @@ from cow.space import RESERVE_BYTES
 from cow.sums import SUM_BYTES
 
 _ELSEWHERE = "put the store on ext4 or XFS, with --store DIR"
-_WHY_NOT_MADE = {
+WHY_NOT_MADE = {  #: by the errno of what makes a file or a directory
     errno.EROFS: "it is mounted read-only, and a store is written to with -o ro, too: mount it read-write (mount -o "
     "remount,rw), or copy the store elsewhere (cp -a)",
     errno.EPERM: "the directory is immutable, or may be appended to only: chattr -i -a it",
@@ -38,8 +38,8 @@ def check_file_system(directory: Directory, largest_bytes: int, *, is_new: bool)
         if is_new:
             raise StoreFullError(f"{where} has no room for one: no space or no inodes are left; make room there")
         return
-    if found.make in _WHY_NOT_MADE:
-        raise RefusedError(f"{where} takes no writes here ({os.strerror(found.make)}): {_WHY_NOT_MADE[found.make]}")
+    if found.make in WHY_NOT_MADE:
+        raise RefusedError(f"{where} takes no writes here ({os.strerror(found.make)}): {WHY_NOT_MADE[found.make]}")
     if errno.EFBIG in (found.make, found.allocate, found.grow) or found.grow == errno.EINVAL:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY and limit < largest_bytes:

@@ -263,6 +263,18 @@ class Layer:
         self.files.note_unsynced(segment)
         return BitMap64()
 
+    def unreadable(self, chunks: BitMap64) -> BitMap64:
+        """Those of `chunks` that cannot be read, without a look at what they are."""
+        bad = BitMap64()
+        for found in runs_of(chunks):
+            for part in pieces(found, 1):
+                segment, place = divmod(part.first, SEGMENT_CHUNKS)
+                try:
+                    self.files.file(segment).pread(CHUNK_BYTES, place * CHUNK_BYTES)
+                except OSError:
+                    bad.add(part.first)
+        return bad
+
     def new_bytes(self, chunks: BitMap64) -> int:
         """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""
         fresh = len(chunks) - chunks.intersection_cardinality(self.held)

@@ -4,6 +4,9 @@ Any thread may ask for a file. Pins say on the trio thread how many threads may 
 files until the last of them is done.
 """
 
+import errno
+import os
+import stat
 import threading
 
 from cow.device import FULL, Directory, File
@@ -66,6 +69,14 @@ class LayerFiles:
         if self._directory is None:
             self._directory = self._parent.subdirectory(self.name, create=create)
         return self._directory
+
+    @property
+    def are_removed(self) -> bool:
+        """Whether somebody removed the directory or a file of it, of those that are open."""
+        with self._opening:
+            if self._directory is not None and self._directory.is_removed:
+                return True
+            return any(file.is_removed for file in self.opened.values())
 
     def allocated_bytes(self) -> int:
         """What the layer takes in the store. 0 before its first write."""
@@ -159,3 +170,14 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
     finally:
         directory.close()
     layers.rmdir(name)
+
+
+def check_removable(layers: Directory, name: str) -> None:
+    """Raise what `remove_layer_directory` would, as far as that can be seen, and remove nothing."""
+    directory = layers.subdirectory(name)
+    try:
+        below = next((path for path, status in directory.entries_below() if stat.S_ISDIR(status.st_mode)), None)
+    finally:
+        directory.close()
+    if below is not None:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), below)

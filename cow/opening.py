@@ -15,11 +15,11 @@ import trio
 
 from cow import trial
 from cow.catalog import FILE_NAME, Catalog, OriginRow, State
-from cow.device import SYSTEM, Directory, Io, OriginDevice
+from cow.device import FULL, SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
-from cow.errors import CowError, RefusedError, printable
+from cow.errors import CowError, RefusedError, StoreFullError, printable
 from cow.fingerprint import compare, sampled
-from cow.footing import check_file_system, check_source_limits, largest_file_bytes
+from cow.footing import WHY_NOT_MADE, check_file_system, check_source_limits, largest_file_bytes
 from cow.forecast import check_quota
 from cow.inodes import is_spare
 from cow.journal import is_journal
@@ -98,15 +98,16 @@ async def open_store(
         _load(store, recovered.layers, stack)
         for origin, row in zip(store.origins, rows, strict=True):
             recovered.findings += await _check_fingerprint(store, origin, row)
-        await space.measure()
+        await space.count()
         if not read_only:
             await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
         await store.housekeeping.hold_back()
+        await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
             with new.kept_unless_refused():
-                yield Opened(store, was_clean, recovered.findings)
+                yield Opened(store, was_clean, [*recovered.dropped, *recovered.strays, *recovered.findings])
             left_behind = await _drain(store)
             nursery.cancel_scope.cancel()
         if left_behind is not None:
@@ -205,7 +206,7 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
     Raises RefusedError when it cannot be one, or is not ours alone: others can write it, or it holds other things. Then
     it is as it was: it may be somebody's home, or /etc.
     """
-    directory = Directory.open_path(path, io, create=create)
+    directory = _open_or_make(path, io, create=create)
     try:
         names = directory.names()
         if not create and FILE_NAME not in names:
@@ -223,6 +224,20 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
         directory.close()
         raise
     return directory
+
+
+def _open_or_make(path: str, io: Io, *, create: bool) -> Directory:
+    try:
+        return Directory.open_path(path, io, create=create)
+    except OSError as error:
+        why = WHY_NOT_MADE.get(error.errno or 0)
+        if error.errno in FULL:
+            raise StoreFullError(
+                f"the store {path} cannot be made: its file system has no room for it, no space or no inodes; make room"
+            ) from error
+        if not create or why is None:
+            raise
+        raise RefusedError(f"the store {path} cannot be made there ({error.strerror}): {why}") from error
 
 
 def _is_ours(name: str) -> bool:

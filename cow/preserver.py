@@ -23,11 +23,12 @@ from pyroaring import BitMap64
 
 from cow.commits import Commits
 from cow.device import FULL
-from cow.errors import CowError, QuotaError, StoreFullError
+from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
+from cow.memory import is_out_of_memory, out_of_memory
 from cow.offload import is_short, offload
 from cow.sums import SUM_BYTES
 
@@ -142,8 +143,8 @@ class Preserver:
     async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
         """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
 
-        Raises StoreFullError under the policy block-writes, and CowError when the chunks could neither be preserved
-        nor recorded as lost nor the snapshots be given up.
+        Raises StoreFullError under the policy block-writes, NoMemoryError where there is none, and CowError when the
+        chunks could neither be preserved nor recorded as lost nor the snapshots be given up.
         """
         while missing := origin.unpreserved(chunks):
             batch = self._next
@@ -154,8 +155,8 @@ class Preserver:
             else:
                 async with holding(self._turn):
                     await self._take_next()
-            if isinstance(batch.error, StoreFullError):
-                raise StoreFullError(str(batch.error)) from batch.error
+            if isinstance(batch.error, (NoMemoryError, StoreFullError)):
+                raise type(batch.error)(str(batch.error)) from batch.error
             if batch.error is not None:
                 raise CowError(
                     f"the old bytes could not be preserved, nor the snapshots that need them be given up "
@@ -188,6 +189,12 @@ class Preserver:
                     await self._copy(jobs, _copy_durably)
                 if all(len(job.chunks) < most for job in jobs):
                     return  # that was all; the writers look again
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if most <= FEWEST_CHUNKS:
+                    raise NoMemoryError(f"old bytes are to be kept first: {out_of_memory(error)}") from error
+                most = min(most, max(len(job.chunks) for job in jobs)) // 4
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)

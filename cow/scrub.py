@@ -22,7 +22,7 @@ from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
-from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover
+from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover, strays
 from cow.store import Store
 from cow.sums import SUM_BYTES
 
@@ -158,6 +158,7 @@ def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progres
             recovered = recover(catalog, journal, layers_directory, None)
             layers = recovered.layers
             yield from (Finding(sentence, repaired=True) for sentence in recovered.findings)
+            yield from (Finding(sentence) for sentence in recovered.strays)
             renewed: dict[int, dict[int, bytes]] = {}
         else:
             layers, renewed, problems = _look(catalog, journal, layers_directory)
@@ -190,7 +191,10 @@ def _look(
         problems.append(f"{error}: which old bytes were kept since the last checkpoint is unknown")
     if beyond := layers_beyond(catalog, newest_layer(layers_directory.names(), recorded)):
         problems.append(beyond)
+    problems += strays(catalog, layers_directory)
     for layer in layers.values():
+        if unreadable := layer.unreadable(layer.intended & layer.held):
+            problems.append(f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more")
         layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
     return layers, renewed, problems
 

@@ -137,10 +137,14 @@ class Space:
 
     async def measure(self) -> None:
         """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
+        await self.count()
+        self._warn()
+
+    async def count(self) -> None:
+        """The same without a warning."""
         async with self._measuring:
             await self._look_beside_layers()
             await self._measure_layers()
-        self._warn()
 
     async def keep_up(self) -> None:
         """Count anew what may have changed: the layers where they did, after a while, and when space is scarce."""
@@ -316,7 +320,7 @@ class Space:
             self._in_need -= 1
 
     async def see_through(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Do what must not fail for want of room: where it does, again with a part of what is held back, and with all."""
+        """Do what must not fail for want of room: if it does, again with a part of what is held back, and with all."""
         try:
             return await action()
         except (OSError, StoreFullError) as error:

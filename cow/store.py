@@ -46,8 +46,10 @@ from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal
 from cow.layer import Layer, inodes, open_files
+from cow.offload import offload
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
+from cow.presence import Presence
 from cow.preserver import OnFull, Preserver, is_full
 from cow.removal import Removal
 from cow.snapshot import Snapshot, check_name
@@ -101,6 +103,7 @@ class Store:
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._named: dict[bytes, Snapshot] = {}  #: the same by name
         self._abandoned: set[Snapshot] = set()  #: those of them that could not be taken
+        self.presence = Presence(directory, layers_directory, journal, self._layers.values)
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
         self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
@@ -155,6 +158,7 @@ class Store:
             raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
         await self._remove_abandoned()
         self._check_name_is_free(name)
+        await offload(self.presence.check, here=self._layers_directory.is_in_memory)
         await self.space.check_for_snapshot()
         self._check_open_files()
         snapshot: Snapshot | None = None

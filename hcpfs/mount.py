@@ -22,6 +22,7 @@ from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
 from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
+from hcpfs.threads import start_threads
 from hcpfs.tree import Tree
 
 log = logging.getLogger("hcpfs")
@@ -61,6 +62,7 @@ async def _serve(
     on_note: Callable[[str], None],
     on_open: Callable[[], None],
 ) -> None:
+    start_threads()
     told = set()
 
     def note(sentence: str) -> None:

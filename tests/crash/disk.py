@@ -348,6 +348,12 @@ class Disk(Io):
     def file_system(self, fd: int) -> str:
         return "one in memory"
 
+    def identity(self, fd: int, name: str = "") -> tuple[int, int]:
+        return 0, 0
+
+    def is_removed(self, fd: int) -> bool:
+        return False
+
     def check_writable(self, fd: int) -> None:
         pass
 
