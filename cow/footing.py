@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from cow.device import FULL, Directory
 from cow.errors import RefusedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, chunks_of
-from cow.layer import SEGMENT_CHUNKS
+from cow.layer import OTHER_OPEN_FILES, SEGMENT_CHUNKS, open_files
 from cow.limits import raise_limit
 from cow.space import RESERVE_BYTES
 from cow.sums import SUM_BYTES
@@ -67,6 +67,20 @@ def largest_file_bytes(device_bytes: Iterable[int]) -> int:
     """The largest file that a store for devices of these sizes may have."""
     chunks = max(map(chunks_of, device_bytes), default=0)
     return max(RESERVE_BYTES, min(chunks, SEGMENT_CHUNKS) * CHUNK_BYTES, chunks * SUM_BYTES)
+
+
+def check_open_files(layers_directory: Directory, device_bytes: Iterable[int]) -> None:
+    """Raise RefusedError when this process may not have the files of all layers open, which it would find out later."""
+    raise_limit(resource.RLIMIT_NOFILE)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    layers = len(layers_directory.names())
+    each = open_files(max(map(chunks_of, device_bytes), default=0))
+    needed = OTHER_OPEN_FILES + layers * each
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise RefusedError(
+            f"the {layers} layers in {layers_directory.label} may need {needed} open files, and this process may open "
+            f"{limit}: raise its limit (ulimit -n {needed}, LimitNOFILE={needed}) and mount again; nothing was changed"
+        )
 
 
 def check_source_limits(paths_and_bytes: Iterable[tuple[str, int]]) -> None:

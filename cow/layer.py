@@ -23,6 +23,7 @@ from cow.sums import FILE_NAME as SUMS
 from cow.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
+OTHER_OPEN_FILES = 64  #: of a process, beside those of layers
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
 
 

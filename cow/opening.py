@@ -19,7 +19,7 @@ from cow.device import FULL, SYSTEM, Directory, Io, OriginDevice
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError, RefusedError, StoreFullError, printable
 from cow.fingerprint import compare, sampled
-from cow.footing import WHY_NOT_MADE, check_file_system, check_source_limits, largest_file_bytes
+from cow.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
 from cow.forecast import check_quota
 from cow.inodes import is_spare
 from cow.journal import is_journal
@@ -82,11 +82,12 @@ async def open_store(
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
+        check_open_files(layers_directory, (device.size_bytes for device in devices))
         await trio.to_thread.run_sync(layers_directory.sync)  # entries that a killed process made are there to stay
         space = Space(directory, layers_directory, quota_bytes, on_trouble)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
-        second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, stack)
+        second_place = await trio.to_thread.run_sync(_open_elsewhere, elsewhere, catalog, io, on_trouble, stack)
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place)
         store = Store(
             catalog, journal, directory, layers_directory, space, second_place,
@@ -253,8 +254,8 @@ def _check_limits(
     directory: Directory, sources: Sequence[Source], devices: Sequence[OriginDevice], is_new: bool, read_only: bool
 ) -> None:
     """Refuse what would fail in the middle of a write one day."""
-    check_file_system(directory, largest_file_bytes(device.size_bytes for device in devices), is_new=is_new)
     if not read_only:
+        check_file_system(directory, largest_file_bytes(device.size_bytes for device in devices), is_new=is_new)
         check_source_limits(
             (source.path, device.size_bytes)
             for source, device in zip(sources, devices, strict=True)
@@ -318,11 +319,27 @@ def _check_size(row: OriginRow, path: str, device: OriginDevice) -> None:
         )
 
 
-def _open_elsewhere(path: str | None, catalog: Catalog, io: Io, stack: ExitStack) -> Elsewhere | None:
+def _open_elsewhere(
+    path: str | None, catalog: Catalog, io: Io, on_trouble: Callable[[str], None], stack: ExitStack
+) -> Elsewhere | None:
+    """None where the directory cannot be made or opened: the store can do without, as long as its disk takes writes."""
     if path is None:
         return None
-    directory = Directory.open_path(path, io, create=True)
+    sentence = (
+        f"should the disk of the store take no writes one day, writes to the source will fail as well, as that cannot "
+        f"be recorded in {path}"
+    )
+    try:
+        directory = Directory.open_path(path, io, create=True)
+    except OSError as error:
+        if error.errno not in FULL | WHY_NOT_MADE.keys():
+            raise
+        on_trouble(f"{sentence} ({error.strerror}): have it there, and writable")
+        return None
     stack.callback(directory.close)
+    stack.callback(directory.unmake)
+    if directory.is_read_only:
+        on_trouble(f"{sentence}, which is on a read-only file system: mount that read-write")
     directory.check_ours()  # who could write there could give up snapshots, or hide that some were
     return Elsewhere(directory, str(catalog.setting("uuid")))
 

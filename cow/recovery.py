@@ -4,6 +4,7 @@ It runs at every opening, before anything else uses the store, and may itself be
 stay until the layers are saved.
 """
 
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,12 @@ def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
     for row in catalog.snapshots():
         if row.id <= newest:
             catalog.set_state(row.id, State.INVALID, reason)
-    elsewhere.clear()
+    try:
+        elsewhere.clear()
+    except OSError as error:
+        if error.errno not in {errno.EROFS, *FULL}:
+            raise
+        return [f"{reason}; that record cannot be removed ({error}), and says nothing new the next time"]
     return [reason]
 
 

@@ -16,6 +16,7 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import SYSTEM, Directory, Io
 from cow.errors import DamagedError, printable
+from cow.footing import check_open_files
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
@@ -152,6 +153,7 @@ def scrub_store(path: str, *, repair: bool, io: Io = SYSTEM) -> Iterator[Progres
         yield from (Finding(problem) for problem in catalog.problems())
         layers_directory = directory.subdirectory("layers")
         stack.callback(layers_directory.close)
+        check_open_files(layers_directory, (origin.size_bytes for origin in catalog.origins()))
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         if repair:

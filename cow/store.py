@@ -45,7 +45,7 @@ from cow.gate import Gate
 from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal
-from cow.layer import Layer, inodes, open_files
+from cow.layer import OTHER_OPEN_FILES, Layer, inodes, open_files
 from cow.offload import offload
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
@@ -56,7 +56,6 @@ from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
-OTHER_OPEN_FILES = 64  #: of this process, beside those of layers
 NO_LAYER = 0  # an id that the catalog never gives
 _TRUSTED = (State.VALID, State.DAMAGED)
 

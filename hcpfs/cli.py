@@ -158,7 +158,11 @@ def _serve(wanted: MountOptions, ready_fd: int | None) -> None:
             if not log.has_begun:
                 store = claim_directory(wanted.store_path, create=False)
                 stack.callback(store.close)
-                log.begin(store)
+                try:
+                    log.begin(store)
+                except OSError as error:
+                    path = f"{store.label}/{background.LOG_NAME}"
+                    caller.note(f"there is no log, as {path} cannot be opened ({error.strerror})")
 
         try:
             if wanted.foreground:

@@ -16,7 +16,7 @@ from hcpfs.tree import Access
 _MOST_NAMES = 8
 _OTHERS = 0o077  # the bits of a mode that are for others than the owner
 _WORTH = {
-    State.DAMAGED: "what was lost of such a snapshot reads EIO, and the rest is as it was: `lost` in it says which bytes",
+    State.DAMAGED: "what was lost of such a snapshot reads EIO, the rest is as it was: `lost` in it says which bytes",
     State.SUSPECT: "the disk was changed without hcpfs, so what such a snapshot reads from there may be wrong, and is "
     "refused without read_suspect; what the store has of it is right: copy what you need and rmdir it",
     State.INVALID: "such a snapshot was given up and cannot be read, `info` in it says why: rmdir it",
@@ -28,7 +28,8 @@ def of_snapshots(store: Store) -> Iterator[str]:
     for state, worth in _WORTH.items():
         found = [one for one in store.snapshots if one.row.state is state]
         if found:
-            yield f"{state} in {store.path}: {len(found)} of {len(store.snapshots)} snapshots ({_named(found)}): {worth}"
+            count = f"{len(found)} of {len(store.snapshots)} snapshots"
+            yield f"{state} in {store.path}: {count} ({_named(found)}): {worth}"
 
 
 def _named(snapshots: Sequence[Snapshot]) -> str:
