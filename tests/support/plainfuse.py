@@ -13,13 +13,14 @@ class Plain(pyfuse3.Operations):
     def __init__(self, root: str) -> None:
         super().__init__()
         self._paths = {pyfuse3.ROOT_INODE: root}
+        self._opened: dict[int, int] = {}  # by inode
 
     def _path(self, parent: int, name: bytes) -> str:
         return os.path.join(self._paths[parent], os.fsdecode(name))
 
     def _entry(self, path: str) -> pyfuse3.EntryAttributes:
         try:
-            status = os.lstat(path)
+            status = os.stat(path)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno) from error
         entry = pyfuse3.EntryAttributes()
@@ -30,6 +31,8 @@ class Plain(pyfuse3.Operations):
         return entry
 
     async def getattr(self, inode: int, ctx: object = None) -> pyfuse3.EntryAttributes:
+        if inode in self._opened:  # it may have no name any more
+            return self._entry(f"/proc/self/fd/{self._opened[inode]}")
         return self._entry(self._paths[inode])
 
     async def lookup(self, parent: int, name: bytes, ctx: object = None) -> pyfuse3.EntryAttributes:
@@ -59,10 +62,12 @@ class Plain(pyfuse3.Operations):
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: object) -> tuple[object, object]:
         path = self._path(parent, name)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, stat.S_IMODE(mode))
-        return pyfuse3.FileInfo(fh=fd), self._entry(path)
+        entry = self._entry(path)
+        self._opened[entry.st_ino] = fd
+        return pyfuse3.FileInfo(fh=fd), entry
 
     async def setattr(self, inode: int, attr: object, fields: object, fh: int | None, ctx: object) -> object:
-        return self._entry(self._paths[inode])
+        return await self.getattr(inode)
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         return os.pwrite(handle, data, offset)
@@ -71,6 +76,7 @@ class Plain(pyfuse3.Operations):
         return os.pread(handle, length, offset)
 
     async def release(self, handle: int) -> None:
+        self._opened.pop(os.fstat(handle).st_ino, None)
         os.close(handle)
 
     async def statfs(self, ctx: object) -> pyfuse3.StatvfsData:
