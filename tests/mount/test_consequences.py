@@ -329,8 +329,8 @@ def test_verify_counts_what_repair_counts(sandbox: Sandbox) -> None:
     served.kill()
     layers = served.store / "layers"
     (layers / "file").touch()
-    (layers / "00000000000000ff" / "below").mkdir(parents=True)
-    (layers / "00000000000000fe").mkdir()  # which can be removed, and is
+    (layers / "directory" / "below").mkdir(parents=True)
+    (layers / "empty").mkdir()  # which can be removed, and is
     looked = run(*HCPFS, "verify", served.store, check=False)
     repaired = run(*HCPFS, "verify", "--repair", served.store, check=False)
     assert looked.stdout == repaired.stdout
