@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import sqlite3
 import stat
 import struct
@@ -19,7 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn, Self
 
+from cow import trial, unwritable
 from cow.errors import RefusedError, SyncError
+from cow.limits import raise_limit
 from cow.superblock import Superblock, SuperblockOf, no_superblock
 from cow.witness import Witness, witness_of
 
@@ -61,13 +64,33 @@ class Io:
     fchmod = staticmethod(os.fchmod)
     fstatvfs = staticmethod(os.fstatvfs)
     mkdir = staticmethod(os.mkdir)
-    makedirs = staticmethod(os.makedirs)
     rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
     rmdir = staticmethod(os.rmdir)
     posix_fadvise = staticmethod(os.posix_fadvise)
     flock = staticmethod(fcntl.flock)
     witness = staticmethod(witness_of)
+    try_out = staticmethod(trial.try_out)
+    file_system = staticmethod(trial.file_system)
+    check_writable = staticmethod(unwritable.check_writable)
+
+    def make_directories(self, path: str, mode: int) -> list[str]:
+        """Make a directory and those above it that are missing. Returns those made, outermost first."""
+        missing = []
+        while path and not os.path.lexists(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        made: list[str] = []
+        try:
+            for one in reversed(missing):
+                with suppress(FileExistsError):  # by another just now
+                    os.mkdir(one, mode)
+                    made.append(one)
+        except OSError:
+            for one in reversed(made):
+                os.rmdir(one)
+            raise
+        return made
 
     def listdir(self, fd: int) -> list[str]:
         """The names in a directory, in any order."""
@@ -77,11 +100,25 @@ class Io:
         """Open the database at `path`, in autocommit mode, for any thread."""
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
+    def identity(self, fd: int, name: str = "") -> tuple[int, int] | None:
+        """Which file a descriptor has open, or which one has that name in its directory: None when there is none."""
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False) if name else os.fstat(fd)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def is_removed(self, fd: int) -> bool:
+        """Whether a file or directory has no name any more."""
+        return os.fstat(fd).st_nlink == 0
+
     def is_at(self, fd: int, path: str) -> bool:
         """Whether `path` is what the descriptor has open, and no symbolic link to it."""
         try:
             return os.path.samestat(os.fstat(fd), os.lstat(path))
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
             return False
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
@@ -162,9 +199,10 @@ class Io:
                     status = os.stat(name, dir_fd=place, follow_symlinks=False)
                     yield os.path.normpath(os.path.join(above, name)), status
 
-    def allocated_bytes(self, fd: int) -> int:
-        """What all that is below a directory takes on the file system."""
-        return sum(status.st_blocks * 512 for _, status in self.entries_below(fd))
+    def allocated(self, fd: int) -> tuple[int, int]:
+        """What all that is below a directory takes on the file system: bytes, and inodes."""
+        blocks = [status.st_blocks for _, status in self.entries_below(fd)]
+        return sum(blocks) * 512, len(blocks)
 
     def allocated_here(self, fd: int) -> int:
         """What the entries of a directory take on the file system, without what is below them."""
@@ -242,7 +280,11 @@ class File:
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data`. Durable only after `sync`."""
-        written = self._io.pwrite(self.fd, data, offset)
+        try:
+            written = self._io.pwrite(self.fd, data, offset)
+        except OSError as error:
+            _raise_file_limit(error)
+            written = self._io.pwrite(self.fd, data, offset)
         if written == len(data):
             return
         view = memoryview(data)
@@ -254,7 +296,11 @@ class File:
 
     def pwritev(self, parts: Sequence[bytes | memoryview], offset: int) -> None:
         """Write all of `parts`, at most `MOST_PARTS`, one after the other. Durable only after `sync`."""
-        written = self._io.pwritev(self.fd, parts, offset)
+        try:
+            written = self._io.pwritev(self.fd, parts, offset)
+        except OSError as error:
+            _raise_file_limit(error)
+            written = self._io.pwritev(self.fd, parts, offset)
         if written < sum(map(len, parts)):
             self.pwrite(b"".join(parts)[written:], offset + written)
 
@@ -299,7 +345,11 @@ class File:
 
     def allocate(self, length: int) -> None:
         """Reserve and zero-fill the first `length` bytes, so that writes into them find space."""
-        self._io.fallocate(self.fd, 0, 0, length)
+        try:
+            self._io.fallocate(self.fd, 0, 0, length)
+        except OSError as error:
+            _raise_file_limit(error)
+            self._io.fallocate(self.fd, 0, 0, length)
 
     def truncate(self, length: int) -> None:
         """Set the file's size. Durable after `sync`."""
@@ -308,6 +358,11 @@ class File:
     def punch(self, offset: int, length: int) -> None:
         """Give the extent's space back; it reads as zeroes. Not durable by itself."""
         self._io.fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it has no name any more."""
+        return self._io.is_removed(self.fd)
 
     @property
     def size_bytes(self) -> int:
@@ -324,6 +379,12 @@ class File:
         self._io.close(self.fd)
 
 
+def _raise_file_limit(error: OSError) -> None:
+    """Raise the error, unless it is of a limit that somebody has lowered since and that can be raised again."""
+    if error.errno != errno.EFBIG or not raise_limit(resource.RLIMIT_FSIZE):
+        raise error
+
+
 class Directory:
     """An open directory of the store. Names are single components; symbolic links are never followed."""
 
@@ -332,6 +393,7 @@ class Directory:
         self.label = label
         self.is_in_memory = io.is_in_memory(fd)  #: nothing in it ever waits for a disk
         self._io = io
+        self._made: list[str] = []  #: what was made for it, outermost first
 
     @classmethod
     def open_path(cls, path: str, io: Io = SYSTEM, *, create: bool = False) -> Self:
@@ -340,11 +402,18 @@ class Directory:
         With `create` it is made, 0700, with those above it, when missing.
         """
         try:
-            if create:
-                io.makedirs(path, 0o700, True)
-            return cls(io, io.open(path, _DIRECTORY_FLAGS), path)
+            made = io.make_directories(path, 0o700) if create else []
+            directory = cls(io, io.open(path, _DIRECTORY_FLAGS), path)
         except (NotADirectoryError, FileExistsError) as error:
             raise RefusedError(f"{path} is not a directory, or a symbolic link: name the directory itself") from error
+        directory._made = made
+        return directory
+
+    def unmake(self) -> None:
+        """Remove what `open_path` made, as far as it is empty."""
+        with suppress(OSError):
+            for path in reversed(self._made):
+                self._io.rmdir(path)
 
     @property
     def io(self) -> Io:
@@ -361,7 +430,7 @@ class Directory:
         This is for the opening, where a refusal costs nothing. What is opened later is checked for its type alone: who
         makes hard links of a store in use, or opens it to others, shall not lose snapshots by it. # I8
         """
-        for path, status in self._io.entries_below(self.fd):
+        for path, status in self.entries_below():
             label = f"{self.label}/{path}"
             if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
                 _check_ours(status, label)
@@ -371,10 +440,33 @@ class Directory:
                     f"that name, and copy a store with cp -a, while it is not mounted"
                 )
 
+    def entries_below(self) -> Iterator[tuple[str, os.stat_result]]:
+        """All that is below: its path from here, and what it is."""
+        return self._io.entries_below(self.fd)
+
     @property
     def is_at_its_path(self) -> bool:
         """Whether the directory is still where it was opened."""
         return self._io.is_at(self.fd, self.label)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it has no name any more."""
+        return self._io.is_removed(self.fd)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its file system takes no writes."""
+        return bool(self._io.fstatvfs(self.fd).f_flag & os.ST_RDONLY)
+
+    def identity(self, name: str) -> tuple[int, int] | None:
+        """Device and inode of what has that name here, None when nothing has."""
+        return self._io.identity(self.fd, name)
+
+    @property
+    def own_identity(self) -> tuple[int, int] | None:
+        """The same of the directory itself."""
+        return self._io.identity(self.fd)
 
     def close_to_others(self) -> None:
         """Make the directory 0700."""
@@ -455,9 +547,18 @@ class Directory:
         stats = self._io.fstatvfs(self.fd)
         return stats.f_blocks * stats.f_frsize
 
+    def free_inodes(self) -> int | None:
+        """How many files the file system can still make for us; None where it does not count them, as btrfs."""
+        stats = self._io.fstatvfs(self.fd)
+        return stats.f_favail if stats.f_files else None
+
+    def allocated(self) -> tuple[int, int]:
+        """What all that is below takes on the file system: bytes, and inodes."""
+        return self._io.allocated(self.fd)
+
     def allocated_bytes(self) -> int:
-        """What all files below take on the file system."""
-        return self._io.allocated_bytes(self.fd)
+        """The bytes of that."""
+        return self.allocated()[0]
 
     def allocated_here(self) -> int:
         """What its entries take on the file system, without what is below them."""
@@ -599,6 +700,8 @@ class OriginDevice(File):
         try:
             fd = io.open_source(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         except OSError as error:
+            if error.errno in unwritable.REFUSALS and not read_only:
+                raise unwritable.refusal(path, error) from error
             if error.errno != errno.EBUSY:
                 raise
             raise RefusedError(
@@ -617,6 +720,14 @@ class OriginDevice(File):
         if geometry.size_bytes == 0:
             io.close(fd)
             raise RefusedError(f"{path} is empty (0 bytes): there is nothing to take a snapshot of")
+        if not read_only:
+            try:
+                io.check_writable(fd)
+            except OSError as error:
+                io.close(fd)
+                if error.errno not in unwritable.REFUSALS:
+                    raise
+                raise unwritable.refusal(path, error) from error
         # After a failed sync, by us or by others before us, the cache may show what the device does not have.
         io.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return cls(io, fd, path, geometry, superblock_of)

@@ -84,6 +84,18 @@ class ReadOnlyError(CowError):
     errno = _errno.EROFS
 
 
+class StoreGoneError(CowError):
+    """The store was removed, moved or made read-only while it is in use."""
+
+    errno = _errno.ESTALE
+
+
+class NoMemoryError(CowError):
+    """There was no memory, or no thread, for what was asked. Nothing was lost."""
+
+    errno = _errno.ENOMEM
+
+
 class DamagedError(CowError):
     """Bytes of the store do not match their checksum, or are missing."""
 

@@ -124,7 +124,7 @@ class Housekeeping:
             try:
                 async with self._files:
                     with self._space.changing_layers():
-                        await self._commits.save(checkpoint)
+                        await self._space.see_through(functools.partial(self._commits.save, checkpoint))
             except BaseException as error:
                 self._checkpoints.insert(0, checkpoint)
                 if (
@@ -185,7 +185,8 @@ class Housekeeping:
         """Fill up the reserve, as far as there is room."""
         if not await trio.to_thread.run_sync(self._space.hold_back):
             self._on_trouble(
-                f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it"
+                f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
+                f"(space, or inodes)"
             )
 
     def close_files(self) -> None:

@@ -120,6 +120,11 @@ class Journal:
         return self._directory.is_in_memory
 
     @property
+    def is_removed(self) -> bool:
+        """Whether somebody removed the present file."""
+        return self._file is not None and self._file.is_removed
+
+    @property
     def is_broken(self) -> bool:
         """Whether an append failed since the last `start_file`, so that recovery may find it or not."""
         return self._broken is not None

@@ -17,14 +17,30 @@ from cow import layermap
 from cow.device import Directory
 from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
-from cow.layerfiles import LayerFiles
+from cow.layerfiles import INODES_OF_A_LAYER, OPEN_FILES_OF_A_LAYER, LayerFiles
 from cow.layermap import BadMapError, LayerMap, MapImage
 from cow.passing import raise_if_passing, stays
 from cow.sums import FILE_NAME as SUMS
 from cow.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
+OTHER_OPEN_FILES = 64  #: of a process, beside those of layers
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
+
+
+def segments_of(chunks: int) -> int:
+    """How many files the data of a device with so many chunks may be in."""
+    return -(-chunks // SEGMENT_CHUNKS)
+
+
+def open_files(chunks: int) -> int:
+    """How many files a layer of such a device has open at most."""
+    return OPEN_FILES_OF_A_LAYER - 1 + segments_of(chunks)
+
+
+def inodes(chunks: int) -> int:
+    """How many inodes a layer of such a device takes at most."""
+    return INODES_OF_A_LAYER - 1 + segments_of(chunks)
 
 
 class Layer:
@@ -253,6 +269,18 @@ class Layer:
         self.sums.write(part.first, self.sums.of_data(part.first, data))
         self.files.note_unsynced(segment)
         return BitMap64()
+
+    def unreadable(self, chunks: BitMap64) -> BitMap64:
+        """Those of `chunks` that cannot be read, without a look at what they are."""
+        bad = BitMap64()
+        for found in runs_of(chunks):
+            for part in pieces(found, 1):
+                segment, place = divmod(part.first, SEGMENT_CHUNKS)
+                try:
+                    self.files.file(segment).pread(CHUNK_BYTES, place * CHUNK_BYTES)
+                except OSError:
+                    bad.add(part.first)
+        return bad
 
     def new_bytes(self, chunks: BitMap64) -> int:
         """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""

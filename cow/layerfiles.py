@@ -4,12 +4,17 @@ Any thread may ask for a file. Pins say on the trio thread how many threads may 
 files until the last of them is done.
 """
 
+import errno
+import os
+import stat
 import threading
 
-from cow.device import Directory, File
+from cow.device import FULL, Directory, File
 from cow.errors import CowError, SyncError
 
 OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more of devices beyond a TiB
+INODES_OF_A_LAYER = OPEN_FILES_OF_A_LAYER + 2  # the same and its map, and for a moment a new one
+NEW_MAP_NAME = "map.new"  # of a map that is not in its place yet
 Key = int | str  # of a file: the number of a segment of the data, or another file's name
 
 
@@ -49,6 +54,8 @@ class LayerFiles:
                         raise
                     self.opened[key] = directory.open(name, create=True)
                     self._entries_unsynced = True
+                    if not isinstance(key, int):
+                        _hold_inode_for_map(directory)
             return self.opened[key]
 
     def directory(self) -> Directory:
@@ -62,6 +69,14 @@ class LayerFiles:
         if self._directory is None:
             self._directory = self._parent.subdirectory(self.name, create=create)
         return self._directory
+
+    @property
+    def are_removed(self) -> bool:
+        """Whether somebody removed the directory or a file of it, of those that are open."""
+        with self._opening:
+            if self._directory is not None and self._directory.is_removed:
+                return True
+            return any(file.is_removed for file in self.opened.values())
 
     def allocated_bytes(self) -> int:
         """What the layer takes in the store. 0 before its first write."""
@@ -133,6 +148,16 @@ class LayerFiles:
                 self._directory = None
 
 
+def _hold_inode_for_map(directory: Directory) -> None:
+    """Make the layer's first map to be, empty, so that it can be saved when there are no inodes left."""
+    if directory.free_inodes() is not None:
+        try:
+            directory.open(NEW_MAP_NAME, create=True).close()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise  # else it is as if others had taken the inode later
+
+
 def remove_layer_directory(layers: Directory, name: str) -> None:
     """Delete a layer's directory and what is in it; a missing one is fine."""
     try:
@@ -145,3 +170,14 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
     finally:
         directory.close()
     layers.rmdir(name)
+
+
+def check_removable(layers: Directory, name: str) -> None:
+    """Raise what `remove_layer_directory` would, as far as that can be seen, and remove nothing."""
+    directory = layers.subdirectory(name)
+    try:
+        below = next((path for path, status in directory.entries_below() if stat.S_ISDIR(status.st_mode)), None)
+    finally:
+        directory.close()
+    if below is not None:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), below)

@@ -9,6 +9,7 @@ from xxhash import xxh3_64_digest
 
 from cow.device import Directory, File
 from cow.errors import CowError, SyncError
+from cow.layerfiles import NEW_MAP_NAME
 
 MAP_MAGIC = b"HCPFSMAP"
 MAP_FORMAT = 2
@@ -52,20 +53,19 @@ def encode(what: LayerMap) -> MapImage:
 
 def replace(directory: Directory, image: MapImage) -> None:
     """Put a new map into the layer's directory, in the place of the old one; durable on return. Raises OSError."""
-    new_name = f"{FILE_NAME}.new"
     with suppress(FileNotFoundError):
-        directory.unlink(new_name)  # from a crash in the middle of the rename it may be the same file as the map
-    file = directory.open(new_name, create=True)
+        directory.unlink(NEW_MAP_NAME)  # from a crash in the middle of the rename it may be the same file as the map
+    file = directory.open(NEW_MAP_NAME, create=True)
     try:
         file.pwrite(image.content, 0)
         file.sync()
     except (OSError, SyncError):
         with suppress(OSError):  # on a full disk its room is needed
-            directory.unlink(new_name)
+            directory.unlink(NEW_MAP_NAME)
         raise
     finally:
         file.close()
-    directory.rename(new_name, FILE_NAME)
+    directory.rename(NEW_MAP_NAME, FILE_NAME)
     directory.sync()
 
 

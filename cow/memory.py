@@ -1,4 +1,4 @@
-"""Memory that a write was received in, which may be kept instead of copied, and given back."""
+"""Memory that a write was received in, which may be kept instead of copied, and given back; and what to say of none."""
 
 from collections.abc import Callable
 
@@ -25,3 +25,21 @@ class Memory:
         self._users -= 1
         if not self._users:
             self._on_free(self)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that this process got no memory, or no thread, which needs some."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
+
+
+def out_of_memory(error: BaseException) -> str:
+    """The same in words."""
+    if isinstance(error, MemoryError):
+        return (
+            "this process got no memory for it, and nothing was lost: raise its limit (ulimit -v, MemoryMax=), or give "
+            "the machine more, and try again"
+        )
+    return (
+        "this process may start no more threads, and nothing was lost: raise its limit (ulimit -u, TasksMax=), and "
+        "try again"
+    )

@@ -5,17 +5,21 @@ before anything is written: a store in use, of a newer format, made for other de
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 
+from cow import trial
 from cow.catalog import FILE_NAME, Catalog, OriginRow
 from cow.clock import after
-from cow.device import SYSTEM, Directory, Io, OriginDevice
-from cow.errors import WAY, CowError, RefusedError, counted, printable
+from cow.device import FULL, SYSTEM, Directory, Io, OriginDevice
+from cow.errors import WAY, CowError, RefusedError, StoreFullError, counted, printable
+from cow.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
+from cow.forecast import check_quota
+from cow.inodes import is_spare
 from cow.journal import is_journal
 from cow.layer import Layer
 from cow.origin import Origin
@@ -23,7 +27,7 @@ from cow.preserver import OnFull
 from cow.recognition import Facts, Verdict, facts_key, gather, judge
 from cow.recovery import open_journal, recover
 from cow.secondplace import open_second_place
-from cow.space import RESERVE_NAME, Space, keep_for_opening, shrink_reserve
+from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, hold_inodes_back, keep_for_opening, let_all_go, let_inodes_go
 from cow.store import TRUSTED, Store
 from cow.superblock import Superblock, SuperblockOf, no_superblock
 
@@ -57,6 +61,7 @@ async def open_store(
     accept_changed: bool = False,
     accept_unchanged: bool = False,
     superblock_of: SuperblockOf = no_superblock,
+    accept_quota: bool = False,
     elsewhere: str | None = None,
     on_trouble: Callable[[str], None] = lambda sentence: None,
     io: Io = SYSTEM,
@@ -73,20 +78,25 @@ async def open_store(
     A device that is not as it was is refused, and nothing recorded, unless `accept_changed`: then its snapshots become
     suspect. With `read_suspect` those can be read. Where no sample differs, and the device was written to all the same,
     `accept_unchanged` says that it has what it had. `superblock_of` reads a device's UUID, for status and sentences.
-    Raises RefusedError, or OSError when something cannot be opened.
+    A quota lower than the last one, so that the next write may cost snapshots, is refused unless `accept_quota`.
+    Raises RefusedError, or OSError when something cannot be opened; a store that was made by it is gone again then, and
+    so it is when the block is left with a RefusedError.
     """
     with ExitStack() as stack:
-        directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=True))
+        new = NewStore()
+        directory, catalog = await trio.to_thread.run_sync(lambda: open_directory(path, io, stack, create=new))
         devices = await trio.to_thread.run_sync(_open_devices, sources, io, read_only, superblock_of, stack)
+        await trio.to_thread.run_sync(_check_limits, directory, sources, devices, new.is_new, read_only)
         rows, was_clean = await trio.to_thread.run_sync(_match, catalog, path, sources, devices)
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
+        check_open_files(layers_directory, (device.size_bytes for device in devices))
         await trio.to_thread.run_sync(layers_directory.sync)  # entries that a killed process made are there to stay
         space = Space(directory, layers_directory, quota_bytes, on_trouble)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         second_place = await trio.to_thread.run_sync(
-            lambda: open_second_place(elsewhere, path, catalog, io, stack, accept_doubt=read_suspect)
+            lambda: open_second_place(elsewhere, path, catalog, io, stack, accept_doubt=read_suspect or accept_changed)
         )
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place.elsewhere)
         recovered.findings += second_place.findings
@@ -99,12 +109,16 @@ async def open_store(
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
         recovered.findings += await _recognise(store, catalog, rows, was_clean, accept_changed, accept_unchanged)
+        await space.count()
+        if not read_only:
+            await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
         await store.housekeeping.hold_back()
         await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
-            yield Opened(store, was_clean, recovered.findings)
+            with new.kept_unless_refused():
+                yield Opened(store, was_clean, [*recovered.dropped, *recovered.strays, *recovered.findings])
             left_behind = await _drain(store)
             nursery.cancel_scope.cancel()
         if left_behind is not None:
@@ -128,24 +142,70 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
     store.load(layers)
 
 
+class NewStore:
+    """A store that this opening makes, if it is one: it does not outlive a refusal."""
+
+    def __init__(self) -> None:
+        self.is_new = False
+        self._keep = False
+
+    @contextmanager
+    def kept_unless_refused(self) -> Iterator[None]:
+        """Around its use."""
+        self._keep = True
+        try:
+            yield
+        except RefusedError:
+            self._keep = False
+            raise
+
+    def take_back(self, directory: Directory) -> None:
+        """Remove what was made, if it shall not be kept. It has no snapshots, and nobody else has it open."""
+        if self._keep or not self.is_new:
+            return
+        with suppress(OSError):
+            names = [name for name in directory.names() if _is_ours(name)]
+            if "layers" in names:
+                directory.rmdir("layers")
+            last = ("lock", FILE_NAME)
+            for name in names:
+                if name != "layers" and name not in last:
+                    directory.unlink(name)
+            directory.sync()  # what belongs to a catalog may not be there without it
+            for name in last:
+                if name in names:
+                    directory.unlink(name)
+        directory.unmake()
+
+
 def open_directory(
-    path: str, io: Io, stack: ExitStack, *, create: bool, repair: bool = False
+    path: str, io: Io, stack: ExitStack, *, create: NewStore | None = None, repair: bool = False
 ) -> tuple[Directory, Catalog]:
-    """Open the store's directory and its catalog, and lock it; made when missing, with `create`.
+    """Open the store's directory and its catalog, and lock it; made when missing, with `create`, which is told so.
 
     What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
     """
-    directory = claim_directory(path, io, create=create)
+    directory = claim_directory(path, io, create=create is not None)
     stack.callback(directory.close)
+    if create is not None:
+        stack.callback(directory.unmake)  # of what is empty
+        create.is_new = not {FILE_NAME, "layers"} & set(directory.names())
+        check_file_system(directory, RESERVE_BYTES, is_new=create.is_new)
     directory.close_to_others()
     try:
         lock = directory.lock("lock")
     except BlockingIOError as error:
         raise RefusedError(f"the store {path} is in use by another hcpfs: unmount that first") from error
     stack.callback(lock.close)
-    if create or repair:
-        shrink_reserve(directory, 0)  # on a full disk the catalog alone needs some of it
-        stack.callback(keep_for_opening, directory)  # also where this one is refused
+    if create is not None:
+        stack.callback(create.take_back, directory)
+    # On a full disk the catalog alone needs some of what is held back. It is again afterwards, also after a refusal.
+    if create is not None or repair:
+        let_all_go(directory)
+        stack.callback(keep_for_opening, directory)
+    else:
+        let_inodes_go(directory)
+        stack.callback(hold_inodes_back, directory)
     catalog = Catalog(directory, repair=repair)
     stack.callback(catalog.close)
     directory.sync()
@@ -158,7 +218,7 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
     Raises RefusedError when it cannot be one, or is not ours alone: others can write it, or it holds other things. Then
     it is as it was: it may be somebody's home, or /etc.
     """
-    directory = Directory.open_path(path, io, create=create)
+    directory = _open_or_make(path, io, create=create)
     try:
         names = directory.names()
         if not create and FILE_NAME not in names:
@@ -172,13 +232,46 @@ def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
             )
         directory.check_ours_below()
     except (OSError, RefusedError):
+        directory.unmake()
         directory.close()
         raise
     return directory
 
 
+def _open_or_make(path: str, io: Io, *, create: bool) -> Directory:
+    try:
+        return Directory.open_path(path, io, create=create)
+    except OSError as error:
+        why = WHY_NOT_MADE.get(error.errno or 0)
+        if error.errno in FULL:
+            raise StoreFullError(
+                f"the store {path} cannot be made: its file system has no room for it, no space or no inodes; make room"
+            ) from error
+        if not create or why is None:
+            raise
+        raise RefusedError(f"the store {path} cannot be made there ({error.strerror}): {why}") from error
+
+
 def _is_ours(name: str) -> bool:
-    return name in ("lock", "layers", RESERVE_NAME) or is_journal(name) or name.startswith((FILE_NAME, "hcpfs.log"))
+    return (
+        name in ("lock", "layers", RESERVE_NAME, trial.NAME)
+        or is_journal(name)
+        or is_spare(name)
+        or name.startswith((FILE_NAME, "hcpfs.log"))
+    )
+
+
+def _check_limits(
+    directory: Directory, sources: Sequence[Source], devices: Sequence[OriginDevice], is_new: bool, read_only: bool
+) -> None:
+    """Refuse what would fail in the middle of a write one day."""
+    if not read_only:
+        check_file_system(directory, largest_file_bytes(device.size_bytes for device in devices), is_new=is_new)
+        check_source_limits(
+            (source.path, device.size_bytes)
+            for source, device in zip(sources, devices, strict=True)
+            if not device.is_block
+        )
 
 
 def _open_devices(

@@ -24,11 +24,12 @@ from pyroaring import BitMap64
 
 from cow.commits import Commits
 from cow.device import FULL
-from cow.errors import CowError, QuotaError, StoreFullError
+from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.holding import holding
 from cow.journal import Kind, Record
 from cow.layer import Layer, pinned
+from cow.memory import is_out_of_memory, out_of_memory
 from cow.offload import is_short, offload
 from cow.sums import SUM_BYTES
 
@@ -132,8 +133,9 @@ class Preserver:
     """Trio thread only. `run` must be running.
 
     `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
-    least wanted snapshot and tells whether there was one. `give_up(snapshots, reason)` gives up those; `on_lost` is
-    told, with a sentence, whose chunks were lost, and `on_rescued` when some were kept after all.
+    least wanted snapshot and tells whether there was one, and `let_inodes_go()` whether inodes were short and some were
+    held back. `give_up(snapshots, reason)` gives up those; `on_lost` is told, with a sentence, whose chunks were lost,
+    and `on_rescued` when some were kept after all.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Preserver:
         on_full: OnFull,
         room: Callable[[int], AbstractAsyncContextManager[None]],
         make_room: Callable[[], Awaitable[bool]],
+        let_inodes_go: Callable[[], Awaitable[bool]],
         give_up: Callable[[Sequence[int], str], Awaitable[None]],
         on_lost: Callable[[Sequence[int], str], None],
         on_rescued: Callable[[], None],
@@ -150,6 +153,7 @@ class Preserver:
         self._on_full = on_full
         self._room = room
         self._make_room = make_room
+        self._let_inodes_go = let_inodes_go
         self._give_up = give_up
         self._on_lost = on_lost
         self._on_rescued = on_rescued
@@ -161,8 +165,8 @@ class Preserver:
         """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
 
         Raises StoreFullError under the policy block-writes, OSError when the device is away, so that it can neither be
-        read nor written, and CowError when the chunks could neither be preserved nor recorded as lost nor the
-        snapshots be given up.
+        read nor written, NoMemoryError where there is none, and CowError when the chunks could neither be preserved nor
+        recorded as lost nor the snapshots be given up.
         """
         while missing := origin.unpreserved(chunks):
             batch = self._next
@@ -173,8 +177,8 @@ class Preserver:
             else:
                 async with holding(self._turn):
                     await self._take_next()
-            if isinstance(batch.error, StoreFullError):
-                raise StoreFullError(str(batch.error)) from batch.error
+            if isinstance(batch.error, (NoMemoryError, StoreFullError)):
+                raise type(batch.error)(str(batch.error)) from batch.error
             if batch.error is not None:
                 raise CowError(
                     f"the old bytes could not be preserved, nor the snapshots that need them be given up "
@@ -228,9 +232,17 @@ class Preserver:
                         del batch.wanted[job.origin]
                 if all(len(job.chunks) < most for job in jobs):
                     return  # that was all; the writers look again
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if most <= FEWEST_CHUNKS:
+                    raise NoMemoryError(f"old bytes are to be kept first: {out_of_memory(error)}") from error
+                most = min(most, max(len(job.chunks) for job in jobs)) // 4
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)
+                elif await self._let_inodes_go():
+                    pass  # it was a file that could not be made, and now it can
                 elif most > FEWEST_CHUNKS:
                     most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
                 else:

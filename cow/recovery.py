@@ -4,6 +4,7 @@ It runs at every opening, before anything else uses the store, and may itself be
 stay until the layers are saved.
 """
 
+import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from cow.errors import CowError, MayPassError, StoreFullError, SyncError
 from cow.geometry import Run, chunks_in, chunks_of
 from cow.journal import Journal, JournalDamagedError, Kind, Record
 from cow.layer import Layer
-from cow.layerfiles import remove_layer_directory
+from cow.layerfiles import check_removable, remove_layer_directory
 from cow.passing import pause, raise_if_passing, stays
 
 _HIGHEST_ID = 1 << 48  # of a layer; whatever names a higher one is damaged
@@ -28,7 +29,9 @@ class Recovered:
     """The layers by id, and sentences on what was found."""
 
     layers: dict[int, Layer]
-    findings: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)  #: what is not right, or was not
+    dropped: list[str] = field(default_factory=list)  #: what was half done at the stop, and is taken back
+    strays: list[str] = field(default_factory=list)  #: what does not belong there and cannot be removed
 
 
 def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
@@ -50,7 +53,7 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
 
 
 def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, elsewhere: Elsewhere | None) -> Recovered:
-    findings = _drop_pending(catalog)
+    dropped, findings = _drop_pending(catalog), []
     if elsewhere is not None:
         findings += _take_over_given_up(catalog, elsewhere)
     chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
@@ -91,15 +94,15 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
         for row in catalog.suspect_snapshots(trusted, doubt, newest):
             layers[row.id] = Layer(layers_directory, row.id, chunks[row.origin])
     findings += _invalidate_unknown(catalog, layers)
-    findings += _forget_dropped(catalog, layers, layers_directory)
+    strays = _forget_dropped(catalog, layers, layers_directory)
     if not _save(layers, catalog, journal, rehashed):
         findings += _invalidate_unknown(catalog, layers)
-        findings += _forget_dropped(catalog, layers, layers_directory)
+        strays = _forget_dropped(catalog, layers, layers_directory)
     catalog.set_setting("journal", 0)
     journal.retire(journal.numbers)  # before there is a new one: on a full disk that has their room
     journal.start_file()
     catalog.set_setting("journal", journal.numbers[-1])
-    return Recovered(layers, findings)
+    return Recovered(layers, findings, dropped, strays)
 
 
 def _rehash(layer: Layer, chunks: BitMap64) -> BitMap64:
@@ -185,7 +188,12 @@ def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
     for row in catalog.snapshots():
         if row.id <= newest:
             catalog.set_state(row.id, State.INVALID, reason)
-    elsewhere.clear()
+    try:
+        elsewhere.clear()
+    except OSError as error:
+        if error.errno not in {errno.EROFS, *FULL}:
+            raise
+        return [f"{reason}; that record cannot be removed ({error}), and says nothing new the next time"]
     return [reason]
 
 
@@ -195,14 +203,31 @@ def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory
     for number in layers.keys() - wanted:
         layers.pop(number).close()
     names = {layer.name for layer in layers.values()}
-    findings = []
+    strays = []
     for name in layers_directory.names():
         if name not in names:
             try:
                 remove_layer_directory(layers_directory, name)
             except (CowError, OSError) as error:
-                findings.append(f"{layers_directory.label}/{name} is needed no more and cannot be removed: {error}")
-    return findings
+                strays.append(_stray(layers_directory, name, error))
+    return strays
+
+
+def _stray(layers_directory: Directory, name: str, error: Exception) -> str:
+    return f"{layers_directory.label}/{name} does not belong there and cannot be removed ({error}): remove it by hand"
+
+
+def strays(catalog: Catalog, layers_directory: Directory) -> list[str]:
+    """What recovery could not remove, without removing anything."""
+    wanted = {f"{row.id:016x}" for row in catalog.layers()}
+    found = []
+    for name in layers_directory.names():
+        if name not in wanted:
+            try:
+                check_removable(layers_directory, name)
+            except (CowError, OSError) as error:
+                found.append(_stray(layers_directory, name, error))
+    return found
 
 
 def open_journal(directory: Directory, catalog: Catalog) -> Journal:

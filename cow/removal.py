@@ -11,7 +11,7 @@ import trio
 
 from cow.catalog import Catalog, State
 from cow.elsewhere import Elsewhere
-from cow.errors import CowError, StoreFullError, printable
+from cow.errors import CowError, printable
 from cow.flatten import Flattener
 from cow.housekeeping import Housekeeping
 from cow.layer import Layer
@@ -129,17 +129,7 @@ class Removal:
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""
-        try:
-            return await trio.to_thread.run_sync(change, *arguments)
-        except StoreFullError:
-            pass
-        with self._space.in_need() as let_go:
-            await trio.to_thread.run_sync(let_go)
-            try:
-                return await trio.to_thread.run_sync(change, *arguments)
-            except StoreFullError:
-                await trio.to_thread.run_sync(let_go)
-            return await trio.to_thread.run_sync(change, *arguments)
+        return await self._space.see_through(lambda: trio.to_thread.run_sync(change, *arguments))
 
     def _heir_of(self, snapshot: Snapshot) -> int | None:
         return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)

@@ -16,6 +16,7 @@ from pyroaring import BitMap64
 from cow.catalog import Catalog, LayerRow, Role, State
 from cow.device import SYSTEM, Directory, Io
 from cow.errors import DamagedError, printable
+from cow.footing import check_open_files
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 from cow.image import Image
 from cow.journal import Journal, JournalDamagedError, Kind, Record
@@ -23,7 +24,7 @@ from cow.layer import Layer, pinned
 from cow.opening import open_directory
 from cow.origin import Origin, drop_shadowed
 from cow.passing import stays
-from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover
+from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover, strays
 from cow.secondplace import look_at_second_place
 from cow.store import Store
 from cow.sums import SUM_BYTES
@@ -158,7 +159,7 @@ def scrub_store(
     Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as a mount does.
     """
     with ExitStack() as stack:
-        directory, catalog = open_directory(path, io, stack, create=False, repair=repair)
+        directory, catalog = open_directory(path, io, stack, repair=repair)
         if catalog.repaired:
             yield Finding(f"{catalog.repaired}; all snapshots were given up", repaired=True)
         yield from (Finding(problem) for problem in catalog.problems())
@@ -169,12 +170,14 @@ def scrub_store(
                 yield Finding(given_up)
         layers_directory = directory.subdirectory("layers")
         stack.callback(layers_directory.close)
+        check_open_files(layers_directory, (origin.size_bytes for origin in catalog.origins()))
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         if repair:
             recovered = recover(catalog, journal, layers_directory, second_place)
             layers = recovered.layers
             yield from (Finding(sentence, repaired=True) for sentence in recovered.findings)
+            yield from (Finding(sentence) for sentence in recovered.strays)
             renewed: dict[int, dict[int, bytes]] = {}
         else:
             layers, renewed, problems = _look(catalog, journal, layers_directory)
@@ -207,7 +210,10 @@ def _look(
         problems.append(f"{error}: which old bytes were kept since the last checkpoint is unknown")
     if beyond := layers_beyond(catalog, newest_layer(layers_directory.names(), recorded)):
         problems.append(beyond)
+    problems += strays(catalog, layers_directory)
     for layer in layers.values():
+        if unreadable := layer.unreadable(layer.intended & layer.held):
+            problems.append(f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more")
         layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
     return layers, renewed, problems
 

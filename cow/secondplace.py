@@ -12,9 +12,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from cow.catalog import Catalog, SnapshotRow, State
-from cow.device import Directory, Io
+from cow.device import FULL, Directory, Io
 from cow.elsewhere import Elsewhere
 from cow.errors import CowError, RefusedError
+from cow.footing import WHY_NOT_MADE
 
 _SETTING = "session"
 
@@ -45,11 +46,23 @@ def open_second_place(
     """
     if path is None:
         return SecondPlace(None)
-    directory = Directory.open_path(path, io, create=True)
+    before = str(catalog.setting(_SETTING) or "")
+    try:
+        directory = Directory.open_path(path, io, create=True)
+    except OSError as error:
+        if error.errno not in FULL | WHY_NOT_MADE.keys():
+            raise
+        if before and catalog.setting("clean") != 1 and _doubtful(catalog) and not accept_doubt:
+            raise RefusedError(
+                f"the store {store_path} was not stopped clean, and whether its snapshots were given up then, as it "
+                f"took no writes, stands in {path}, which cannot be opened ({error.strerror}). Nothing was changed. "
+                f"Have it there, or mount with -o read_suspect: its snapshots become suspect then; new ones do not"
+            ) from error
+        return SecondPlace(None, [_without(path, str(error.strerror))])
     stack.callback(directory.close)
+    stack.callback(directory.unmake)
     directory.check_ours()  # who could write there could give up snapshots, or hide that some were
     elsewhere = Elsewhere(directory, str(catalog.setting("uuid")))
-    before = str(catalog.setting(_SETTING) or "")
     is_known = not before or catalog.setting("clean") == 1 or elsewhere.has_session(before)
     doubt = "" if is_known or _is_beside(store_path, before, elsewhere, io) else _doubt(store_path, catalog, elsewhere)
     if doubt and not accept_doubt:
@@ -69,16 +82,20 @@ def open_second_place(
     except OSError as error:
         if before and is_known and elsewhere.has_session(before):
             return SecondPlace(elsewhere, findings, before)  # which proves as much
-        findings.append(
-            f"{elsewhere.label} takes no writes ({error}): should the store's disk fail, it cannot be recorded there "
-            f"that snapshots are given up, and writers get EIO. Make room there, and mount again"
-        )
+        findings.append(_without(elsewhere.label, str(error.strerror)))
         return SecondPlace(None, findings)
     catalog.set_setting(_SETTING, token)
     if before:
         with suppress(OSError):  # it is needed no more
             elsewhere.end_session(before)
     return SecondPlace(elsewhere, findings, token)
+
+
+def _without(path: str, why: str) -> str:
+    return (
+        f"{path} takes no writes ({why}): should the store's disk take none either some day, it cannot be recorded "
+        f"that its snapshots are given up, and writers to the source get EIO. Have it there, with room, and mount again"
+    )
 
 
 def look_at_second_place(path: str, catalog: Catalog, io: Io, stack: ExitStack) -> tuple[Elsewhere | None, str]:

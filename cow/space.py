@@ -9,6 +9,7 @@ the files beside them (the catalog, the journal, the reserve), and how many laye
 
 A file `reserve` holds space back for what must not fail when the disk is full: recording that a snapshot was given up,
 a journal file, a clean stop. It is let go for those moments only, and a part of it for nothing but the next opening.
+Inodes are counted and held back in the same way (cow/inodes.py).
 """
 
 import threading
@@ -16,12 +17,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TypeVar
 
 import trio
 
 from cow.device import FULL, Directory, File
 from cow.errors import QuotaError, RefusedError, StoreFullError
 from cow.geometry import CHUNK_BYTES
+from cow.inodes import OPENING_SPARES, Inodes, fill_up, let_go
 from cow.journal import FILE_BYTES
 
 RESERVE_NAME = "reserve"
@@ -31,6 +34,7 @@ CATALOG_BYTES = 1 << 20  # that it may grow by between two looks, with its write
 UNPROMISED_BYTES = FILE_BYTES + CATALOG_BYTES  # a journal file may come beside another
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
+MOST_BYTES_OF_A_WRITE = (1 << 20) + (8 << 10)  # a request's old bytes, and their checksums
 MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
 MEASURE_SECONDS = 5.0  # for so long the promises do for the layers, where there is plenty of room
@@ -38,6 +42,11 @@ WARNING_PERCENTS = (80, 90, 95)
 REARM_PERCENT = 10  # below a warning's mark: from there on it is given again; merging layers makes the figure sway
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
+
+_MAKE_INODES = "remove snapshots, or other files on that file system, or have the store on one with more inodes"
+
+
+T = TypeVar("T")
 
 
 class Space:
@@ -64,8 +73,9 @@ class Space:
         self.holding_back = False  #: whether the reserve is filled
         self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
         self._in_need = 0  #: how many need what was let go of it
+        self.inodes = Inodes(directory)
         self._beside_layers = self._count_beside_layers()
-        self._layers, self._in_layers = self._count_layers()
+        self._layers, self._in_layers, self.inodes.in_layers = self._count_layers()
         self._new_layers = 0  #: whose directories came since the layers were measured
         self._measure_from = 0.0  #: until then the layers are not measured anew without need
         self._promised = 0  #: written into the layers since they began to be measured, at most
@@ -94,15 +104,47 @@ class Space:
 
     @property
     def used_percent(self) -> int:
-        """How full it is, at most 100."""
+        """How full it is, at most 100: of its bytes or of its inodes, whichever is more."""
+        return max(self._percent_of_bytes, self.inodes.used_percent)
+
+    @property
+    def _percent_of_bytes(self) -> int:
         return min(100, 100 * self.used_bytes // max(1, self.used_bytes + self.available_bytes))
+
+    @property
+    def _fullness(self) -> str:
+        """What is full, in words."""
+        if self.inodes.used_percent > self._percent_of_bytes:
+            return self.inodes.fullness
+        return f"{self.used_percent} % full ({self.used_bytes} of {self.total_bytes} bytes)"
+
+    @property
+    def _remedy(self) -> str:
+        if self.inodes.used_percent > self._percent_of_bytes:
+            return _MAKE_INODES
+        return "remove snapshots, or mount with a larger quota"
+
+    @property
+    def excess_bytes(self) -> int:
+        """How much is in the way of a first overwrite of the longest request; not more than 0 when nothing is."""
+        quota = self.total_bytes if self.quota_bytes is None else self.quota_bytes
+        return self.used_bytes + MOST_BYTES_OF_A_WRITE + UNPROMISED_BYTES - quota
+
+    @property
+    def has_room_for_a_write(self) -> bool:
+        """Whether the quota has room for that."""
+        return self.excess_bytes <= 0
 
     async def measure(self) -> None:
         """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
+        await self.count()
+        self._warn()
+
+    async def count(self) -> None:
+        """The same without a warning."""
         async with self._measuring:
             await self._look_beside_layers()
             await self._measure_layers()
-        self._warn()
 
     async def keep_up(self) -> None:
         """Count anew what may have changed: the layers where they did, after a while, and when space is scarce."""
@@ -129,7 +171,8 @@ class Space:
         promised = self._promised
         self._measure_from = time.monotonic() + MEASURE_SECONDS  # now, as layers may change while they are counted
         try:
-            self._layers, self._in_layers = await trio.to_thread.run_sync(self._count_layers)
+            counted = await trio.to_thread.run_sync(self._count_layers)
+            self._layers, self._in_layers, self.inodes.in_layers = counted
         except BaseException:
             self._measure_from = 0.0
             raise
@@ -147,11 +190,12 @@ class Space:
             else:
                 reserve = file.allocated_bytes
                 file.close()
+            self.inodes.count_beside_layers()
             return self._directory.allocated_here() + max(0, RESERVE_BYTES - reserve)
 
-    def _count_layers(self) -> tuple[int, int]:
-        """How many layers have a directory, and what they take. Blocks."""
-        return len(self._layers_directory.names()), self._layers_directory.allocated_bytes()
+    def _count_layers(self) -> tuple[int, int, int]:
+        """How many layers have a directory, what they take in bytes, and in inodes. Blocks."""
+        return len(self._layers_directory.names()), *self._layers_directory.allocated()
 
     def _warn(self) -> None:
         percent = self.used_percent
@@ -161,20 +205,20 @@ class Space:
         if reached > self._warned_percent:
             self._warned_percent = reached
             self._on_warning(
-                f"the store {self._directory.label} is {percent} % full ({self.used_bytes} of {self.total_bytes} "
-                f"bytes): remove snapshots, or mount with a larger quota"
+                f"the store {self._directory.label} is {self._fullness}: {self._remedy}{_consequence(percent)}"
             )
 
     async def check_for_snapshot(self) -> None:
         """Raise StoreFullError when the store is too full for one more snapshot."""
-        if self.used_percent >= MOST_PERCENT_FOR_SNAPSHOTS:
+        if self.used_percent >= MOST_PERCENT_FOR_SNAPSHOTS or not self.inodes.has_for_snapshot:
             await self.measure()
         if self.used_percent >= MOST_PERCENT_FOR_SNAPSHOTS:
             raise StoreFullError(
-                f"the store {self._directory.label} is {self.used_percent} % full, and from "
-                f"{MOST_PERCENT_FOR_SNAPSHOTS} % on there are no new snapshots, so that those there are can be kept: "
-                f"remove snapshots, or mount with a larger quota"
+                f"the store {self._directory.label} is {self._fullness}, and from {MOST_PERCENT_FOR_SNAPSHOTS} % on "
+                f"there are no new snapshots, so that those there are can be kept: {self._remedy}"
             )
+        if not self.inodes.has_for_snapshot:
+            raise StoreFullError(f"{self.inodes.too_few}: {_MAKE_INODES}")
 
     def room(self, count: int) -> "Room":
         """Around writing up to `count` bytes: old bytes of the origin.
@@ -208,7 +252,7 @@ class Space:
         if self._plenty < 0 or time.monotonic() >= self._look_again:
             needed = (_PLENTY_CHUNKS + self.waiting_chunks) * MOST_BYTES_PER_CHUNK
             left = self._directory.free_bytes() - (100 - MOST_PERCENT_FOR_WRITES) * self.total_bytes // 100
-            self._plenty = _PLENTY_CHUNKS - chunks if needed <= left else -1
+            self._plenty = _PLENTY_CHUNKS - chunks if needed <= left and not self.inodes.are_short else -1
             self._look_again = time.monotonic() + _PLENTY_SECONDS
         return self._plenty >= 0
 
@@ -234,6 +278,11 @@ class Space:
             raise StoreFullError(
                 f"the disk of the store {self._directory.label} is nearly full, and what is left is for the origin: "
                 f"make room on it, or remove snapshots"
+            )
+        if self.inodes.are_short:
+            raise StoreFullError(
+                f"the file system of the store {self._directory.label} has no inodes left but for the origin's old "
+                f"bytes: remove other files there, or snapshots"
             )
         await self._check_quota(count, MOST_PERCENT_FOR_WRITES)
 
@@ -263,17 +312,49 @@ class Space:
 
         What the next opening needs is kept; half of that goes as well when it is called again.
         """
-        levels = iter((OPENING_BYTES, OPENING_BYTES // 2))
+        levels = iter(((OPENING_BYTES, OPENING_SPARES), (OPENING_BYTES // 2, OPENING_SPARES // 2)))
         self._in_need += 1
         try:
-            yield lambda: self._let_go(next(levels, 0))
+            yield lambda: self._let_go(*next(levels, (0, 0)))
         finally:
             self._in_need -= 1
 
-    def _let_go(self, most_bytes: int) -> None:
+    async def see_through(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Do what must not fail for want of room: if it does, again with a part of what is held back, and with all."""
+        try:
+            return await action()
+        except (OSError, StoreFullError) as error:
+            if not _is_no_room(error):
+                raise
+        with self.in_need() as let_go:
+            for _ in range(2):
+                await trio.to_thread.run_sync(let_go)
+                try:
+                    return await action()
+                except (OSError, StoreFullError) as error:
+                    if not _is_no_room(error):
+                        raise
+            await trio.to_thread.run_sync(let_go)
+            return await action()
+
+    def _let_go(self, most_bytes: int, most_spares: int) -> None:
         with self._reserve:
             self.holding_back = False
             shrink_reserve(self._directory, most_bytes)
+            let_go(self._directory, most_spares)
+
+    async def let_inodes_go(self) -> bool:
+        """Where the file system is short of inodes, give back those that are held back for old bytes.
+
+        Whether there were some. They are not taken again as long as it is.
+        """
+        return await trio.to_thread.run_sync(self._let_inodes_go)
+
+    def _let_inodes_go(self) -> bool:
+        with self._reserve:
+            went = self.inodes.let_go_for_write()
+            self.holding_back &= not went
+            return went
 
     def hold_back(self) -> bool:
         """Fill the reserve up again, as far as there is room; False when that is not enough. Blocks."""
@@ -285,7 +366,37 @@ class Space:
                 self.holding_back = _filled(file, RESERVE_BYTES)
             finally:
                 file.close()
+            self.holding_back &= self.inodes.hold_back()
             return self.holding_back
+
+
+def _is_no_room(error: OSError | StoreFullError) -> bool:
+    return isinstance(error, StoreFullError) or error.errno in FULL
+
+
+def _consequence(percent: int) -> str:
+    if percent >= MOST_PERCENT_FOR_WRITES:
+        return "; until then there are no new ones, those there are take no writes of their own, and some may be lost"
+    return "; until then there are no new ones" if percent >= MOST_PERCENT_FOR_SNAPSHOTS else ""
+
+
+def let_all_go(directory: Directory) -> None:
+    """Give back all that is held back: an opening may need it. Blocks."""
+    shrink_reserve(directory, 0)
+    let_inodes_go(directory)
+
+
+def let_inodes_go(directory: Directory) -> None:
+    """Give back the spare inodes, where the file system is short of them. Blocks."""
+    free = directory.free_inodes()
+    if free is not None and free < 2 * OPENING_SPARES:
+        let_go(directory, 0)
+
+
+def hold_inodes_back(directory: Directory) -> None:
+    """Have inodes for the next opening, as far as there are some. Blocks."""
+    with suppress(OSError):
+        fill_up(directory, OPENING_SPARES, 0)
 
 
 def shrink_reserve(directory: Directory, most_bytes: int) -> None:
@@ -308,6 +419,7 @@ def keep_for_opening(directory: Directory) -> None:
             _filled(file, OPENING_BYTES)
         finally:
             file.close()
+    hold_inodes_back(directory)
 
 
 def _filled(file: File, size: int) -> bool:

@@ -46,10 +46,11 @@ from cow.gate import Gate
 from cow.housekeeping import Housekeeping
 from cow.image import Image
 from cow.journal import Journal
-from cow.layer import Layer
-from cow.layerfiles import OPEN_FILES_OF_A_LAYER
+from cow.layer import OTHER_OPEN_FILES, Layer, inodes, open_files
+from cow.offload import offload
 from cow.origin import Origin, drop_shadowed
 from cow.origins import Origins
+from cow.presence import Presence
 from cow.preserver import OnFull, Preserver, is_full
 from cow.recognition import facts_key, gather
 from cow.removal import Removal
@@ -57,7 +58,6 @@ from cow.snapshot import Snapshot, check_name
 from cow.space import Space
 
 DRAIN_SECONDS = 30.0
-_OTHER_OPEN_FILES = 64
 NO_LAYER = 0  # an id that the catalog never gives
 TRUSTED = (State.VALID, State.DAMAGED)
 
@@ -104,6 +104,7 @@ class Store:
         self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
         self._named: dict[bytes, Snapshot] = {}  #: the same by name
         self._abandoned: set[Snapshot] = set()  #: those of them that could not be taken
+        self.presence = Presence(directory, layers_directory, journal, self._layers.values)
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
         self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
@@ -125,6 +126,7 @@ class Store:
             on_full,
             space.room,
             self._removal.make_room,
+            space.let_inodes_go,
             self._removal.give_up,
             self.damage.lost,
             self.damage.rescued,
@@ -163,6 +165,7 @@ class Store:
             raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
         await self._remove_abandoned()
         self._check_name_is_free(name)
+        await offload(self.presence.check, here=self._layers_directory.is_in_memory)
         await self.space.check_for_snapshot()
         self._check_open_files()
         snapshot: Snapshot | None = None
@@ -213,13 +216,17 @@ class Store:
     def _check_open_files(self) -> None:
         """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        layers = sum(1 for layer in self._layers.values() if layer.held) + 2 * len(self.origins)
-        if limit != resource.RLIM_INFINITY and layers * OPEN_FILES_OF_A_LAYER + _OTHER_OPEN_FILES > limit:
+        needed = self._most_open_files + 2 * sum(open_files(origin.chunks) for origin in self.origins)
+        if limit != resource.RLIM_INFINITY and needed > limit:
             raise StoreFullError(
-                f"{len(self._snapshots)} snapshots have {layers} layers with up to {OPEN_FILES_OF_A_LAYER} open files "
-                f"each, and this process may open {limit} files: rmdir snapshots, or raise its limit (ulimit -n, "
-                f"LimitNOFILE=) and mount again"
+                f"{len(self._snapshots)} snapshots, and one more, may need {needed} open files, and this process may "
+                f"open {limit}: rmdir snapshots, or raise its limit (ulimit -n, LimitNOFILE=) and mount again"
             )
+
+    @property
+    def _most_open_files(self) -> int:
+        """How many files are open when all layers have all theirs."""
+        return OTHER_OPEN_FILES + sum(open_files(layer.chunks) for layer in self._layers.values())
 
     def _check_name_is_free(self, name: bytes) -> None:
         if name in self._named:
@@ -359,6 +366,9 @@ class Store:
                     store_is_in_memory=self._layers_directory.is_in_memory,
                 )
             )
+
+        per_layer = [inodes(origin.chunks) for origin in self.origins]
+        self.space.inodes.expect(2 * sum(per_layer), len(self.origins), lambda: len(self._layers) * max(per_layer))
 
     def load(self, layers: dict[int, Layer]) -> None:
         """Put together the snapshots from what recovery found. Called once, by the opener.

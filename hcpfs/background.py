@@ -1,30 +1,32 @@
 """Running the daemon in the background: the caller waits until the mount is usable, or gets the reason why not.
 
-The daemon is a new process in a session of its own, with nothing of the caller's but a pipe. It writes one line to the
-pipe: `ready`, or the sentence that says why it gave up.
+The daemon is a new process in a session of its own, with nothing of the caller's but a pipe. It writes lines of JSON to
+it: `{"note": sentence}` for what a person must know, and at the end `{"ready": true}` or `{"refused": sentence}`.
 """
 
 import fcntl
+import json
 import logging
 import logging.handlers
 import os
 import queue
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
+from types import TracebackType
+from typing import Self
 
 from cow.device import Directory
 from hcpfs.terminal import plain
 
-READY = "ready"
 LOG_NAME = "hcpfs.log"
 _LOG_BYTES = 1 << 20
 
 
-def run_in_background(arguments: Sequence[str]) -> str | None:
-    """Start `hcpfs ARGUMENTS` as a daemon. None when the mount is usable, else the sentence."""
+def run_in_background(arguments: Sequence[str], on_note: Callable[[str], None]) -> str | None:
+    """Start `hcpfs ARGUMENTS` as a daemon. None when the mount is usable, else the sentence that says why not."""
     reading, writing = os.pipe()
     try:
         subprocess.Popen(
@@ -36,20 +38,59 @@ def run_in_background(arguments: Sequence[str]) -> str | None:
             start_new_session=True,
             cwd="/",
         )
+    except OSError as error:
+        os.close(reading)
+        return f"the daemon cannot be started ({error}): see what this process may use (ulimit -a)"
     finally:
         os.close(writing)
+    return hear(reading, on_note)
+
+
+def hear(reading: int, on_note: Callable[[str], None]) -> str | None:
+    """Listen at the reading end of the pipe until the daemon has answered, and close it.
+
+    Returns as `run_in_background`.
+    """
+    refused: str | None = "the daemon ended without a word; run it with --foreground to see why"
     with os.fdopen(reading, "r", encoding="utf-8", errors="replace") as pipe:
-        answer = pipe.read().strip()
-    if answer == READY:
-        return None
-    return answer or "the daemon ended without a word; run it with --foreground to see why"
+        for line in pipe:
+            said = json.loads(line)
+            if "note" in said:
+                on_note(said["note"])
+            else:
+                refused = said.get("refused")
+    return refused
 
 
-def answer(ready_fd: int | None, sentence: str) -> None:
-    """Tell the caller how the start ended."""
-    if ready_fd is not None:
-        os.write(ready_fd, sentence.encode("utf-8", "backslashreplace"))
-        os.close(ready_fd)
+class Caller:
+    """Who started this process and waits for its answer, at the writing end of the pipe; with None nobody does."""
+
+    def __init__(self, ready_fd: int | None) -> None:
+        self._fd = ready_fd
+
+    def note(self, sentence: str) -> None:
+        """Tell what a person must know of this start; nothing once it is answered."""
+        self._say("note", sentence)
+
+    def ready(self) -> None:
+        """The mount is usable. Once."""
+        self._say("ready", True)
+        self._end()
+
+    def refuse(self, sentence: str) -> None:
+        """There is no mount, and this is why; nothing once it is answered."""
+        self._say("refused", sentence)
+        self._end()
+
+    def _say(self, key: str, value: object) -> None:
+        if self._fd is not None:
+            with suppress(BrokenPipeError):  # who went away while it starts finds it served, or not
+                os.write(self._fd, json.dumps({key: value}).encode() + b"\n")
+
+    def _end(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -82,18 +123,40 @@ class _OneLine(logging.Formatter):
         return plain(super().formatMessage(record))
 
 
-def log_to(store: Directory | None) -> logging.handlers.QueueListener:
-    """Set up logging: to standard error, or to a bounded file in the store (2 MiB at most).
+class Log:
+    """The process's log: to standard error, or to a bounded file in the store (2 MiB at most).
 
-    The records are written by a thread, so that the loop never waits for the log's disk. The directory must stay open.
-    Raises RefusedError when something else than a regular file of ours stands in the log's place.
+    What is said before `begin` is kept for it, and lost when it never comes: where no store is made, no log is left.
+    The records are written by a thread, so that the loop never waits for the log's disk.
     """
-    target: logging.Handler = logging.StreamHandler() if store is None else _LogFile(store)
-    target.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.addHandler(logging.handlers.QueueHandler(waiting))
-    listener = logging.handlers.QueueListener(waiting, target)
-    listener.start()
-    return listener
+
+    def __enter__(self) -> Self:
+        self._waiting: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        self._handler = logging.handlers.QueueHandler(self._waiting)
+        self._listener: logging.handlers.QueueListener | None = None
+        root = logging.getLogger()
+        root.setLevel(logging.INFO)
+        root.addHandler(self._handler)
+        return self
+
+    def begin(self, store: Directory | None) -> None:
+        """Write what there is and what comes; once. The directory must stay open.
+
+        Raises RefusedError when something else than a regular file of ours stands in the log's place.
+        """
+        target: logging.Handler = logging.StreamHandler() if store is None else _LogFile(store)
+        target.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._listener = logging.handlers.QueueListener(self._waiting, target)
+        self._listener.start()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is written somewhere."""
+        return self._listener is not None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        logging.getLogger().removeHandler(self._handler)
+        if self._listener is not None:
+            self._listener.stop()

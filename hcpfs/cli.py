@@ -17,6 +17,7 @@ from rich.progress import DownloadColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from cow.catalog import FILE_NAME
 from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.scrub import Finding, Progress, scrub_store
@@ -140,7 +141,7 @@ def mount(
     if ready_fd is None:
         _tidy(wanted.mountpoint)
     if ready_fd is None and not wanted.foreground:
-        sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)])
+        sentence = background.run_in_background([*wanted.arguments(), *accepting(wanted.accept)], _note)
         if sentence is not None:
             raise _Sentence(sentence)
         return
@@ -157,6 +158,10 @@ def _sentence(error: CowError | OSError) -> str:
 def _tidy(mountpoint: str) -> None:
     with suppress(OSError):  # who may not, or has no such directory, leaves none either
         leftovers.tidy(but=mountpoint)
+
+
+def _note(sentence: str) -> None:
+    terminal.complain(f"note: {sentence}")
 
 
 def _mount_options(
@@ -177,30 +182,38 @@ def _mount_options(
 
 
 def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
-    from hcpfs.mount import check, serve  # the other commands need no pyfuse3, and start faster without it
-
-    ready = [ready_fd]
-
-    def on_ready() -> None:
-        background.answer(ready.pop(), background.READY)
-        ready.append(None)
+    from hcpfs.mount import Start, check, serve  # the other commands need no pyfuse3, and start faster without it
 
     os.umask(0o077)
+    caller = background.Caller(ready_fd)
     with ExitStack() as stack:
+        log = stack.enter_context(background.Log())
+
+        def begin_log() -> None:
+            if not log.has_begun:
+                store = claim_directory(wanted.store_path, create=False)
+                stack.callback(store.close)
+                try:
+                    log.begin(store)
+                except OSError as error:
+                    path = f"{store.label}/{background.LOG_NAME}"
+                    caller.note(f"there is no log, as {path} cannot be opened ({error.strerror})")
+
         try:
+            if wanted.foreground:
+                log.begin(None)
             check(wanted)
-            store = claim_directory(wanted.store_path, create=True)  # no log is left where no store can be
-            stack.callback(store.close)
-            stack.callback(background.log_to(None if wanted.foreground else store).stop)
-            serve(wanted, on_ready, supervisor)
+            if os.path.lexists(os.path.join(wanted.store_path, FILE_NAME)):
+                begin_log()  # else it is left to the opening to make a store, where one can be
+            serve(wanted, Start(caller.ready, caller.note, begin_log), supervisor)
         except (CowError, OSError) as error:
             sentence = _sentence(error)
             logging.getLogger("hcpfs").error("%s", sentence)
-            background.answer(ready[0], sentence)
+            caller.refuse(sentence)
             raise _Sentence(sentence) from error
         except Exception as error:
             logging.getLogger("hcpfs").exception("a defect of hcpfs ended it; please report it")
-            background.answer(ready[0], f"a defect of hcpfs: {error!r}; please report it")
+            caller.refuse(f"a defect of hcpfs: {error!r}; please report it")
             raise
 
 

@@ -10,12 +10,13 @@ import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
-from hcpfs import beneath, ground, loops, mountpoint, readahead, record, stores
+from hcpfs import beneath, ground, loops, mountpoint, notes, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, Accept, MountOptions
@@ -24,6 +25,7 @@ from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
 from hcpfs.superblock import superblock_of
 from hcpfs.supervisor import Supervisor
+from hcpfs.threads import start_threads
 from hcpfs.tree import Tree
 
 _AGAIN_SECONDS = 0.1  # until the service manager is told once more
@@ -31,9 +33,19 @@ _AGAIN_SECONDS = 0.1  # until the service manager is told once more
 log = logging.getLogger("hcpfs")
 
 
-def serve(options: MountOptions, on_ready: Callable[[], None], supervisor: Supervisor) -> None:
+class Start(NamedTuple):
+    """Whom the start of a mount tells what: that it is usable, what a person must know, that there is a store."""
+
+    on_ready: Callable[[], None]
+    on_note: Callable[[str], None]
+    on_open: Callable[[], None]
+
+
+def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
     """Mount and serve; returns after the umount, when all is durable and the devices are released.
 
+    `on_open` is called when there is a store, `on_ready` when the mount is usable; before that, `on_note` gets what a
+    person must know, which is in the log too.
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
     """
     keep_memory()
@@ -43,7 +55,7 @@ def serve(options: MountOptions, on_ready: Callable[[], None], supervisor: Super
     ending = Ending(supervisor, foreground=options.foreground)
 
     try:
-        trio.run(ending.see_to, partial(_serve, options, ending, supervisor, on_ready))
+        trio.run(ending.see_to, partial(_serve, options, ending, supervisor, start))
     except BaseExceptionGroup as group:
         if (rest := group.split((CowError, OSError))[1]) is not None:
             raise rest from group
@@ -56,8 +68,17 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, on_ready: Callable[[], None]) -> None:
-    troubles: list[Callable[[str], None]] = [log.warning]
+async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, start: Start) -> None:
+    start_threads()
+    told = set()
+
+    def note(sentence: str) -> None:
+        log.warning("%s", sentence)
+        if sentence not in told:
+            told.add(sentence)
+            start.on_note(sentence)
+
+    troubles = [note]
     ending.enter("opening the store")
     async with (
         _held(options.sources),
@@ -73,21 +94,32 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
             accept_changed=Accept.CHANGED in options.accept,
             accept_unchanged=Accept.UNCHANGED in options.accept,
             superblock_of=superblock_of,
+            accept_quota=Accept.QUOTA in options.accept,
             elsewhere=STORES,
             on_trouble=lambda sentence: troubles[-1](sentence),
         ) as opened,
     ):
+        start.on_open()
         try:
             stores.remember(options.store_path)
         except OSError as error:
             log.warning("a default store for this disk would be made without a question some day: %s", error)
-        for finding in opened.findings:
-            log.warning("found at the start: %s", finding)
+        for sentences in (opened.findings, notes.of_snapshots(opened.store), notes.of_room(opened.store)):
+            for sentence in sentences:
+                note(sentence)
+        for sentence in notes.of_mount(options):
+            note(sentence)
         inodes: dict[str, int] = {}
         quiescer = Quiescer(options.mountpoint, inodes, freezer, options.freeze_seconds)
         tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access)
         inodes.update(tree.live_inodes())
-        troubles.append(tree.record_trouble)
+
+        def trouble(sentence: str) -> None:
+            tree.record_trouble(sentence)
+            if sentence not in told:
+                start.on_note(sentence)
+
+        troubles.append(trouble)
         session = _mount(Operations(tree, options.access), options)
 
         def terminate_session() -> None:
@@ -100,7 +132,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
                 Mounted(options.mountpoint, _device(options.mountpoint), tree.cached, terminate_session, tree.progress)
             )
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_get_ready, options, quiescer, supervisor, on_ready, ready)
+                nursery.start_soon(_get_ready, options, quiescer, supervisor, note, start.on_ready, ready)
                 await session.serve()
                 nursery.cancel_scope.cancel()
             in_use = any(state.file.startswith(f"{options.mountpoint}/") for state in loops.states())
@@ -186,7 +218,12 @@ def _widen_read_ahead(mountpoint: str) -> None:
 
 
 async def _get_ready(
-    options: MountOptions, quiescer: Quiescer, supervisor: Supervisor, on_ready: Callable[[], None], ready: trio.Event
+    options: MountOptions,
+    quiescer: Quiescer,
+    supervisor: Supervisor,
+    note: Callable[[str], None],
+    on_ready: Callable[[], None],
+    ready: trio.Event,
 ) -> None:
     await quiescer.find()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
@@ -198,7 +235,10 @@ async def _get_ready(
             )
         )
     except OSError as error:
-        log.warning("hcpfs recover will not know how this was mounted: %s", error)
+        note(
+            f"should this daemon die, hcpfs recover will not know how it was mounted, as {record.DIRECTORY} takes no "
+            f"record ({error}): use hcpfs mount --recover with the same arguments then"
+        )
     on_ready()
     ready.set()
     while not supervisor.tell(f"serving {options.mountpoint}; the store is {options.store_path}", READY=1):  # noqa: ASYNC110

@@ -36,6 +36,7 @@ from pyfuse3 import (
 
 from cow.errors import CowError, NotFoundError
 from cow.geometry import covering_bytes
+from cow.memory import is_out_of_memory, out_of_memory
 from hcpfs.handles import NotPermittedError
 from hcpfs.tree import Access, Attributes, Tree
 
@@ -100,6 +101,8 @@ class Operations(pyfuse3.Operations):
             number, sentence = error.errno, str(error)
         elif isinstance(error, OSError):
             number, sentence = error.errno or errno.EIO, f"{request}: {error}"
+        elif is_out_of_memory(error):
+            number, sentence = errno.ENOMEM, f"{request}: {out_of_memory(error)}"
         else:
             # It would end the session and take the origin away from its users.
             log.error("a defect of hcpfs in %s", request, exc_info=error)

@@ -5,9 +5,12 @@ import os
 import resource
 from pathlib import Path
 
+from cow.limits import raise_limit
+
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE_ADJ = -900
+_CAP_IPC_LOCK = 14  # <linux/capability.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 _KEPT_BYTES = 24 << 20  # about one filling of a buffer
 _MOST_HEAP_BYTES = 4 << 20  # of one allocation; a request has 1 MiB
@@ -22,16 +25,16 @@ def harden() -> list[str]:
     as sentences; none of it is needed for correctness, only against deadlock and death when memory is short.
     """
     refused = []
-    if _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0:
-        refused.append(f"lock memory ({os.strerror(ctypes.get_errno())})")
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK):
+        raise_limit(kind)
+    if not lock_memory(_MCL_ONFAULT):
+        refused.append("lock memory (CAP_IPC_LOCK, or ulimit -l unlimited)")
     if _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         refused.append(f"set PR_SET_IO_FLUSHER ({os.strerror(ctypes.get_errno())})")
     try:
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE_ADJ))
     except OSError as error:
         refused.append(f"lower oom_score_adj ({error.strerror})")
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return refused
 
 
@@ -46,6 +49,16 @@ def keep_memory() -> None:
         _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def lock_memory() -> None:
-    """Lock memory where permitted; for the freezer, which must not wait for a disk that it froze."""
-    _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE)
+def lock_memory(flags: int = 0) -> bool:
+    """Lock memory, with more flags of mlockall(2), where that is permitted without a limit. Whether it was.
+
+    With a limit (RLIMIT_MEMLOCK) all memory and threads that come later would be refused as soon as it is reached.
+    """
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY and not _has_capability(_CAP_IPC_LOCK):
+        return False
+    return bool(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | flags) == 0)
+
+
+def _has_capability(number: int) -> bool:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return bool(int(lines["CapEff"], 16) >> number & 1)

@@ -137,7 +137,9 @@ def _clear(trouble: Trouble, wanted: Record, voice: Voice) -> Rebuild:
 def _serve_and_put_back(
     rebuild: Rebuild, wanted: Record, accept: Iterable[Accept], voice: Voice, *, mount_again: bool
 ) -> int:
-    sentence = background.run_in_background([*wanted.arguments, *accepting(accept)])
+    sentence = background.run_in_background(
+        [*wanted.arguments, *accepting(accept)], lambda note: voice.complain(f"note: {note}")
+    )
     if sentence is not None:
         raise RefusedError(
             f"{wanted.mountpoint} is not served again: {sentence}. When that is mended, recover once more"
@@ -161,8 +163,7 @@ def _put_back_when_served(rebuild: Rebuild) -> int:
         os._exit(0)
     os.close(writing)
     try:
-        with os.fdopen(reading, "r", encoding="utf-8", errors="replace") as pipe:
-            if pipe.read().strip() == background.READY:
-                rebuild.put_back(mount_again=True)
+        if background.hear(reading, lambda note: None) is None:  # which are in the log, on the same standard error
+            rebuild.put_back(mount_again=True)
     finally:
         os._exit(0)  # nobody waits for it

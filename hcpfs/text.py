@@ -123,6 +123,8 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("snapshots", len(states)),
     ]
     pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "suspect", "invalid")]
+    if trouble := store.presence.trouble():
+        pairs.append(("store_trouble", trouble))
     for origin in store.origins:
         key = _key(origin.name)
         pairs += [

@@ -85,13 +85,13 @@ def _counted(engine: Engine) -> list[str]:
     """Grows by one each time the layers are measured."""
     found: list[str] = []
     layers = engine.store.space._layers_directory
-    real = layers.allocated_bytes
+    real = layers.allocated
 
-    def allocated_bytes() -> int:
+    def allocated() -> tuple[int, int]:
         found.append("measured")
         return real()
 
-    layers.allocated_bytes = allocated_bytes
+    layers.allocated = allocated
     return found
 
 
@@ -168,15 +168,15 @@ def test_i6_scarce_space_is_measured_each_time(engine: Engine) -> None:
 
 def test_i6_a_count_that_failed_is_made_again(engine: Engine) -> None:
     layers = engine.store.space._layers_directory
-    real = layers.allocated_bytes
+    real = layers.allocated
 
     def fail() -> int:
         raise OSError("a disk that cannot be read")
 
-    layers.allocated_bytes = fail
+    layers.allocated = fail
     with pytest.raises(OSError, match="cannot be read"):
         engine.call(engine.store.space.measure)
-    layers.allocated_bytes = real
+    layers.allocated = real
     counted = _counted(engine)
     engine.call(engine.store.housekeeping.do_all)
     assert len(counted) == 1

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
+from cow.trial import Trial
 from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
 
 STORE, SOURCE, ELSEWHERE, SECOND_SOURCE = "/store", "/disk.img", "/elsewhere", "/second.img"
@@ -226,7 +227,7 @@ class Disk(Io):
 
     def fstatvfs(self, fd: int) -> Any:
         free = max(0, self.capacity_bytes - self._used()) // PAGE
-        return SimpleNamespace(f_bavail=free, f_frsize=PAGE, f_blocks=self.capacity_bytes // PAGE)
+        return SimpleNamespace(f_bavail=free, f_frsize=PAGE, f_blocks=self.capacity_bytes // PAGE, f_files=0, f_flag=0)
 
     def _used(self) -> int:
         return sum(len(one.pages) for one in self._reachable()) * PAGE
@@ -239,13 +240,14 @@ class Disk(Io):
             todo += inode.entries.values()
         return found
 
-    def allocated_bytes(self, fd: int) -> int:
-        below, todo = 0, list(self._descriptors[fd].entries.values())
+    def allocated(self, fd: int) -> tuple[int, int]:
+        below, count, todo = 0, 0, list(self._descriptors[fd].entries.values())
         while todo:
             inode = self._inodes[todo.pop()]
             below += len(inode.pages) * PAGE
+            count += 1
             todo += inode.entries.values()
-        return below
+        return below, count
 
     def allocated_here(self, fd: int) -> int:
         return sum(len(self._inodes[one].pages) * PAGE for one in self._descriptors[fd].entries.values())
@@ -348,7 +350,22 @@ class Disk(Io):
 
     # -- directories ---------------------------------------------------------------------------------------------
 
-    def makedirs(self, path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+    def make_directories(self, path: str, mode: int) -> list[str]:
+        return []
+
+    def try_out(self, directory: int, size_bytes: int) -> Trial:
+        return Trial()
+
+    def file_system(self, fd: int) -> str:
+        return "one in memory"
+
+    def identity(self, fd: int, name: str = "") -> tuple[int, int]:
+        return 0, 0
+
+    def is_removed(self, fd: int) -> bool:
+        return False
+
+    def check_writable(self, fd: int) -> None:
         pass
 
     def listdir(self, fd: int) -> list[str]:
