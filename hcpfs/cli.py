@@ -121,7 +121,7 @@ def mount(
         wanted.accept |= {Accept(word) for word in accept}
         unprivileged.check(wanted)
         for note in stores.check_no_other(wanted) if ready_fd is None else ():
-            terminal.complain(f"note: {note}")
+            _note(note)
     except (UsageError, CowError) as error:
         raise _Sentence(str(error)) from error
     if fake:

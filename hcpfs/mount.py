@@ -103,7 +103,10 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
         try:
             stores.remember(options.store_path)
         except OSError as error:
-            log.warning("a default store for this disk would be made without a question some day: %s", error)
+            note(
+                f"a second store for this disk might be made some day without a question, as {STORES} takes no link to "
+                f"this one ({error.strerror})"
+            )
         for sentences in (opened.findings, notes.of_snapshots(opened.store), notes.of_room(opened.store)):
             for sentence in sentences:
                 note(sentence)
