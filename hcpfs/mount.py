@@ -17,6 +17,7 @@ import trio
 from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, loops, readahead, record
+from hcpfs.live import LiveImages
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, MountOptions
 from hcpfs.process import harden, keep_memory
@@ -66,10 +67,9 @@ async def _serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
     ):
         for finding in opened.findings:
             log.warning("found at the start: %s", finding)
-        inodes: dict[str, int] = {}
-        quiescer = Quiescer(options.mountpoint, inodes, freezer, options.freeze_seconds)
-        tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access)
-        inodes.update(tree.live_inodes())
+        live = LiveImages(opened.store.origins)
+        quiescer = Quiescer(options.mountpoint, live, freezer, options.freeze_seconds)
+        tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access, live)
         troubles.append(tree.record_trouble)
         session = _mount(Operations(tree, options.access), options)
         try:
@@ -129,7 +129,7 @@ def _widen_read_ahead(mountpoint: str) -> None:
 
 
 async def _get_ready(options: MountOptions, quiescer: Quiescer, on_ready: Callable[[], None]) -> None:
-    await quiescer.find()  # goes through the mount, so it is usable
+    await quiescer.write_back()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
         record.write(record.of_this_process(options.mountpoint, options.arguments(), options.image_names))

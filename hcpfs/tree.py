@@ -26,12 +26,12 @@ from cow.origin import Origin
 from cow.scrub import Finding, OpenScrub
 from cow.snapshot import Snapshot
 from cow.store import Quiesce
+from hcpfs.live import FIRST_INODE, LiveImages
 from hcpfs.text import LastError, info, lost, status
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
 _SCRUBS = {b".verify": 5, b".repair": 6}  # not listed, so that nobody who reads the whole tree starts one
 _SCRUB_LINE_SECONDS = 0.3
-_FIRST_LIVE_IMAGE = 16
 _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
 _INFO, _LOST = 1, 2
 _FIRST_IMAGE = 16
@@ -184,8 +184,9 @@ class Opening(NamedTuple):
 class Tree:
     """The file system over an open store. Trio thread only; raises CowError and OSError."""
 
-    def __init__(self, opened: Opened, mountpoint: str, quiesce: Quiesce, access: Access) -> None:
+    def __init__(self, opened: Opened, mountpoint: str, quiesce: Quiesce, access: Access, live: LiveImages) -> None:
         self.store = opened.store
+        self._live = live
         self._opened = opened
         self._mountpoint = mountpoint
         self._quiesce = quiesce
@@ -198,13 +199,6 @@ class Tree:
 
     # -- names and attributes ------------------------------------------------------------------------------------
 
-    def live_inodes(self) -> dict[str, int]:
-        """The live images: path below the mount point, and inode."""
-        return {
-            f"live/{os.fsdecode(origin.name)}": _FIRST_LIVE_IMAGE + place
-            for place, origin in enumerate(self.store.origins)
-        }
-
     def entries(self, inode: int) -> Iterator[Entry]:
         """The entries of a directory in the order of their cookies."""
         yield Entry(b".", inode, 1)
@@ -213,7 +207,7 @@ class Tree:
         if inode == ROOT:
             named = [(b"live", LIVE), (b"snaps", SNAPS), (b"status", STATUS)]
         elif inode == LIVE:
-            named = [(origin.name, _FIRST_LIVE_IMAGE + place) for place, origin in enumerate(self.store.origins)]
+            named = [(origin.name, FIRST_INODE + place) for place, origin in enumerate(self.store.origins)]
         elif inode == SNAPS:
             for one in self.store.snapshots:
                 yield Entry(one.name, one.id << _SNAPSHOT_SHIFT, 2 + one.id)
@@ -280,7 +274,7 @@ class Tree:
         return self.store.by_id(inode >> _SNAPSHOT_SHIFT)
 
     def _origin(self, inode: int) -> Origin:
-        place = inode - _FIRST_LIVE_IMAGE
+        place = inode - FIRST_INODE
         if not 0 <= place < len(self.store.origins):
             raise NotFoundError("no such file or directory")
         return self.store.origins[place]
@@ -349,6 +343,7 @@ class Tree:
         number = self._next_handle
         self._next_handle += 1
         self.handles[number] = handle
+        self._live.opened(number, inode, flags)
         if isinstance(handle, Image):
             handle.opened += 1
         return Opening(number, isinstance(handle, _ReadOnly))
@@ -373,6 +368,7 @@ class Tree:
     def close(self, number: int) -> None:
         """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
         handle = self.handles.pop(number)
+        self._live.closed(number)
         if isinstance(handle, Image):
             handle.opened -= 1
             self._released.set()
