@@ -111,6 +111,11 @@ class Freezer:
                 within = "before hcpfs was stopped" if self._given_up else f"within {WRITE_BACK_SECONDS:g} s"
                 raise _NoAnswerError(f"no answer {within}") from error
 
+    def give_up(self) -> None:
+        """The mount will answer nobody any more, and so the process neither: nothing is asked from now on."""
+        self._given_up = True
+        self._asking.cancel()
+
     @asynccontextmanager
     async def frozen(
         self, targets: Sequence[Target], seconds: float, wanted: Wanted | None = None

@@ -58,8 +58,8 @@ class Target(NamedTuple):
     @classmethod
     def from_json(cls, values: list[Any]) -> "Target":
         """Back from the list that JSON makes of it."""
-        *rest, places = values
-        return cls(*rest, [Place(*place) for place in places])
+        name, device, filesystem, fsid, places = values
+        return cls(name, device, filesystem, fsid, [Place(*place) for place in places])
 
     @property
     def words(self) -> str:
