@@ -1,6 +1,6 @@
 """Quiescing: what is done on the outside so that an image needs no journal recovery, and the evidence of it.
 
-Before the engine holds writes: have the kernel write back what it caches of `live/` and of the block devices on it, find
+Before the engine holds writes: have the kernel write back what it caches of `live/` and of what is on it, find
 out who uses it, and freeze the file systems, which makes them write out and pause. After the hold they are thawed, in
 every outcome (see hcpfs/freezer.py). A failure here never fails the snapshot: it is then crash-consistent, as after a
 power cut, and its `info` says so and why.
@@ -120,7 +120,7 @@ class Freezer:
     async def frozen(
         self, targets: Sequence[Target], seconds: float, wanted: Wanted | None = None
     ) -> AsyncIterator[dict[str, Any]]:
-        """Freeze the file systems around the block, for at most `seconds`, and look for programs that have `wanted` open.
+        """Freeze the file systems around the block, for at most `seconds`; meanwhile look for programs with `wanted`.
 
         Yields the freezer's answer. After the block its `late` says, in a sentence, when it may have ended before, and
         `writers` and `unseen` what was found. When the answer does not come in time nothing counts as frozen, and

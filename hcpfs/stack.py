@@ -1,4 +1,4 @@
-"""What is built on the live images: loop devices, their partitions, what stands on those, loop devices on files in there.
+"""What is built on the live images: loop devices, their partitions, and what stands on those.
 
 A level for each device: the writes of a device of one level go to devices of lower ones. So caches are flushed, and
 file systems frozen, from the highest level down. Reads /sys only, and flushes through the devices: freezer process.

@@ -1,9 +1,9 @@
 """Programs that have our images or what is built on them open for writing, and whether there can be others.
 
-Of block devices the kernel does not count who has them open, so all processes are looked at: their descriptors, and when
-asked for, what they have mapped of files that are closed. That takes some 5 us a descriptor. Asks no file system.
+Of block devices the kernel does not count who has them open, so all processes are looked at: their descriptors, and
+when asked for, what they have mapped of files that are closed. That takes some 5 us a descriptor. Asks no file system.
 
-As in hcpfs/users.py, descriptors in flight over a socket or registered with an io_uring alone, and tables of descriptors
+As in hcpfs/users.py, descriptors in flight over a socket or registered with an io_uring alone, and descriptor tables
 that single threads have for themselves, do not show.
 """
 
