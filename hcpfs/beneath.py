@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64_BYTES = 232
+_LOOP_INFO64 = struct.Struct("QQQ 28x I")  # its beginning: device and inode of the file, device that it is, flags
+_LOOP_READ_ONLY = 1
 _MOST_LINKS = 40  # as in the kernel
 _MOST_TRIES = 8  # processes of one namespace that may be gone before its mounts are read
 FILESYSTEM_TYPE = "fuse.hcpfs"
@@ -44,12 +46,17 @@ class Mount(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop device and the file it shows."""
+    """A loop device and the file it shows.
+
+    `backing_block` is the number of the block device that the file is, or 0; `read_only` tells how the file was opened.
+    """
 
     path: str
     device: int
     backing_device: int
     backing_inode: int
+    backing_block: int = 0
+    read_only: bool = False
 
 
 def mounts() -> list[Mount]:
@@ -170,8 +177,8 @@ def loops() -> Iterator[Loop]:
             continue
         finally:
             os.close(fd)
-        backing_device, backing_inode = struct.unpack_from("QQ", status)
-        yield Loop(path, number, backing_device, backing_inode)
+        backing_device, backing_inode, backing_block, flags = _LOOP_INFO64.unpack_from(status)
+        yield Loop(path, number, backing_device, backing_inode, backing_block, bool(flags & _LOOP_READ_ONLY))
 
 
 def _sysfs(device: int) -> Path:

@@ -8,14 +8,18 @@ It also does whatever else goes through the daemon's own mount. A thread of the 
 daemon cannot be killed and keeps /dev/fuse open, so after a kill -9 the mount would hang for ever; here the wait ends
 with ENOTCONN.
 
-One request a line on standard input, one answer a line on standard output, both JSON:
+One request a line on standard input, one answer a line on standard output, both JSON. IMAGES are the live images, as
+inodes by their paths below the mount point; a TARGET is a hcpfs.reaching.Target:
 
-    {"find": {IMAGE: INODE, ...}, "mountpoint": PATH}  ->  {"mounted": [PATH, ...], "notes": [SENTENCE, ...]}
-        has cached writes to the images (paths below the mount point) written back, and finds the file systems that are
-        mounted from loop devices on them
-    {"freeze": [PATH, ...], "seconds": N}  ->  {"frozen": [PATH, ...], "refused": {PATH: REASON, ...}}
-    {"rescue": [PATH, ...]}                ->  {"thawed": N, "late": false}    after the death of a freezer before
-    {"thaw": true}                         ->  {"thawed": N, "late": BOOL}     late: the time was over before
+    {"write_back": IMAGES, "mountpoint": PATH}  ->  {"notes": [SENTENCE, ...]}
+        has cached writes to the images, and to the block devices on them, written back
+    {"look": IMAGES, "mountpoint": PATH, "writable": {IMAGE: COUNT}}  ->  a hcpfs.usage.Usage
+    {"freeze": [TARGET, ...], "seconds": N, "wanted": WANTED}
+            ->  {"frozen": {NAME: PLACE, ...}, "refused": {NAME: REASON, ...}}
+        from the first to the last; meanwhile looks for the programs that have WANTED (see hcpfs.writers; or null) open
+    {"rescue": [TARGET, ...]}  ->  {"thawed": N}    after the death of a freezer before
+    {"thaw": true}  ->  {"thawed": N, "late": BOOL, "writers": [SENTENCE, ...], "unseen": [SENTENCE, ...]}
+        late: the time was over before; the sentences: what was looked for
 """
 
 import errno
@@ -29,8 +33,10 @@ import time
 from types import FrameType
 from typing import Any
 
-from hcpfs import beneath
+from hcpfs import usage
 from hcpfs.process import lock_memory
+from hcpfs.reaching import Target, open_target
+from hcpfs.writers import Found, Search, Wanted
 
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
@@ -42,28 +48,28 @@ class _Frozen:
     def __init__(self) -> None:
         self.descriptors: list[int] = []
 
-    def freeze(self, paths: list[str]) -> dict[str, Any]:
-        frozen, refused = [], {}
-        for path in paths:
+    def freeze(self, targets: list[Target]) -> dict[str, Any]:
+        frozen, refused = {}, {}
+        for target in targets:
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fd, place = open_target(target)
             except OSError as error:
-                refused[path] = str(error.strerror)
+                refused[target.name] = str(error.strerror)
                 continue
             try:
                 fcntl.ioctl(fd, _FIFREEZE, 0)
             except OSError as error:
                 os.close(fd)
-                refused[path] = "somebody else froze it" if error.errno == errno.EBUSY else str(error.strerror)
+                refused[target.name] = "somebody else froze it" if error.errno == errno.EBUSY else str(error.strerror)
                 continue
             self.descriptors.append(fd)
-            frozen.append(path)
+            frozen[target.name] = place
         return {"frozen": frozen, "refused": refused}
 
     def thaw(self) -> int:
         thawed = 0
         while self.descriptors:
-            fd = self.descriptors.pop()
+            fd = self.descriptors.pop()  # the last one first: the others may stand on it
             try:
                 fcntl.ioctl(fd, _FITHAW, 0)
                 thawed += 1
@@ -74,12 +80,12 @@ class _Frozen:
         return thawed
 
 
-def _rescue(paths: list[str]) -> int:
+def _rescue(targets: list[Target]) -> int:
     """Thaw what a freezer froze that died of a SIGKILL: the freeze outlives it."""
     thawed = 0
-    for path in paths:
+    for target in reversed(targets):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd, _ = open_target(target)
             try:
                 fcntl.ioctl(fd, _FITHAW, 0)
                 thawed += 1
@@ -90,11 +96,11 @@ def _rescue(paths: list[str]) -> int:
     return thawed
 
 
-def _find(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
-    own = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
-    if not own or own[-1].filesystem != beneath.FILESYSTEM_TYPE:
-        return {"mounted": [], "notes": [f"{mountpoint} does not show this mount any more"]}
-    notes = []
+def _write_back(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
+    mount = usage.own_mount(mountpoint)
+    if mount is None:
+        return {"notes": []}  # `look` says it
+    notes = usage.stack_on(mount, inodes).write_back()
     for path in inodes:
         try:
             fd = os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -104,10 +110,7 @@ def _find(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
                 os.close(fd)
         except OSError as error:
             notes.append(f"cached writes to {path} were not written back: {error.strerror}")
-    mounted: list[str] = []
-    for loop in beneath.loops_on(own[-1].device, set(inodes.values())):
-        mounted += [path for path in beneath.mountpoints_of(loop.device) if path not in mounted]
-    return {"mounted": mounted, "notes": notes}
+    return {"notes": notes}
 
 
 def _lines(deadline: float | None) -> str | None:
@@ -129,12 +132,17 @@ def _stop(signal_number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def _targets(values: list[Any]) -> list[Target]:
+    return [Target.from_json(value) for value in values]
+
+
 def main() -> None:
     """Serve until the pipe breaks or a SIGTERM comes; nothing stays frozen."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock_memory()
     frozen = _Frozen()
+    search: Search | None = None
     deadline: float | None = None
     late = False
     try:
@@ -144,21 +152,27 @@ def main() -> None:
                 deadline, late = None, True
                 continue
             request = json.loads(line)
-            if "find" in request:
-                _answer(_find(request["mountpoint"], request["find"]))
+            if "write_back" in request:
+                _answer(_write_back(request["mountpoint"], request["write_back"]))
+            elif "look" in request:
+                _answer(vars(usage.look(request["mountpoint"], request["look"], request["writable"])))
             elif "rescue" in request:
-                _answer({"thawed": _rescue(request["rescue"]), "late": False})
+                _answer({"thawed": _rescue(_targets(request["rescue"]))})
             elif "freeze" in request:
                 late = False
                 deadline = time.monotonic() + request["seconds"]
-                reply = frozen.freeze(request["freeze"])
+                search = Search(Wanted(*request["wanted"])) if request["wanted"] else None
+                reply = frozen.freeze(_targets(request["freeze"]))
                 if time.monotonic() >= deadline:
                     frozen.thaw()
                     deadline, late = None, True
                 _answer(reply)
             else:
-                _answer({"thawed": frozen.thaw(), "late": late})
+                thawed = frozen.thaw()
                 deadline = None
+                found = search.found() if search else Found([], [])
+                _answer({"thawed": thawed, "late": late, **found._asdict()})
+                search = None
     finally:
         frozen.thaw()
 

@@ -18,6 +18,7 @@ from cow import Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, ground, loops, mountpoint, notes, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
+from hcpfs.live import LiveImages
 from hcpfs.operations import Operations
 from hcpfs.options import STORES, Accept, MountOptions
 from hcpfs.process import harden, keep_memory
@@ -112,10 +113,9 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
                 note(sentence)
         for sentence in notes.of_mount(options):
             note(sentence)
-        inodes: dict[str, int] = {}
-        quiescer = Quiescer(options.mountpoint, inodes, freezer, options.freeze_seconds)
-        tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access)
-        inodes.update(tree.live_inodes())
+        live = LiveImages(opened.store.origins)
+        quiescer = Quiescer(options.mountpoint, live, freezer, options.freeze_seconds)
+        tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access, live)
 
         def trouble(sentence: str) -> None:
             tree.record_trouble(sentence)
@@ -228,7 +228,7 @@ async def _get_ready(
     on_ready: Callable[[], None],
     ready: trio.Event,
 ) -> None:
-    await quiescer.find()  # goes through the mount, so it is usable
+    await quiescer.write_back()  # goes through the mount, so it is usable
     _widen_read_ahead(options.mountpoint)
     try:
         paths = [source.path for source in options.sources]

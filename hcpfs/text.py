@@ -1,6 +1,7 @@
 """The files `status` and `info`: `key value` lines, flat-keyed as in cgroup v2. Pure functions of what is there."""
 
 import errno
+import json
 import os
 import re
 import time
@@ -58,6 +59,14 @@ def _key(name: bytes) -> str:
     return printable(name).replace(" ", "\\040").replace("\n", "\\n")
 
 
+def _frozen(value: str) -> list[str]:
+    """The places of the file systems that were frozen: a list in JSON; before that, paths between spaces."""
+    if not value.startswith("["):
+        return [path.replace("\\040", " ") for path in value.split(" ")]
+    places: list[str] = json.loads(value)
+    return places
+
+
 def info(snapshot: Snapshot) -> bytes:
     """The text of a snapshot's `info`."""
     row = snapshot.row
@@ -71,7 +80,8 @@ def info(snapshot: Snapshot) -> bytes:
         ("preserved_bytes", sum(image.preserved_bytes for image in snapshot.images)),
         ("written_bytes", sum(image.written_bytes for image in snapshot.images)),
     ]
-    pairs += row.evidence.items()
+    for key, value in row.evidence.items():
+        pairs += [(key, one) for one in (_frozen(value) if key == "frozen" else [value])]
     for image in snapshot.images:
         key = _key(image.origin.name)
         pairs += [

@@ -28,13 +28,13 @@ from cow.snapshot import Snapshot
 from cow.store import Quiesce
 from hcpfs import busy
 from hcpfs.handles import READ_ONLY_TEXT, Handle, NotPermittedError, ReadOnly, Scrub, Text
+from hcpfs.live import FIRST_INODE, LiveImages
 from hcpfs.openfiles import OpenFiles, TextTimes
 from hcpfs.text import LastError, info, listed, lost, status
 from hcpfs.truncating import Truncating
 
 ROOT, LIVE, SNAPS, STATUS = 1, 2, 3, 4
 _SCRUBS = {b".verify": 5, b".repair": 6}  # not listed, so that nobody who reads the whole tree starts one
-_FIRST_LIVE_IMAGE = 16
 _SNAPSHOT_SHIFT = 20  # an inode is (snapshot id << 20) + place, and a snapshot's directory has place 0
 _INFO, _LOST = 1, 2
 _FIRST_IMAGE = 16
@@ -102,8 +102,9 @@ def _blocks(allocated_bytes: int) -> int:
 class Tree:
     """The file system over an open store. Trio thread only; raises CowError and OSError."""
 
-    def __init__(self, opened: Opened, mountpoint: str, quiesce: Quiesce, access: Access) -> None:
+    def __init__(self, opened: Opened, mountpoint: str, quiesce: Quiesce, access: Access, live: LiveImages) -> None:
         self.store = opened.store
+        self._live = live
         self._opened = opened
         self._mountpoint = mountpoint
         self._quiesce = quiesce
@@ -120,13 +121,6 @@ class Tree:
 
     # -- names and attributes ------------------------------------------------------------------------------------
 
-    def live_inodes(self) -> dict[str, int]:
-        """The live images: path below the mount point, and inode."""
-        return {
-            f"live/{os.fsdecode(origin.name)}": _FIRST_LIVE_IMAGE + place
-            for place, origin in enumerate(self.store.origins)
-        }
-
     def cached(self) -> list[str]:
         """The images of which the kernel may cache what was written: the live ones, and those that are open."""
         opened = [
@@ -135,7 +129,7 @@ class Tree:
             for image in snapshot.images
             if image.opened
         ]
-        return [*self.live_inodes(), *opened]
+        return [*self._live.inodes, *opened]
 
     def progress(self) -> object:
         """Another value as long as what was acknowledged is on its way to the disks."""
@@ -149,7 +143,7 @@ class Tree:
         if inode == ROOT:
             named = [(b"live", LIVE), (b"snaps", SNAPS), (b"status", STATUS)]
         elif inode == LIVE:
-            named = [(origin.name, _FIRST_LIVE_IMAGE + place) for place, origin in enumerate(self.store.origins)]
+            named = [(origin.name, FIRST_INODE + place) for place, origin in enumerate(self.store.origins)]
         elif inode == SNAPS:
             for one in self.store.snapshots:
                 yield Entry(one.name, one.id << _SNAPSHOT_SHIFT, 2 + one.id)
@@ -242,7 +236,7 @@ class Tree:
         return self.store.by_id(inode >> _SNAPSHOT_SHIFT)
 
     def _origin(self, inode: int) -> Origin:
-        place = inode - _FIRST_LIVE_IMAGE
+        place = inode - FIRST_INODE
         if not 0 <= place < len(self.store.origins):
             raise NotFoundError("no such file or directory")
         return self.store.origins[place]
@@ -335,6 +329,7 @@ class Tree:
         if isinstance(handle, ReadOnly) and writable:
             raise NotPermittedError(READ_ONLY_TEXT)
         number = self._open.add(inode, handle, process, writable=writable)
+        self._live.opened(number, inode, flags)
         if isinstance(handle, Image):
             handle.opened += 1
         return Opening(number, isinstance(handle, ReadOnly))
@@ -359,6 +354,7 @@ class Tree:
     def close(self, number: int) -> None:
         """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
         handle = self._open.remove(number)
+        self._live.closed(number)
         if isinstance(handle, Truncating):
             handle = handle.image
         if isinstance(handle, Image):

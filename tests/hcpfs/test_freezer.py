@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.sandbox import Sandbox, run, wait_until
+from tests.support.targets import name_at, target_at
 
 
 class Helper:
@@ -25,7 +26,7 @@ class Helper:
         return json.loads(self.process.stdout.readline())
 
     def freeze(self, seconds: float = 60) -> dict:
-        return self.ask(freeze=[str(self.files)], seconds=seconds)
+        return self.ask(freeze=[target_at(self.files)], seconds=seconds, wanted=None)
 
     def writer(self) -> subprocess.Popen:
         return self.sandbox.spawn("touch", self.files / "probe")
@@ -49,10 +50,10 @@ def helper(sandbox: Sandbox) -> Iterator[Helper]:
 
 
 def test_thaws_when_told(helper: Helper) -> None:
-    assert helper.freeze() == {"frozen": [str(helper.files)], "refused": {}}
+    assert helper.freeze() == {"frozen": {name_at(helper.files): str(helper.files)}, "refused": {}}
     writer = helper.writer()
     wait_until(lambda: helper.writer_is_stuck(writer), what="the freeze")
-    assert helper.ask(thaw=True) == {"thawed": 1, "late": False}
+    assert helper.ask(thaw=True) == {"thawed": 1, "late": False, "writers": [], "unseen": []}
     assert writer.wait() == 0
 
 
@@ -74,7 +75,7 @@ def test_thaws_when_it_ends(helper: Helper, end: Callable[[subprocess.Popen], No
 
 def test_thaws_without_a_word_when_nobody_reads_its_answer(sandbox: Sandbox) -> None:
     """As when the daemon is killed during a mkdir."""
-    asked = json.dumps({"freeze": [], "seconds": 60})
+    asked = json.dumps({"freeze": [], "seconds": 60, "wanted": None})
     with subprocess.Popen(
         [sys.executable, "-m", "hcpfs.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
@@ -87,14 +88,14 @@ def test_thaws_without_a_word_when_nobody_reads_its_answer(sandbox: Sandbox) -> 
 def test_thaws_when_the_time_is_over_and_says_so(helper: Helper) -> None:
     helper.freeze(seconds=0.2)
     assert helper.writer().wait() == 0
-    assert helper.ask(thaw=True) == {"thawed": 0, "late": True}
+    assert helper.ask(thaw=True) == {"thawed": 0, "late": True, "writers": [], "unseen": []}
 
 
 def test_respects_the_freeze_of_somebody_else(helper: Helper) -> None:
     run("fsfreeze", "-f", helper.files)
     try:
-        assert helper.freeze() == {"frozen": [], "refused": {str(helper.files): "somebody else froze it"}}
-        assert helper.ask(thaw=True) == {"thawed": 0, "late": False}
+        assert helper.freeze() == {"frozen": {}, "refused": {name_at(helper.files): "somebody else froze it"}}
+        assert helper.ask(thaw=True) == {"thawed": 0, "late": False, "writers": [], "unseen": []}
         writer = helper.writer()
         wait_until(lambda: helper.writer_is_stuck(writer), what="the writer to be stuck still")
     finally:
@@ -103,5 +104,6 @@ def test_respects_the_freeze_of_somebody_else(helper: Helper) -> None:
 
 
 def test_says_what_cannot_be_frozen(helper: Helper) -> None:
-    answer = helper.ask(freeze=[str(helper.files / "missing")], seconds=5)
-    assert answer == {"frozen": [], "refused": {str(helper.files / "missing"): "No such file or directory"}}
+    target = target_at(helper.files)._replace(filesystem="vfat", places=[])
+    answer = helper.ask(freeze=[target], seconds=5, wanted=None)
+    assert answer == {"frozen": {}, "refused": {target.name: "vfat can only be reached where it is mounted"}}

@@ -9,6 +9,7 @@ import trio
 
 from hcpfs.quiesce import Freezer
 from tests.support.sandbox import Sandbox
+from tests.support.targets import target_at
 
 SECONDS = 5
 
@@ -27,8 +28,8 @@ def test_a_file_system_is_thawed_although_its_freezer_was_killed(sandbox: Sandbo
         freezer = Freezer()
         await freezer.start()
         with trio.fail_after(10 * SECONDS):
-            async with freezer.frozen([str(files)], SECONDS) as answer:
-                assert answer["frozen"] == [str(files)]
+            async with freezer.frozen([target_at(files)], SECONDS) as answer:
+                assert list(answer["frozen"].values()) == [str(files)]
                 assert freezer._process is not None
                 os.kill(freezer._process.pid, signal.SIGKILL)
                 await freezer._process.wait()
@@ -48,8 +49,8 @@ def test_a_freezer_that_died_before_is_started_anew(sandbox: Sandbox, files: Pat
         assert freezer._process is not None
         os.kill(freezer._process.pid, signal.SIGKILL)
         await freezer._process.wait()
-        async with freezer.frozen([str(files)], SECONDS) as answer:
-            assert answer["frozen"] == [str(files)]
+        async with freezer.frozen([target_at(files)], SECONDS) as answer:
+            assert list(answer["frozen"].values()) == [str(files)]
         assert answer["late"] == ""
         await freezer.end()
 
