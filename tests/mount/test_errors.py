@@ -1,4 +1,4 @@
-"""Every errno of the README's table, provoked by system calls, with its sentence in `status`."""
+"""Every errno of the reference's table, provoked by system calls, with its sentence in `status`."""
 
 import ctypes
 import errno

@@ -14,7 +14,7 @@ from hcpfs import above, beneath, loops, probe, record
 from tests.support.sandbox import HCPFS, Sandbox, Served, alive, run, status_of, wait_until
 
 MIB = 1 << 20
-README = Path(__file__).parents[2] / "README.md"
+REFERENCE = Path(__file__).parents[2] / "hcpfs" / "REFERENCE.md"
 DISK_BYTES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
 OLD_OPTIONS = {"ext4": "ro,noload", "xfs": "ro,norecovery,nouuid"}
 
@@ -394,9 +394,9 @@ def test_what_is_taken_down_can_be_written_and_read() -> None:
 
 
 def test_as_a_service(sandbox: Sandbox) -> None:
-    """What systemd does with the unit of the README: the same command again after each end of the daemon."""
+    """What systemd does with the unit of the reference: the same command again after each end of the daemon."""
     mountpoint = sandbox.path / "mnt"
-    (line,) = re.findall(r"^ +ExecStart=\S+/hcpfs mount (.+) /dev/sdb1 /mnt/hcp$", README.read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^ +ExecStart=\S+/hcpfs mount (.+) /dev/sdb1 /mnt/hcp$", REFERENCE.read_text(), re.MULTILINE)
     # A name of its own: after a stop it is all that tells whose the image was.
     disk = f"service={sandbox.disk(size=16 * MIB)}"
     command = [*line.split(), disk, mountpoint, "--store", sandbox.path / "store"]

@@ -5,6 +5,7 @@ import ctypes
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -212,6 +213,7 @@ class Sandbox:
         self._unmount_all()
         for device in reversed(self._loops):
             run("partx", "-d", device, check=False)  # those that were added by hand outlive the losetup -d
+            run("blockdev", "--setrw", device, check=False)  # as does this
             run("losetup", "-d", device, check=False)
         for pid in self._daemons:
             with contextlib.suppress(AssertionError):
@@ -220,6 +222,8 @@ class Sandbox:
                 os.kill(pid, signal.SIGKILL)
         for one in records:
             record.remove(one.mountpoint, one.pid)
+        for store in self.path.rglob("catalog.sqlite"):
+            _forget_sessions(store)
         for link in Path(STORES).glob("store.*"):
             if link.is_symlink() and os.readlink(link).startswith(f"{self.path}/"):
                 link.unlink()
@@ -230,6 +234,14 @@ class Sandbox:
         for mountpoint in reversed(inside):
             if run("umount", mountpoint, check=False).returncode != 0:
                 _detach(Path(mountpoint))
+
+
+def _forget_sessions(catalog: Path) -> None:
+    """Remove what a store that was not stopped clean, and will never be opened again, has left outside of it."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(catalog)) as database:
+        (uuid,) = database.execute("SELECT value FROM store WHERE key = 'uuid'").fetchone()
+        for kind in ("session", "given-up"):
+            Path(STORES, f"{kind}.{uuid}").unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
