@@ -43,17 +43,21 @@ def told(error: OSError, device: OriginDevice, image: str, action: str, offset: 
 def why_away(device: OriginDevice, chunk: int, error: OSError) -> OSError | None:
     """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks.
 
-    Read past the cache, which may know what the device does not give any more. Most places must answer: those that do
-    may be in a cache further down.
+    Read past the cache, which may know what the device does not give any more. Most places must answer, and a flush
+    must work: those that answer may be in a cache further down.
     """
     if isinstance(error, SourceError):  # it was cut, or is gone
         return error
     if error.errno in BAD_SECTOR:
         places = _places(chunk, -(-device.size_bytes // CHUNK_BYTES))
         silent = sum(not _answers(device, place) for place in places)
-        if places and 2 * silent < len(places):
+        is_answering = bool(places) and 2 * silent < len(places)
+        if is_answering and _flushes(device):
             return None
-        seen = f"nor {silent} of {len(places)} other places" if places else "and it has no other place to try"
+        if is_answering:
+            seen = "nor flushed"
+        else:
+            seen = f"nor {silent} of {len(places)} other places" if places else "and it has no other place to try"
     else:
         seen = "which is not what a bad sector gives"
     return _away(error, f"{device.label} cannot be read at offset {chunk * CHUNK_BYTES} ({_words(error)}), {seen}")
@@ -88,6 +92,14 @@ def _answers(device: OriginDevice, chunk: int) -> bool:
         return bool(device.pread_past_cache(CHUNK_BYTES, chunk * CHUNK_BYTES))
     except OSError:
         return False
+
+
+def _flushes(device: OriginDevice) -> bool:
+    try:
+        device.flush_by_another()
+    except OSError:
+        return False
+    return True
 
 
 def _words(error: OSError) -> str:

@@ -149,6 +149,14 @@ class Io:
         self.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
         return self.pread(fd, length, offset)
 
+    def flush_by_another(self, fd: int) -> None:
+        """Flush the device through a descriptor of its own, so that an error of that flush is told to no other."""
+        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(own)
+        finally:
+            os.close(own)
+
     def pwrite_direct(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         """Write all of it past the page cache, as `pread_direct` reads; where that cannot be had, into the cache."""
         try:
@@ -661,6 +669,10 @@ class OriginDevice(File):
             self._note_cut(size_bytes)
         if self.intact_bytes < self._size_bytes:
             raise self.shrunk()
+
+    def flush_by_another(self) -> None:
+        """Have the device flush its cache, for no other purpose than to see whether it does. Raises OSError."""
+        self._io.flush_by_another(self.fd)
 
     def pread_past_cache(self, length: int, offset: int) -> bytes:
         """Read from the device itself; fewer bytes only at its end. Both figures are multiples of 4096."""

@@ -1,7 +1,7 @@
 """Every error that the engine raises: an errno for the caller, a sentence for the person.
 
 The sentence names what failed, where, and what to do. Each class stands for one row of the table of errors
-in README.md; the file system hands `errno` to the kernel and keeps the sentence for `status`.
+in hcpfs/REFERENCE.md; the file system hands `errno` to the kernel and keeps the sentence for `status`.
 """
 
 import errno as _errno

@@ -9,6 +9,7 @@ not decide when anything is durable: its owner calls `files.sync_data`, commits 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -271,16 +272,19 @@ class Layer:
         return BitMap64()
 
     def unreadable(self, chunks: BitMap64) -> BitMap64:
-        """Those of `chunks` that cannot be read, without a look at what they are."""
+        """Those of `chunks` that cannot be read, without a look at what they are. Raises MayPassError."""
         bad = BitMap64()
-        for found in runs_of(chunks):
-            for part in pieces(found, 1):
-                segment, place = divmod(part.first, SEGMENT_CHUNKS)
-                try:
-                    self.files.file(segment).pread(CHUNK_BYTES, place * CHUNK_BYTES)
-                except OSError:
-                    bad.add(part.first)
+        for chunk in chunks:
+            segment, place = divmod(chunk, SEGMENT_CHUNKS)
+            read = partial(self._read_chunk_of, segment, place)
+            try:
+                stays(read, f"chunks of layer {self.name} cannot be read")
+            except OSError:
+                bad.add(chunk)
         return bad
+
+    def _read_chunk_of(self, segment: int, place: int) -> bytes:
+        return self.files.file(segment).pread(CHUNK_BYTES, place * CHUNK_BYTES)
 
     def new_bytes(self, chunks: BitMap64) -> int:
         """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""

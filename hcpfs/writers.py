@@ -9,12 +9,15 @@ that single threads have for themselves, do not show.
 
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from hcpfs import users
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO
+_MOST_NAMED = 4
+_AGAIN_SECONDS = 0.02  # until a process that could not be looked at is looked at once more
 _SECONDS = 3.0  # to look at all processes; one whose memory is locked may take for ever
 # No need to ask what these are. All other paths may lead to a device, also outside of /dev.
 _HARMLESS = ("/dev/null", "/dev/pts/", "/dev/tty", "/dev/urandom", "/dev/random", "/dev/zero", "/memfd:", "/proc/")
@@ -58,23 +61,30 @@ class Search:
         try:
             if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
                 self._unseen.append("hcpfs is in a pid namespace, from which not all processes can be seen")
-            refused = self._look_at_all()
+            refused = [name for name in self._look_at() if self._stays_closed(name)]
         except OSError as error:
             self._unseen.append(f"the processes cannot be looked at: {error.strerror}")
             return
         if refused:
-            self._unseen.append(f"hcpfs may not see what {refused} processes have open")
+            who = ", ".join(f"{users.program_of(int(name))} (process {name})" for name in refused[:_MOST_NAMED])
+            self._unseen.append(f"hcpfs may not see what {len(refused)} processes have open: {who}")
 
-    def _look_at_all(self) -> int:
-        refused = 0
+    def _stays_closed(self, name: str) -> bool:
+        """Whether a process that could not be looked at is still there and closed: one that begins or ends is so."""
+        time.sleep(_AGAIN_SECONDS)
+        return bool(self._look_at([name]))
+
+    def _look_at(self, names: Iterable[str] | None = None) -> list[str]:
+        """Look at these processes, else at all. Those of them that may not be looked at."""
+        refused = []
         own = str(os.getpid())
-        for name in os.listdir("/proc"):
+        for name in os.listdir("/proc") if names is None else names:
             if not name.isdecimal() or name == own:
                 continue
             try:
                 written = next(self._written_by(name), None)
             except PermissionError:
-                refused += 1
+                refused.append(name)
                 continue
             if written is not None:
                 program = users.program_of(int(name))

@@ -97,6 +97,7 @@ def test_i3_a_sync_that_overlaps_a_repair_is_not_undone_by_it(start: Callable[..
             await one.sync()
 
         scrub = OpenScrub(engine.store, repair=True)
+        await scrub.step()  # of the catalog
         lock = engine.store._commits._lock  # as if somebody else's commit were under way
         async with trio.open_nursery() as nursery, lock:
             nursery.start_soon(scrub.step)

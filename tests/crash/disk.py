@@ -262,6 +262,9 @@ class Disk(Io):
         data = bytes(inode.content[offset : offset + length])
         return data if fault is None else data[: max(1, fault.short)]
 
+    def flush_by_another(self, fd: int) -> None:
+        """Whether it is away shows when it is read."""
+
     def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
         return self.pread(fd, length, offset)
 

@@ -258,7 +258,7 @@ def _layers_removed(served: Served) -> None:
 
 
 def _a_layer_removed(served: Served) -> None:
-    run("rm", "-rf", next((served.store / "layers").iterdir()))
+    run("rm", "-rf", served.store / "layers" / "0000000000000001")
 
 
 def _catalog_replaced(served: Served) -> None:
@@ -282,7 +282,7 @@ def _mounted_over(served: Served) -> None:
 GONE = {
     _removed: "was removed while it is in use",
     _layers_removed: "layers was removed or replaced",
-    _a_layer_removed: "layers/0000000000000002 was removed or replaced",
+    _a_layer_removed: "layers/0000000000000001 was removed or replaced",
     _catalog_replaced: "catalog.sqlite was removed or replaced",
     _journal_removed: "journal.* was removed or replaced",
     _renamed: "does not lead to the store any more",

@@ -47,7 +47,7 @@ def test_i1_a_disk_whose_server_dies_loses_no_snapshot_anything(sandbox: Sandbox
     below.die()
     assert _write(above.live, 4 * MIB, os.urandom(4 * MIB)) in (errno.EIO, errno.ENOTCONN)
     status = (above.path / "status").read_text()
-    assert "the device is away" in status or f"image n ({source}) cannot be flushed" in status, status
+    assert "the device is away" in status or f"image n ({source}) cannot be " in status, status
     assert above.info("x")["state"] == "valid"
     above.kill()
     if way == "a loop device":

@@ -60,7 +60,7 @@ def test_enospc_when_the_open_files_would_run_out(served: Served) -> None:
             (served.snaps / f"s{number}").mkdir()
             _write(served.live, number * 4096, b"n" * 4096)
 
-    _fails(served, errno.ENOSPC, take_many, "may open 80 files")
+    _fails(served, errno.ENOSPC, take_many, "this process may open 80")
     assert len(os.listdir(served.snaps)) > 2
     assert {served.info(name)["state"] for name in os.listdir(served.snaps)} == {"valid"}
 

@@ -276,5 +276,5 @@ def test_what_cannot_be_recorded_elsewhere_is_told(sandbox: Sandbox) -> None:
     program = [*words, "--store", store]
     done = run(*program, check=False)
     assert done.returncode == 0, done.stderr
-    assert "cannot be recorded in /var/lib/hcpfs" in done.stderr
+    assert "it cannot be recorded that its snapshots are given up" in done.stderr
     assert "hcpfs recover will not know how it was mounted" in done.stderr

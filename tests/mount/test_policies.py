@@ -102,7 +102,7 @@ def test_warnings_at_80_90_and_95_percent_and_no_new_snapshot_from_90(sandbox: S
                 (served.snaps / "new").rmdir()
                 continue
             assert error == errno.ENOSPC
-            assert "% full, and from 90 % on there are no new snapshots" in served.status["last_error"]
+            assert "and from 90 % on there are no new snapshots" in served.status["last_error"]
             refused += 1
     assert refused
     assert served.info("a")["state"] == "valid"

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from hcpfs.superblocks import Place, Target
-
 from hcpfs import beneath
+from hcpfs.reaching import Place, Target
 from hcpfs.stack import node_of
 
 
