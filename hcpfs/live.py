@@ -1,8 +1,8 @@
 """The ledger of who has the live images open.
 
-The kernel tells of an open file that it is closed when its last descriptor, mapping and loop device are gone, in whatever
-namespace (FUSE's RELEASE). So the handles that were opened for writing and not closed are all who can write to an image:
-the truth that what is found elsewhere is held against.
+The kernel tells of an open file that it is closed (FUSE's RELEASE) when its last descriptor, mapping and loop device
+are gone, in whatever namespace. So the handles that were opened for writing and not closed are all who can write to
+an image: the truth that what is found elsewhere is held against.
 """
 
 import os
