@@ -84,7 +84,8 @@ class Search:
             try:
                 written = next(self._written_by(name), None)
             except PermissionError:
-                refused.append(name)
+                if name != _INIT:
+                    refused.append(name)
                 continue
             if written is not None:
                 program = users.program_of(int(name))
@@ -135,6 +136,8 @@ class Search:
 def _shown(link: str) -> str:
     try:
         return os.readlink(link)
+    except PermissionError:
+        raise
     except OSError:  # closed meanwhile
         return ""
 

@@ -53,14 +53,14 @@ def test_eexist(served: Served) -> None:
 
 
 def test_enospc_when_the_open_files_would_run_out(served: Served) -> None:
-    resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (80, 80))
+    resource.prlimit(served.pid, resource.RLIMIT_NOFILE, (90, 90))
 
     def take_many() -> None:
         for number in range(10):
             (served.snaps / f"s{number}").mkdir()
             _write(served.live, number * 4096, b"n" * 4096)
 
-    _fails(served, errno.ENOSPC, take_many, "this process may open 80")
+    _fails(served, errno.ENOSPC, take_many, "this process may open 90")
     assert len(os.listdir(served.snaps)) > 2
     assert {served.info(name)["state"] for name in os.listdir(served.snaps)} == {"valid"}
 
