@@ -16,6 +16,7 @@ from typing import NamedTuple
 from hcpfs import users
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO
+_INIT = "1"  # may have capabilities that we lack, and be closed to us; it writes to no disk itself
 _MOST_NAMED = 4
 _AGAIN_SECONDS = 0.02  # until a process that could not be looked at is looked at once more
 _SECONDS = 3.0  # to look at all processes; one whose memory is locked may take for ever
