@@ -13,23 +13,21 @@ from typing import NamedTuple
 import trio
 
 from cow import trial
+from cow.admission import admit
 from cow.catalog import FILE_NAME, Catalog, OriginRow
-from cow.clock import after
 from cow.device import FULL, SYSTEM, Directory, Io, OriginDevice
-from cow.errors import WAY, CowError, RefusedError, StoreFullError, counted, printable
+from cow.errors import CowError, RefusedError, StoreFullError, printable
 from cow.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
 from cow.forecast import check_quota
 from cow.inodes import is_spare
 from cow.journal import is_journal
 from cow.layer import Layer
-from cow.origin import Origin
 from cow.preserver import OnFull
-from cow.recognition import Facts, Verdict, facts_key, gather, judge
 from cow.recovery import open_journal, recover
 from cow.secondplace import open_second_place
 from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, hold_inodes_back, keep_for_opening, let_all_go, let_inodes_go
-from cow.store import TRUSTED, Store
-from cow.superblock import Superblock, SuperblockOf, no_superblock
+from cow.store import Store
+from cow.superblock import SuperblockOf, no_superblock
 
 
 class Source(NamedTuple):
@@ -108,7 +106,7 @@ async def open_store(
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
-        recovered.findings += await _recognise(store, catalog, rows, was_clean, accept_changed, accept_unchanged)
+        recovered.findings += await admit(store, catalog, rows, was_clean, accept_changed, accept_unchanged)
         await space.count()
         if not read_only:
             await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
@@ -333,85 +331,3 @@ def _check_size(row: OriginRow, path: str, device: OriginDevice) -> None:
             f"the store {path} was made: it is another disk, or was resized. Name the right one; or {what_to_do} "
             f"(--accept unchanged then says that it has what it had); or use another store"
         )
-
-
-async def _recognise(
-    store: Store,
-    catalog: Catalog,
-    rows: Sequence[OriginRow],
-    was_clean: bool,
-    accept_changed: bool,
-    accept_unchanged: bool,
-) -> list[str]:
-    """See to it that the devices are those of the snapshots, and were left alone meanwhile. # I12
-
-    Raises RefusedError before anything is recorded, when one is another one, or was changed and that is not accepted.
-    When it is accepted the snapshots become suspect.
-    """
-    sentences = []
-    for origin, row in zip(store.origins, rows, strict=True):
-        known = Facts.from_text(catalog.setting(facts_key(origin.id)))
-        now = await trio.to_thread.run_sync(gather, origin)
-        origin.superblock = now.superblock
-        newest = store.by_id(row.fingerprint_of)
-        seen = row.fingerprint if newest is not None and newest.usable else b""
-        verdict = judge(origin, seen, known, now, was_clean=was_clean)
-        if not verdict.is_proved_untouched:
-            # What was written before, or by others, may be newer than recorded.
-            origin.modified_ns = after(origin.modified_ns)
-        if not any(one.usable for one in store.snapshots):
-            continue
-        if verdict.is_another:
-            raise RefusedError(_another_device(store, origin, verdict, _known_as(catalog, rows, row, verdict.now)))
-        in_doubt = bool(verdict.changed) or (verdict.is_written_to and not accept_unchanged)
-        if in_doubt and any(one.row.state in TRUSTED for one in store.snapshots):
-            if not accept_changed:
-                raise RefusedError(_changed_device(store, origin, verdict, row))
-            sentences.append(
-                f"{origin.device.label} was changed while hcpfs was not running ({verdict.what_differs()}): what "
-                f"snapshots read from it may be wrong"
-            )
-    if sentences:
-        await store.suspect("; ".join(sentences))
-    return sentences
-
-
-def _another_device(store: Store, origin: Origin, verdict: Verdict, known_as: str) -> str:
-    names = f": it has {verdict.now}, and that had {verdict.before}" if verdict.has_other_uuid else ""
-    return (
-        f"{origin.device.label} is not the device that the store {store.path} was made for{names}; none of what was "
-        f"sampled is on it, so it is another disk, or was made anew{known_as}. Nothing was changed. Name the right "
-        f"device for {printable(origin.name)}, or another store"
-    )
-
-
-def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginRow) -> str:
-    count = counted(sum(1 for one in store.snapshots if one.row.state in TRUSTED), "snapshot")
-    path = os.fsdecode(row.path)
-    was = f", which was {path} then" if path != origin.device.label else ""
-    uuid = "" if verdict.has_other_uuid or not verdict.now.uuid else f" ({verdict.now})"
-    ways = [
-        "If it is another disk: name the right one, or another store.",
-        "If it was written to without hcpfs (mounted directly, repaired, restored): mount it with --accept changed. "
-        "Its snapshots become suspect then: what they read from the disk is refused, what the store has can be read.",
-    ]
-    if verdict.changed:
-        ways.insert(1, "If it is the right one, and what is on it now is a mistake: put back what it had.")
-    else:
-        ways.append(
-            "If you know that it has what it had (it was touched, or resized and put back): mount it with --accept "
-            "unchanged, and the snapshots stay valid."
-        )
-    ways_on = "".join(f"{WAY}{way}" for way in ways)
-    return (
-        f"{origin.device.label}{uuid} is not as the store {store.path} knows the disk of its {count}{was}: "
-        f"{verdict.what_differs()}. Nothing was changed.{ways_on}"
-    )
-
-
-def _known_as(catalog: Catalog, rows: Sequence[OriginRow], own: OriginRow, found: Superblock) -> str:
-    """Which other source of the store has that UUID: names may have been exchanged."""
-    for row in rows:
-        if row is not own and found.uuid and Facts.from_text(catalog.setting(facts_key(row.id))).superblock == found:
-            return f"; it is the one that the store knows as {printable(row.name)}"
-    return ""

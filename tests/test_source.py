@@ -50,6 +50,7 @@ LAYERS = [
     {"cow.damage", "cow.removal"},
     {"cow.store"},
     {"cow.forecast"},
+    {"cow.admission"},
     {"cow.opening"},
     {"cow.scrub"},
     {"cow"},
