@@ -114,7 +114,7 @@ def write(record: Record) -> None:
     """Leave the record, in place of an older one for the mount point. Raises OSError."""
     name = _name(record.mountpoint)
     new = f"{name}.{os.getpid()}"
-    with _directory() as directory:
+    with _directory(make=True) as directory:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(new, flags, 0o600, dir_fd=directory), "w", encoding="ascii") as file:
             json.dump(asdict(record), file)
@@ -148,7 +148,7 @@ def remove(mountpoint: str, pid: int) -> None:
 @contextmanager
 def recovering() -> Iterator[None]:
     """One recovery at a time: the second waits, and then finds nothing to do. Raises OSError."""
-    with _directory() as directory:
+    with _directory(make=True) as directory:
         fcntl.flock(directory, fcntl.LOCK_EX)
         yield
 
@@ -158,10 +158,14 @@ def _name(mountpoint: str) -> str:
 
 
 @contextmanager
-def _directory() -> Iterator[int]:
-    """The directory, made when missing, as a descriptor. What is in it is run as root, so nobody else may write."""
+def _directory(*, make: bool = False) -> Iterator[int]:
+    """The directory as a descriptor; with `make` it is made when missing.
+
+    What is in it is run as root, so nobody else may write. Raises OSError.
+    """
     with suppress(FileExistsError):
-        os.makedirs(DIRECTORY, 0o700)
+        if make:
+            os.makedirs(DIRECTORY, 0o700)
     fd = os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         kind = os.fstat(fd)
