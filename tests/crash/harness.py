@@ -15,7 +15,17 @@ from cow import behind, contents, flatten, journal, passing, space
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions
-from tests.crash.workloads import CHUNK, OPERATIONS, SIZE, Session, Workload, long_workloads, prepare, short_workloads
+from tests.crash.workloads import (
+    CHUNK,
+    HUNTED,
+    OPERATIONS,
+    SIZE,
+    Session,
+    Workload,
+    long_workloads,
+    prepare,
+    short_workloads,
+)
 from tests.support.constants import changed
 
 LAST_EVENTS = 16  #: of a recovery, where it puts the new in place of the old
@@ -146,7 +156,7 @@ async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, in
         await prepare(session)
         first = len(disk.log)
         for name in workload:
-            await OPERATIONS[name](session)
+            await (OPERATIONS | HUNTED)[name](session)
         contents = await read_all(session)
         for name, versions in session.oracle.snapshots.items():
             mismatch = versions.mismatch(contents[name]) if versions.loose else contents[name] != versions.latest

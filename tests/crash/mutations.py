@@ -30,6 +30,8 @@ OPENINGS: Workload = ("sync live", "restart")  # in the end every state is check
 HUNTS: list[Workload] = [
     ("delete the newest", "sync live"),
     ("rename", "delete the oldest"),
+    ("write live chunks", "write live at the instant of a create") * 3,
+    ("create", "write the same live chunks at once", "write live at the instant of a create") * 2,
     ("restart without write-behind", *("create", "write the same live chunks at once") * 2),
     ("restart without write-behind", *("create", "write the same live chunks at once") * 3),
     ("restart without write-behind", "write live during a create", "write the same live chunks at once", "create"),

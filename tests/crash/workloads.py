@@ -182,8 +182,8 @@ class Session:
             nursery.start_soon(other)
             nursery.start_soon(self.write_live, CHUNK, 3 * CHUNK)
 
-    async def write_during_create(self) -> None:
-        """The snapshot may or may not have the write."""
+    async def write_during_create(self, *, at_the_instant: bool = False) -> None:
+        """The snapshot may or may not have the write. `at_the_instant`: all of it comes while writes are held."""
         self._counter += 1
         name, data = f"s{self._counter}", self.fresh(5 * CHUNK)
         before = self.oracle.live.latest
@@ -191,9 +191,11 @@ class Session:
         self._mark(replace(self.oracle.making(name, made), live=self.oracle.live.write(0, data)))
 
         async def write() -> None:
+            while at_the_instant and not self.store._gate.held:
+                await _turns(1)
             for start in reversed(range(0, len(data), CHUNK)):  # some before the instant and some after it
                 await self.origin.write(start, data[start : start + CHUNK])
-                await _turns(6)
+                await _turns(1 if at_the_instant else 6)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.create_snapshot, name.encode())
@@ -346,6 +348,12 @@ COSTLY = {"delete while merging"}  #: has so many states that the short sequence
 PERSISTENCE = ("sync live", "sync the newest", "checkpoint", "restart")
 
 Workload = tuple[str, ...]
+
+
+# What the mutations are hunted with besides.
+HUNTED: dict[str, Action] = {
+    "write live at the instant of a create": lambda session: session.write_during_create(at_the_instant=True),
+}
 
 
 def short_workloads() -> Iterator[Workload]:
