@@ -359,7 +359,7 @@ def test_a_mount_does_without_a_record(sandbox: Sandbox) -> None:
     assert "mountpoint" in done.stdout
     pid = int(done.stdout.partition("\npid ")[2].split()[0])
     wait_until(lambda: not alive(pid), what="the end of the daemon")
-    assert "hcpfs recover will not know how this was mounted" in (sandbox.path / "store" / "hcpfs.log").read_text()
+    assert "hcpfs recover will not know how it was mounted" in (sandbox.path / "store" / "hcpfs.log").read_text()
 
 
 def test_the_kernel_s_words_for_images() -> None:
