@@ -190,9 +190,11 @@ def test_a_mount_point_in_use(sandbox: Sandbox) -> None:
 
 def test_a_mount_point_with_a_dead_daemon(sandbox: Sandbox) -> None:
     served = sandbox.mount(sandbox.disk())
-    with served.live.open("rb"):
-        run("kill", "-9", served.pid)
-        sentence = sandbox.refusal(sandbox.path / "disk.img", served.path, "--store", served.store)
+    fd = os.open(served.live, os.O_RDONLY)
+    run("kill", "-9", served.pid)
+    sentence = sandbox.refusal(sandbox.path / "disk.img", served.path, "--store", served.store)
+    with pytest.raises(OSError, match="not connected"):
+        os.close(fd)  # which is a request since O_TRUNC is known
     assert f"hcpfs recover {served.path}" in sentence
     served.kill()
 
