@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import trio
 
-from cow import Source, open_store
+from cow import Opened, Source, open_store
 from cow.errors import CowError, RefusedError
 from hcpfs import beneath, ground, loops, mountpoint, notes, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
@@ -35,18 +35,17 @@ log = logging.getLogger("hcpfs")
 
 
 class Start(NamedTuple):
-    """Whom the start of a mount tells what: that it is usable, what a person must know, that there is a store."""
+    """Whom the start of a mount tells what."""
 
-    on_ready: Callable[[], None]
-    on_note: Callable[[str], None]
-    on_open: Callable[[], None]
+    on_ready: Callable[[], None]  #: the mount is usable
+    on_note: Callable[[str], None]  #: before that: what a person must know
+    on_open: Callable[[], None]  #: there is a store
 
 
 def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
     """Mount and serve; returns after the umount, when all is durable and the devices are released.
 
-    `on_open` is called when there is a store, `on_ready` when the mount is usable; before that, `on_note` gets what a
-    person must know, which is in the log too.
+    What `start` is told of before the mount is usable is in the log, too.
     Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
     """
     keep_memory()
@@ -101,17 +100,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
         ) as opened,
     ):
         start.on_open()
-        try:
-            stores.remember(options.store_path)
-        except OSError as error:
-            note(
-                f"a second store for this disk might be made some day without a question, as {STORES} takes no link to "
-                f"this one ({error.strerror})"
-            )
-        for sentences in (opened.findings, notes.of_snapshots(opened.store), notes.of_room(opened.store)):
-            for sentence in sentences:
-                note(sentence)
-        for sentence in notes.of_mount(options):
+        for sentence in _to_be_known(opened, options):
             note(sentence)
         live = LiveImages(opened.store.origins)
         quiescer = Quiescer(options.mountpoint, live, freezer, options.freeze_seconds)
@@ -154,6 +143,21 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
         _forget(options.mountpoint)
     if ending.asked_by and not ready.is_set():
         raise RefusedError(f"{ending.asked_by} ended it before it was usable")
+
+
+def _to_be_known(opened: Opened, options: MountOptions) -> Iterator[str]:
+    """What a person must know of the store and of this mount. The store is remembered, for the next default one."""
+    try:
+        stores.remember(options.store_path)
+    except OSError as error:
+        yield (
+            f"a second store for this disk might be made some day without a question, as {STORES} takes no link to "
+            f"this one ({error.strerror})"
+        )
+    yield from opened.findings
+    yield from notes.of_snapshots(opened.store)
+    yield from notes.of_room(opened.store)
+    yield from notes.of_mount(options)
 
 
 def _device(mountpoint: str) -> int:
