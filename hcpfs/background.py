@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from cow.device import Directory
-from hcpfs.terminal import plain
+from hcpfs.terminal import own_standard_error, plain
 
 LOG_NAME = "hcpfs.log"
 _LOG_BYTES = 1 << 20
@@ -144,7 +144,7 @@ class Log:
 
         Raises RefusedError when something else than a regular file of ours stands in the log's place.
         """
-        target: logging.Handler = logging.StreamHandler() if store is None else _LogFile(store)
+        target: logging.Handler = logging.StreamHandler(own_standard_error()) if store is None else _LogFile(store)
         target.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._listener = logging.handlers.QueueListener(self._waiting, target)
         self._listener.start()

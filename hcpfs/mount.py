@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from hcpfs.quiesce import Freezer, Quiescer
 from hcpfs.session import Session, terminate
 from hcpfs.superblock import superblock_of
 from hcpfs.supervisor import Supervisor
+from hcpfs.terminal import standard_error_diverted
 from hcpfs.threads import start_threads
 from hcpfs.tree import Tree
 
@@ -196,25 +197,12 @@ def _mount(operations: Operations, options: MountOptions) -> Session:
     if options.allow_other:
         flags.add("allow_other")
     flags.update(option.replace("\\", "\\\\").replace(",", "\\,") for option in options.contexts)
-    with _said_on_standard_error() as said:
+    with standard_error_diverted() as said:
         try:
             return Session(operations, options.mountpoint, flags)
         except RuntimeError as error:
             words = said() or f"{error}: is /dev/fuse there?"
             raise RefusedError(f"{options.mountpoint} could not be mounted: {words}") from error
-
-
-@contextmanager
-def _said_on_standard_error() -> Iterator[Callable[[], str]]:
-    """Within the block, what libfuse and fusermount3 say there, which is all that they tell of a failure."""
-    before, memory = os.dup(2), os.memfd_create("said")
-    try:
-        os.dup2(memory, 2)
-        yield lambda: "; ".join(os.pread(memory, 4096, 0).decode(errors="backslashreplace").splitlines())
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(memory)
 
 
 def _widen_read_ahead(mountpoint: str) -> None:
