@@ -4,7 +4,7 @@ Start at `open_store`. Why it is built so stands in DESIGN.md, what each persist
 this file.
 """
 
+from cow.durable.preserver import OnFull
 from cow.opening import Opened, Source, open_store
-from cow.preserver import OnFull
 
 __all__ = ["OnFull", "Opened", "Source", "open_store"]

@@ -12,22 +12,32 @@ from typing import NamedTuple
 
 import trio
 
-from cow import trial
-from cow.admission import admit
-from cow.catalog import FILE_NAME, Catalog, OriginRow
-from cow.device import FULL, SYSTEM, Directory, Io, OriginDevice
+from cow.disk import trial
+from cow.disk.directory import Directory
+from cow.disk.io import FULL, SYSTEM, Io
+from cow.disk.source import OriginDevice
+from cow.disk.superblock import SuperblockOf, no_superblock
+from cow.durable.inodes import is_spare
+from cow.durable.preserver import OnFull
+from cow.durable.recovery import open_journal, recover
+from cow.durable.space import (
+    RESERVE_BYTES,
+    RESERVE_NAME,
+    Space,
+    hold_inodes_back,
+    keep_for_opening,
+    let_all_go,
+    let_inodes_go,
+)
+from cow.entry.admission import admit
+from cow.entry.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
+from cow.entry.forecast import check_quota
+from cow.entry.secondplace import open_second_place
 from cow.errors import CowError, RefusedError, StoreFullError, printable
-from cow.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
-from cow.forecast import check_quota
-from cow.inodes import is_spare
-from cow.journal import is_journal
-from cow.layer import Layer
-from cow.preserver import OnFull
-from cow.recovery import open_journal, recover
-from cow.secondplace import open_second_place
-from cow.space import RESERVE_BYTES, RESERVE_NAME, Space, hold_inodes_back, keep_for_opening, let_all_go, let_inodes_go
-from cow.store import Store
-from cow.superblock import SuperblockOf, no_superblock
+from cow.layers.layer import Layer
+from cow.records.catalog import FILE_NAME, Catalog, OriginRow
+from cow.records.journal import is_journal
+from cow.store.store import Store
 
 
 class Source(NamedTuple):
@@ -68,7 +78,7 @@ async def open_store(
 
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
     only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
-    `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (cow/elsewhere.py).
+    `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (elsewhere.py).
     Where it is unknown after a crash whether some were, as that is another one than before, the store is refused, or,
     with `read_suspect`, its snapshots become suspect.
     With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with

@@ -13,21 +13,22 @@ from dataclasses import dataclass
 import trio
 from pyroaring import BitMap64
 
-from cow.catalog import Catalog, LayerRow, Role, State
-from cow.device import SYSTEM, Directory, Io
+from cow.disk.directory import Directory
+from cow.disk.io import SYSTEM, Io
+from cow.disk.passing import stays
+from cow.durable.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover, strays
+from cow.entry.footing import check_open_files
+from cow.entry.secondplace import look_at_second_place
 from cow.errors import DamagedError, printable
-from cow.footing import check_open_files
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
-from cow.image import Image
-from cow.journal import Journal, JournalDamagedError, Kind, Record
-from cow.layer import Layer, pinned
+from cow.images.image import Image
+from cow.images.origin import Origin, drop_shadowed
+from cow.layers.layer import Layer, pinned
+from cow.layers.sums import SUM_BYTES
 from cow.opening import open_directory
-from cow.origin import Origin, drop_shadowed
-from cow.passing import stays
-from cow.recovery import layers_beyond, load_layer, needed_layers, newest_layer, open_journal, recover, strays
-from cow.secondplace import look_at_second_place
-from cow.store import Store
-from cow.sums import SUM_BYTES
+from cow.records.catalog import Catalog, LayerRow, Role, State
+from cow.records.journal import Journal, JournalDamagedError, Kind, Record
+from cow.store.store import Store
 
 STEP_CHUNKS = 256  # read at a time: 1 MiB
 

@@ -18,7 +18,7 @@ from io import TextIOWrapper
 from types import TracebackType
 from typing import Self
 
-from cow.device import Directory
+from cow.disk.directory import Directory
 from hcpfs.terminal import own_standard_error, plain
 
 LOG_NAME = "hcpfs.log"

@@ -17,9 +17,9 @@ from rich.progress import DownloadColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from cow.catalog import FILE_NAME
 from cow.errors import CowError
 from cow.opening import claim_directory
+from cow.records.catalog import FILE_NAME
 from cow.scrub import Finding, Progress, scrub_store
 from hcpfs import __version__, background, beneath, leftovers, recover, stores, terminal, unmount, unprivileged
 from hcpfs.options import STORES, Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source

@@ -27,8 +27,8 @@ from typing import Any
 
 import trio
 
+from cow.buffer.memory import Memory
 from cow.geometry import covering_bytes
-from cow.memory import Memory
 from hcpfs.handles import Handle
 from hcpfs.protocol import (
     ANSWER,

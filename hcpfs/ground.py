@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from cow.disk.witness import backing_file_of, backing_of
 from cow.errors import RefusedError
-from cow.witness import backing_file_of, backing_of
 from hcpfs import beneath
 
 _BLKGETSIZE64 = 0x80081272

@@ -5,8 +5,8 @@ import json
 import time
 from typing import Protocol
 
+from cow.buffer.memory import Memory
 from cow.errors import CowError
-from cow.memory import Memory
 from cow.scrub import Finding, OpenScrub
 
 _SCRUB_LINE_SECONDS = 0.3

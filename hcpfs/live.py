@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
-from cow.origin import Origin
+from cow.images.origin import Origin
 
 FIRST_INODE = 16
 

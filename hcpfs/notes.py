@@ -6,10 +6,10 @@ They go to the terminal of who mounts, and to the log. Each says what, where, an
 import os
 from collections.abc import Iterator, Sequence
 
-from cow.catalog import State
 from cow.errors import printable
-from cow.snapshot import Snapshot
-from cow.store import Store
+from cow.records.catalog import State
+from cow.store.snapshot import Snapshot
+from cow.store.store import Store
 from hcpfs.options import MountOptions
 from hcpfs.tree import Access
 

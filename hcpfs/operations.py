@@ -34,9 +34,9 @@ from pyfuse3 import (
     StatvfsData,
 )
 
+from cow.buffer.memory import is_out_of_memory, out_of_memory
 from cow.errors import CowError, NotFoundError
 from cow.geometry import covering_bytes
-from cow.memory import is_out_of_memory, out_of_memory
 from hcpfs.handles import NotPermittedError
 from hcpfs.tree import Access, Attributes, Tree
 

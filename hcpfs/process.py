@@ -5,7 +5,7 @@ import os
 import resource
 from pathlib import Path
 
-from cow.limits import raise_limit
+from cow.disk.limits import raise_limit
 
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_IO_FLUSHER = 57

@@ -27,7 +27,7 @@ from typing import Any
 
 import trio
 
-from cow.store import Evidence
+from cow.store.store import Evidence
 from hcpfs.live import LiveImages
 from hcpfs.reaching import Target
 from hcpfs.usage import Usage

@@ -17,11 +17,11 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 from cow import Source
-from cow.catalog import FILE_NAME, State
 from cow.errors import WAY, RefusedError, counted
-from cow.fingerprint import compare, digests, sampled
 from cow.geometry import Run
-from cow.recognition import Facts, facts_key
+from cow.images.recognition import Facts, facts_key
+from cow.records.catalog import FILE_NAME, State
+from cow.records.fingerprint import compare, digests, sampled
 from hcpfs import ground
 from hcpfs.options import STORES, MountOptions
 from hcpfs.superblock import superblock_of

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from cow.superblock import Superblock
+from cow.disk.superblock import Superblock
 
 _SECONDS = 5.0
 

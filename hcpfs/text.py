@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cow.durable.space import Space
 from cow.errors import printable
-from cow.snapshot import Snapshot
-from cow.space import Space
-from cow.store import Store
+from cow.store.snapshot import Snapshot
+from cow.store.store import Store
 from hcpfs import __version__
 
 _MOST_LISTED = 8

@@ -9,8 +9,8 @@ import threading
 import trio
 from trio._core import _thread_cache
 
+from cow.buffer.memory import is_out_of_memory
 from cow.errors import RefusedError
-from cow.memory import is_out_of_memory
 
 _STACK_BYTES = 1 << 20
 _FEWEST_THREADS = 4

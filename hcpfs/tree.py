@@ -20,12 +20,12 @@ import trio
 
 from cow.clock import after
 from cow.errors import CowError, NotFoundError, SnapshotBusyError
-from cow.image import Image
+from cow.images.image import Image
+from cow.images.origin import Origin
 from cow.opening import Opened
-from cow.origin import Origin
 from cow.scrub import OpenScrub
-from cow.snapshot import Snapshot
-from cow.store import Quiesce
+from cow.store.snapshot import Snapshot
+from cow.store.store import Quiesce
 from hcpfs import busy
 from hcpfs.handles import READ_ONLY_TEXT, Handle, NotPermittedError, ReadOnly, Scrub, Text
 from hcpfs.live import FIRST_INODE, LiveImages

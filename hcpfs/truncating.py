@@ -19,11 +19,11 @@ from contextlib import suppress
 
 import trio
 
+from cow.buffer.memory import Memory
 from cow.errors import CowError
 from cow.geometry import covering_bytes
-from cow.image import Image
-from cow.memory import Memory
-from cow.origin import Origin
+from cow.images.image import Image
+from cow.images.origin import Origin
 
 PIECE_BYTES = 128 << 10  # zeroed at a time: others are served between two
 # For the kernel to drop what it has cached while it waits for our answer to a truncation, without which it writes back

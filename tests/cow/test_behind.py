@@ -10,11 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from cow.behind import MOST_CHUNKS, Behind, Untaken, write_out
-from cow.contents import Contents, overlaid
-from cow.device import OriginDevice
+from cow.buffer.behind import MOST_CHUNKS, Behind, Untaken, write_out
+from cow.buffer.contents import Contents, overlaid
+from cow.buffer.memory import Memory
+from cow.disk.source import OriginDevice
 from cow.geometry import CHUNK_BYTES
-from cow.memory import Memory
 from cow.offload import MOST_CHUNKS_HERE
 
 SIZE = 64 * CHUNK_BYTES + 1536

@@ -16,8 +16,8 @@ from pyroaring import BitMap64
 from cow import OnFull, Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
-from cow.image import MOST_WAITING_CHUNKS, Image
-from cow.origin import Origin
+from cow.images.image import MOST_WAITING_CHUNKS, Image
+from cow.images.origin import Origin
 from tests.support.engine import Engine, engines
 from tests.support.sandbox import wait_until
 

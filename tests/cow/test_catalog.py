@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from xxhash import xxh3_128_digest
 
-from cow import rowsum
-from cow.catalog import FILE_NAME, Catalog, CatalogError, OriginRow, State
-from cow.device import Directory
+from cow.disk.directory import Directory
+from cow.durable.space import CATALOG_BYTES
 from cow.errors import RefusedError
-from cow.space import CATALOG_BYTES
+from cow.records import rowsum
+from cow.records.catalog import FILE_NAME, Catalog, CatalogError, OriginRow, State
 
 TABLES = ["store", "origins", "snapshots", "evidence", "layers"]
 EDITED = "do not match their checksum"

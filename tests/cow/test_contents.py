@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from cow.contents import EXTENT_CHUNKS, Contents, Part, contents_of, overlaid
+from cow.buffer.contents import EXTENT_CHUNKS, Contents, Part, contents_of, overlaid
+from cow.buffer.memory import Memory
 from cow.geometry import CHUNK_BYTES, Run, covering
-from cow.memory import Memory
 
 CHUNKS = 6 * EXTENT_CHUNKS
 SIZE = CHUNKS * CHUNK_BYTES

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cow.device import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, Io
+from cow.disk.io import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, Io
 from cow.errors import CowError
 from cow.geometry import CHUNK_BYTES, Run
 from tests.support.engine import Engine

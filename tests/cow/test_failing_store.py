@@ -13,10 +13,10 @@ import pytest
 from pyroaring import BitMap64
 
 from cow import Source
+from cow.durable.space import OPENING_BYTES
 from cow.errors import LostError, RefusedError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
-from cow.space import OPENING_BYTES
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, take, write
 from tests.support.sandbox import wait_until

@@ -11,11 +11,13 @@ from unittest.mock import patch
 
 import pytest
 
-from cow import OnFull, behind, commits
-from cow.device import Directory
+from cow import OnFull
+from cow.buffer import behind
+from cow.disk.directory import Directory
+from cow.durable import commits
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError
 from cow.geometry import CHUNK_BYTES, Run
-from cow.layer import Layer
+from cow.layers.layer import Layer
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, BadSectors, at_first, take, write
 from tests.support.sandbox import wait_until

@@ -8,9 +8,10 @@ import pytest
 import trio
 import trio.testing
 
-from cow import Source, journal
+from cow import Source
 from cow.geometry import CHUNK_BYTES
-from cow.journal import SECTOR_BYTES
+from cow.records import journal
+from cow.records.journal import SECTOR_BYTES
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 

@@ -15,7 +15,7 @@ from types import FrameType
 import pytest
 
 from cow import Source
-from cow.device import Io
+from cow.disk.io import Io
 from cow.errors import CowError, RefusedError
 from cow.scrub import scrub_store
 from tests.support.engine import Engine

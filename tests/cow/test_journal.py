@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cow.device import Directory, Io
+from cow.disk.directory import Directory
+from cow.disk.io import Io
 from cow.errors import CowError
 from cow.geometry import Run
-from cow.journal import (
+from cow.records.journal import (
     FILE_BYTES,
     SECTOR_BYTES,
     SECTOR_PAYLOAD_BYTES,

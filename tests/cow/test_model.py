@@ -5,9 +5,10 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from cow import Source, behind, contents
-from cow.image import Image
-from cow.origin import Origin
+from cow import Source
+from cow.buffer import behind, contents
+from cow.images.image import Image
+from cow.images.origin import Origin
 from tests.support.engine import Engine
 from tests.support.model import Machine, machine_settings
 from tests.support.sandbox import MARK

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from pyroaring import BitMap64
 from trio.testing import wait_all_tasks_blocked
 
-from cow.chain import holder_of, resolve
-from cow.device import Directory, OriginDevice
+from cow.disk.directory import Directory
+from cow.disk.source import OriginDevice
 from cow.errors import DamagedError, HoldTimeoutError, SyncError
-from cow.fingerprint import Comparison, compare, digests, sampled
-from cow.gate import Gate
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering, runs_of, split
-from cow.layer import SEGMENT_CHUNKS, Layer
+from cow.images.gate import Gate
+from cow.layers.chain import holder_of, resolve
+from cow.layers.layer import SEGMENT_CHUNKS, Layer
+from cow.records.fingerprint import Comparison, compare, digests, sampled
 
 CHUNK_SETS = st.sets(st.integers(0, 60))
 

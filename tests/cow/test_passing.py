@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cow import passing
+from cow.disk import passing
 from cow.errors import CowError, MayPassError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import Finding, scrub_store

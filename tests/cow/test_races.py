@@ -11,13 +11,15 @@ import pytest
 import trio
 import trio.testing
 
-from cow import commits, image, journal, space
-from cow.device import Io
+from cow.disk.io import Io
+from cow.durable import commits, space
 from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES
-from cow.image import Image
+from cow.images import image
+from cow.images.image import Image
+from cow.records import journal
 from cow.scrub import Finding, OpenScrub
-from cow.store import Evidence
+from cow.store.store import Evidence
 from tests.support.engine import Engine, engines
 
 SIZE = 1 << 20

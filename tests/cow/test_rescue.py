@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cow import origin as origin_module
-from cow.contents import contents_of
+from cow.buffer.contents import contents_of
+from cow.durable.rescue import MOST_CHUNKS, Losses
 from cow.errors import LostError
 from cow.geometry import CHUNK_BYTES, Run
-from cow.rescue import MOST_CHUNKS, Losses
+from cow.images import origin as origin_module
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, BadSectors, take
 from tests.support.sandbox import wait_until

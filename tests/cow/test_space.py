@@ -9,11 +9,11 @@ import pytest
 import trio
 
 from cow import Source
-from cow import space as space_module
-from cow.device import Directory
+from cow.disk.directory import Directory
+from cow.durable import space as space_module
+from cow.durable.space import OPENING_BYTES, Space
 from cow.errors import QuotaError
 from cow.geometry import CHUNK_BYTES
-from cow.space import OPENING_BYTES, Space
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 

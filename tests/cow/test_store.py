@@ -16,8 +16,8 @@ import trio.testing
 from cow import Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import Run
-from cow.layer import Layer
-from cow.store import Store
+from cow.layers.layer import Layer
+from cow.store.store import Store
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 

@@ -6,8 +6,10 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-_ENGINE = f"{os.sep}cow{os.sep}"
-_DEVICE = f"{_ENGINE}device.py"
+import cow
+
+_ENGINE = os.path.join(os.path.dirname(cow.__file__), "")
+_WAY = {f"{_ENGINE}disk{os.sep}{name}.py" for name in ("io", "file", "directory", "source")}  #: to the disk
 
 
 @dataclass(eq=False)
@@ -75,7 +77,7 @@ def site_of_caller() -> tuple[str, int]:
 @cache
 def _name_in_engine(file: str, function: str) -> str | None:
     """None for what is not of the engine, or only the way from it to the disk."""
-    if _ENGINE not in file or file.endswith(_DEVICE) or function.endswith(">"):  # such as <lambda>
+    if not file.startswith(_ENGINE) or file in _WAY or function.endswith(">"):  # such as <lambda>
         return None
     return f"{os.path.basename(file)[:-3]}.{function}"
 

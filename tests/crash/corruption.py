@@ -14,7 +14,7 @@ from collections.abc import Callable
 from xxhash import xxh3_64_digest
 
 from cow.errors import CowError
-from cow.journal import SECTOR_BYTES, SECTOR_PAYLOAD_BYTES
+from cow.records.journal import SECTOR_BYTES, SECTOR_PAYLOAD_BYTES
 from tests.crash.disk import SOURCE_INODE, STORE_INODE, Disk, State, empty_state
 from tests.crash.harness import CONTENT, ViolationError
 from tests.crash.oracle import Oracle, Versions

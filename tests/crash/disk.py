@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from cow.device import FALLOC_PUNCH_HOLE, Geometry, Io
-from cow.trial import Trial
+from cow.disk.io import FALLOC_PUNCH_HOLE, Geometry, Io
+from cow.disk.trial import Trial
 from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
 
 STORE, SOURCE, ELSEWHERE, SECOND_SOURCE = "/store", "/disk.img", "/elsewhere", "/second.img"

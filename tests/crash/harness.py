@@ -11,7 +11,11 @@ from unittest.mock import patch
 
 import trio
 
-from cow import behind, contents, flatten, journal, passing, space
+from cow.buffer import behind, contents
+from cow.disk import passing
+from cow.durable import space
+from cow.records import journal
+from cow.store import flatten
 from tests.crash.cut import Found, random_state_of, states_of
 from tests.crash.disk import Disk, State, empty_state
 from tests.crash.oracle import Oracle, Versions

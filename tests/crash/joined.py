@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 
-from cow.image import Image
-from cow.origin import Origin
+from cow.images.image import Image
+from cow.images.origin import Origin
 from tests.support.served import write_served
 
 

@@ -183,127 +183,133 @@ class Edit:
 ORDER = [
     Edit(
         "a commit is applied before it is durable",
-        "commits:Commits.commit",
+        "durable.commits:Commits.commit",
         "        async with holding(self._lock):\n",
         "        async with holding(self._lock):\n            apply()\n",
     ),
     Edit(
         "the origin is overwritten before the old bytes are preserved",
-        "origin:Origin.write_waiting",
+        "images.origin:Origin.write_waiting",
         "                await self._preserver.preserve(self, chunks_in([run]))\n",
         "                self.device.pwrite(data, offset)\n"
         "                await self._preserver.preserve(self, chunks_in([run]))\n",
     ),
     Edit(
         "old bytes are not preserved at all",
-        "origin:Origin.write_waiting",
+        "images.origin:Origin.write_waiting",
         "                await self._preserver.preserve(self, chunks_in([run]))\n",
         "                pass\n",
     ),
     Edit(
         "what was buffered overwrites the origin before the old bytes are preserved",
-        "origin:Origin._take",
+        "images.origin:Origin._take",
         "        await self._preserver.preserve(self, chunks)\n",
         "        write_out(self.device, contents)\n        await self._preserver.preserve(self, chunks)\n",
     ),
     Edit(
         "old bytes of what was buffered are not preserved at all",
-        "origin:Origin._take",
+        "images.origin:Origin._take",
         "        await self._preserver.preserve(self, chunks)\n",
         "",
     ),
     Edit(
         "a write in a chunk passes by an older one in the buffer",
-        "origin:Origin._is_put_behind",
+        "images.origin:Origin._is_put_behind",
         "self._behind.has(chunk) or ",
         "",
     ),
     Edit(
         "a write of several chunks passes by an older one in the buffer",
-        "origin:Origin._is_put_behind",
+        "images.origin:Origin._is_put_behind",
         "if self._behind.holds(covering(offset, length)):",
         "if False:",
     ),
     Edit(
         "reads of the live image pass over the buffer",
-        "origin:Origin.read_waiting",
+        "images.origin:Origin.read_waiting",
         "newer = self._behind.pieces(offset, length)",
         "newer = []",
     ),
     Edit(
         "reads of the live image that need no waiting pass over the buffer",
-        "origin:Origin.read_nowait",
+        "images.origin:Origin.read_nowait",
         "self._behind.chunks and self._behind.holds(covering(offset, length))",
         "False",
     ),
     Edit(
         "reads in a chunk of an image that need no waiting pass over the buffer",
-        "image:Image.read_nowait",
+        "images.image:Image.read_nowait",
         "self._behind.has(chunk)",
         "False",
     ),
     Edit(
         "reads of several chunks of an image that need no waiting pass over the buffer",
-        "image:Image._read_run_nowait",
+        "images.image:Image._read_run_nowait",
         "self._behind.chunks and self._behind.holds(run)",
         "False",
     ),
     Edit(
         "a write that needs no waiting comes in while an instant is taken",
-        "origin:Origin.write_nowait",
+        "images.origin:Origin.write_nowait",
         "self._gate.held",
         "False",
     ),
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
-        "origin:Origin.write_nowait",
+        "images.origin:Origin.write_nowait",
         "(self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)",
         "True",
     ),
     Edit(
         "an image asks the layers that served it once",
-        "image:Image.layers",
+        "images.image:Image.layers",
         "self._layout != self.origin.layout",
         "self._layout < 0",
     ),
     Edit(
         "the memory of a long write is used for something else while it waits",
-        "contents:Contents._put_extent",
+        "buffer.contents:Contents._put_extent",
         "            memory.keep()\n            self._kept.append(memory)\n",
         "            pass\n",
     ),
     Edit(
         "the memory of a long write is used for something else while it is written",
-        "behind:Behind._flush",
+        "buffer.behind:Behind._flush",
         "            left = await self._take(taken.contents)\n",
         "            taken.contents.release()\n            left = await self._take(taken.contents)\n",
     ),
-    Edit("a sync does not wait for the buffer", "origin:Origin.sync", "        await self._behind.flush()\n", ""),
-    Edit("a sync of an image does not wait for it", "image:Image.sync", "        await self._behind.flush()\n", ""),
+    Edit(
+        "a sync does not wait for the buffer", "images.origin:Origin.sync", "        await self._behind.flush()\n", ""
+    ),
+    Edit(
+        "a sync of an image does not wait for it", "images.image:Image.sync", "        await self._behind.flush()\n", ""
+    ),
     Edit(
         "reads of an image pass over the buffer",
-        "image:Image.read_waiting",
+        "images.image:Image.read_waiting",
         "newer = self._behind.pieces(offset, length)",
         "newer = []",
     ),
     Edit(
         "a snapshot is taken with writes in the buffer",
-        "store:Store.create_snapshot",
+        "store.store:Store.create_snapshot",
         "                    await self.origins.drain(DRAIN_SECONDS)\n                    async with self._layout:\n",
         "                    async with self._layout:\n",
     ),
     Edit(
         "a snapshot is recorded as valid before the origin is synced",
-        "store:Store.create_snapshot",
+        "store.store:Store.create_snapshot",
         "            for origin in self.origins:\n                await origin.sync()\n"
         "            async with self._layout:\n                await self._finish(snapshot, evidence)\n",
         "            async with self._layout:\n                await self._finish(snapshot, evidence)\n"
         "            for origin in self.origins:\n                await origin.sync()\n",
     ),
-    Edit("no intent is recorded", "image:Image._announce", "        if not overwritten:\n", "        if True:\n"),
+    Edit(
+        "no intent is recorded", "images.image:Image._announce", "        if not overwritten:\n", "        if True:\n"
+    ),
     Edit(
         "an intent is recorded after the overwriting",
-        "image:Image._write_into_delta",
+        "images.image:Image._write_into_delta",
         "                    self._is_crowded = await self._announce(chunks)\n"
         "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n",
         "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n"
@@ -311,158 +317,172 @@ ORDER = [
     ),
     Edit(
         "open intents are not carried over",
-        "commits:Commits._start_file",
+        "durable.commits:Commits._start_file",
         "            if layer.intended\n",
         "            if False\n",
     ),
     Edit(
         "journal files are dropped before the layers are saved",
-        "commits:Commits.save",
+        "durable.commits:Commits.save",
         "        saved = []\n",
         "        saved = []\n"
         "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n",
     ),
     Edit(
         "recovery drops the journal before the layers are saved",
-        "recovery:_recover",
+        "durable.recovery:_recover",
         "    if not _save(layers, catalog, journal, rehashed):\n",
         "    journal.retire(journal.numbers)\n    if not _save(layers, catalog, journal, rehashed):\n",
     ),
     Edit(
         "recovery does not rehash what was being overwritten",
-        "recovery:_recover",
+        "durable.recovery:_recover",
         "        if layer.intended:\n",
         "        if False:\n",
     ),
-    Edit("recovery keeps half-taken snapshots", "recovery:_drop_pending", "row.state == State.PENDING]", "False]"),
+    Edit(
+        "recovery keeps half-taken snapshots", "durable.recovery:_drop_pending", "row.state == State.PENDING]", "False]"
+    ),
     Edit(
         "recovery does not apply the journal",
-        "recovery:_apply",
+        "durable.recovery:_apply",
         "    layer.commit(chunks_in(record.runs) - lost)\n",
         "",
     ),
     Edit(
         "recovery does not restore the checksums",
-        "recovery:_apply",
+        "durable.recovery:_apply",
         "        lost |= _write_sums(layer, run, record.sums[at : at + 8 * run.chunks])\n",
         "",
     ),
-    Edit("an heir does not inherit", "origin:Origin.release", "            inheriting.layers.append(layer)\n", ""),
+    Edit(
+        "an heir does not inherit", "images.origin:Origin.release", "            inheriting.layers.append(layer)\n", ""
+    ),
     Edit(
         "the catalog hands the layers of a deleted snapshot to nobody",
-        "removal:Removal.delete",
+        "store.removal:Removal.delete",
         "self._catalog.delete_snapshot, snapshot.id, heir)",
         "self._catalog.delete_snapshot, snapshot.id, None)",
     ),
     Edit(
         "a checkpoint saves what is not committed",
-        "layer:Layer.encode_map",
+        "layers.layer:Layer.encode_map",
         "committed = self.held - self.uncommitted",
         "committed = self.held | self.uncommitted",
     ),
     Edit(
         "a sync of an image does not reach the journal",
-        "image:Image._commit",
+        "images.image:Image._commit",
         "            await self._commits.commit([record], lambda: self.delta.commit(written))\n",
         "            self.delta.commit(written)\n",
     ),
     Edit(
         "a sync of an image passes over what was overwritten in place",
-        "image:Image._commit",
+        "images.image:Image._commit",
         "written = self.delta.uncommitted | self.delta.intended",
         "written = self.delta.uncommitted | BitMap64()",
     ),
     Edit(
         "a layer is merged into another before the data is durable",
-        "flatten:_copy",
+        "store.flatten:_copy",
         "    target.files.sync_data()\n",
         "",
     ),
     Edit(
         "a layer is merged into another before that is committed",
-        "flatten:Flattener._move",
+        "store.flatten:Flattener._move",
         "                await self._commits.commit([Record(kind, target.id, time.time_ns(), runs, sums)], apply)\n",
         "                apply()\n",
     ),
     Edit(
         "the row of a layer goes before its chunks are moved",
-        "flatten:Flattener._merge",
+        "store.flatten:Flattener._merge",
         "            while source.known and",
         "            await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)\n"
         "            while source.known and",
     ),
     Edit(
         "a merged layer keeps its row",
-        "flatten:Flattener._drop",
+        "store.flatten:Flattener._drop",
         "            await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)\n",
         "",
     ),
     Edit(
         "chunks are moved into a newer layer",
-        "flatten:Flattener._pair",
+        "store.flatten:Flattener._pair",
         "small.id > other.id",
         "small.id < other.id",
     ),
     Edit(
         "chunks are moved that an older layer has",
-        "flatten:Flattener._merge",
+        "store.flatten:Flattener._merge",
         "drop_shadowed(_layers_before(origin, source), source)",
         "BitMap64()",
     ),
     Edit(
         "moved chunks keep their checksums",
-        "flatten:_copy",
+        "store.flatten:_copy",
         "    target.sums.write_runs(runs, sums)\n",
         "    target.sums.write_runs(runs, source.sums.read_runs(runs))\n",
     ),
 ]
 
 CHECKS = [
-    Edit("chunks are not checked", "layer:Layer._check", "        if found != sums:\n", "        if False:\n"),
+    Edit("chunks are not checked", "layers.layer:Layer._check", "        if found != sums:\n", "        if False:\n"),
     Edit(
         "a chunk by itself is not checked",
-        "layer:Layer.read_chunk_nowait",
+        "layers.layer:Layer.read_chunk_nowait",
         "data if xxh3_64_digest(data, self.sums.seed_of(chunk)) == expected else None",
         "data",
     ),
-    Edit("checksums know no place", "sums:Sums.seed_of", "(self._seed + chunk) & MASK_64", "7"),
-    Edit("maps are not checked", "layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
+    Edit("checksums know no place", "layers.sums:Sums.seed_of", "(self._seed + chunk) & MASK_64", "7"),
+    Edit("maps are not checked", "layers.layermap:_decode", "xxh3_64_digest(body) != digest", "False"),
     Edit(
         "maps of other layers are taken",
-        "layermap:_decode",
+        "layers.layermap:_decode",
         "(magic, format_number, layer_id) != (MAP_MAGIC, MAP_FORMAT, layer)",
         "False",
     ),
     Edit(
-        "a missing map is an empty one", "layer:Layer.load", "            if generation:\n", "            if False:\n"
+        "a missing map is an empty one",
+        "layers.layer:Layer.load",
+        "            if generation:\n",
+        "            if False:\n",
     ),
-    Edit("journal sectors are not checked", "journal:_open_sector", "_seal(payload, number, sector) == raw", "True"),
-    Edit("a missing journal is an empty one", "journal:Journal._all_records", "found < self._expected", "False"),
-    Edit("a short journal is a young one", "journal:Journal._read_file", "len(content) < FILE_BYTES", "False"),
+    Edit(
+        "journal sectors are not checked",
+        "records.journal:_open_sector",
+        "_seal(payload, number, sector) == raw",
+        "True",
+    ),
+    Edit(
+        "a missing journal is an empty one", "records.journal:Journal._all_records", "found < self._expected", "False"
+    ),
+    Edit("a short journal is a young one", "records.journal:Journal._read_file", "len(content) < FILE_BYTES", "False"),
     Edit(
         "a record may be missing between others",
-        "journal:_records_of",
+        "records.journal:_records_of",
         "header is not None and header[1] > sequence",
         "False",
     ),
-    Edit("the catalog is not checked", "catalog:Catalog._open", "self._sum.is_right()", "True"),
+    Edit("the catalog is not checked", "records.catalog:Catalog._open", "self._sum.is_right()", "True"),
 ]
 AWAY = [
     Edit(
         "a device that is away is taken for bad sectors",
-        "preserver:_copy_singly",
+        "durable.preserver:_copy_singly",
         "        job.away = job.origin.why_away(unread[0], error)\n",
         "        pass\n",
     ),
     Edit(
         "who writes to a device that is away is not told",
-        "preserver:Preserver.preserve",
+        "durable.preserver:Preserver.preserve",
         "                raise away\n",
         "                return\n",
     ),
     Edit(
         "what was not read when the device went away counts as copied",
-        "preserver:_copy_all",
+        "durable.preserver:_copy_all",
         "job.keep_what_was_copied(copied - job.lost)",
         "job.lose_all(job.away)",
     ),

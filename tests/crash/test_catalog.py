@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cow.catalog import Catalog, State
-from cow.device import Directory
+from cow.disk.directory import Directory
+from cow.records.catalog import Catalog, State
 from tests.crash import disk
 from tests.crash.calls import Op
 from tests.crash.cut import Cutter, digest
@@ -24,8 +24,8 @@ _ROOT = disk.STORE_INODE
 # Each snapshot takes two transactions; every third one is deleted, in a third. "done N" goes out after each step.
 WORK = """
 import os, sys
-from cow.catalog import Catalog
-from cow.device import Directory
+from cow.records.catalog import Catalog
+from cow.disk.directory import Directory
 directory = Directory.open_path(sys.argv[1])
 catalog = Catalog(directory)
 directory.sync()

@@ -10,11 +10,11 @@ from multiprocessing import get_context
 
 import pytest
 
-from cow import journal
-from cow.device import Directory
+from cow.disk.directory import Directory
 from cow.errors import CowError
 from cow.geometry import Run
-from cow.journal import Journal, Kind, Record
+from cow.records import journal
+from cow.records.journal import Journal, Kind, Record
 from tests.crash.corruption import check_many
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
@@ -48,14 +48,14 @@ def test_functions_compiled_anew_as_they_are_change_nothing() -> None:
 )
 def test_an_edit_that_is_no_program_is_not_taken_for_noticed(new: str) -> None:
     old = "        async with holding(self._lock):\n"
-    edit = Edit("a broken edit", "commits:Commits.commit", old, f"{old}            {new}\n")
+    edit = Edit("a broken edit", "durable.commits:Commits.commit", old, f"{old}            {new}\n")
     with edit.applied(), pytest.raises(BrokenEditError):
         run(hunt)
 
 
 def test_an_engine_that_breaks_down_for_another_reason_is_not_taken_for_noticed() -> None:
     old = "        async with holding(self._lock):\n"
-    edit = Edit("a defect", "commits:Commits.commit", old, f"{old}            {{}}['nothing']\n")
+    edit = Edit("a defect", "durable.commits:Commits.commit", old, f"{old}            {{}}['nothing']\n")
     with edit.applied():
         assert run(partial(hunt, glances=0)) is None
 

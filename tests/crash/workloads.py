@@ -14,9 +14,10 @@ from itertools import product
 
 import trio
 
-from cow import Source, flatten, open_store
+from cow import Source, open_store
 from cow.errors import CowError
-from cow.store import Store
+from cow.store import flatten
+from cow.store.store import Store
 from tests.crash.disk import ELSEWHERE, STORE, Disk
 from tests.crash.joined import Joined
 from tests.crash.oracle import Oracle, Versions

@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from cow.memory import Memory
+from cow.buffer.memory import Memory
 from hcpfs.protocol import FROM_CACHE, Opcode, change_init
 from hcpfs.truncating import FORGETTING_SECONDS, PIECE_BYTES, Truncating, position_in
 from tests.support.requests import NUMBER, Scene, fsync, request, shows

@@ -11,7 +11,7 @@ import pytest
 
 from cow import Source
 from cow.geometry import CHUNK_BYTES
-from cow.store import Evidence
+from cow.store.store import Evidence
 from tests.support.engine import Engine
 from tests.support.sandbox import Sandbox, run
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import trio
 
 from cow import Source, open_store
-from cow.store import Store
+from cow.store.store import Store
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from cow.device import FALLOC_PUNCH_HOLE, Io
+from cow.disk.io import FALLOC_PUNCH_HOLE, Io
 from cow.geometry import CHUNK_BYTES
 from tests.support.engine import Engine
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cow import flatten
 from cow.geometry import CHUNK_BYTES, Run
-from cow.image import Image
-from cow.layer import Layer
+from cow.images.image import Image
+from cow.layers.layer import Layer
 from cow.scrub import Finding, scrub_store
+from cow.store import flatten
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from cow.memory import Memory
+from cow.buffer.memory import Memory
 from hcpfs.fastpath import FastPath
 from hcpfs.protocol import Opcode
 

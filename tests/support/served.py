@@ -1,8 +1,8 @@
 """Writes to an image as the file system makes them: in memory that is used for something else when it is free."""
 
-from cow.image import Image
-from cow.memory import Memory
-from cow.origin import Origin
+from cow.buffer.memory import Memory
+from cow.images.image import Image
+from cow.images.origin import Origin
 
 
 async def write_served(written: Image | Origin, offset: int, data: bytes) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cow import flatten
+from cow.store import flatten
 from tests.support.engine import Engine, engines
 from tests.support.failing import BadIo
 from tests.support.flattening import SIZE, Stop

@@ -11,12 +11,12 @@ import pytest
 import trio.testing
 from pyroaring import BitMap64
 
-from cow import flatten, housekeeping
-from cow.catalog import State
+from cow.durable.preserver import OnFull
 from cow.errors import DamagedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
-from cow.layer import Layer, pinned
-from cow.preserver import OnFull
+from cow.layers.layer import Layer, pinned
+from cow.records.catalog import State
+from cow.store import flatten, housekeeping
 from tests.support.engine import Engine
 from tests.support.failing import BadIo
 from tests.support.flattening import (

@@ -9,11 +9,11 @@ import pytest
 import trio.testing
 from pyroaring import BitMap64
 
-from cow import flatten
-from cow.catalog import State
 from cow.errors import DamagedError, LostError
 from cow.geometry import CHUNK_BYTES, Run
-from cow.layer import Layer
+from cow.layers.layer import Layer
+from cow.records.catalog import State
+from cow.store import flatten
 from tests.cow.test_model import EngineDriver
 from tests.support.engine import Engine
 from tests.support.flattening import (

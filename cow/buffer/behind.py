@@ -1,0 +1,294 @@
+"""Write-behind: writes to an image wait in memory, and go to where they belong many at a time.
+
+A disk has a volatile cache, so a write may be acknowledged before it is durable, as long as a flush waits. So writes
+are acknowledged into a buffer. A task takes all that has gathered to its place, while the next writes gather: with the
+live image that is one commit of old bytes and then the device, with a snapshot's image the delta. Readers ask the
+buffer first. # I3
+
+What is not taken stays in the buffer: it is tried again at the next sync, which fails until it succeeds.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import NamedTuple
+
+import trio
+
+from cow.buffer.contents import Contents, Row
+from cow.buffer.memory import Memory
+from cow.disk.file import File
+from cow.errors import CowError
+from cow.geometry import CHUNK_BYTES, Run, covering
+from cow.offload import MOST_CHUNKS_HERE
+
+MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
+MOST_IN_EXTENTS_HERE = 2048  # where only memory is: 8 MiB, for which a thread is worth its wake-up
+ENOUGH_CHUNKS = 1024  # that are worth a commit
+LINGER_SECONDS = 0.01  # for more to come, when there are not enough
+
+
+class _Generation:
+    """What gathers together, and goes to the device together."""
+
+    def __init__(self) -> None:
+        self.contents = Contents()
+        self.arrived = trio.Event()  #: fires when something is put into it
+        self.hurry = trio.Event()  #: fires when it shall not wait for more
+        self.taken = trio.Event()  #: fires when nothing more is put into it
+        self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
+        self.error: Exception | None = None
+        self.is_kept = True  #: whether, after an error, it is in memory yet
+
+
+_NOTHING = _Generation()
+
+
+class Untaken(NamedTuple):
+    """What was not taken, and why; both empty when all was. A cause alone: it was dropped."""
+
+    contents: Contents
+    cause: Exception | None
+
+
+class Behind:
+    """The buffer of one image, called `label`. Trio thread only; `run` must be running.
+
+    `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
+    OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
+    full empties it, unless there are extents, which are worth a thread. `on_trouble` is told, with a sentence, when
+    what was acknowledged is not taken, and `on_change` by how many chunks there are more in memory.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        take: Callable[[Contents], Awaitable[Untaken]],
+        on_trouble: Callable[[str], None],
+        on_change: Callable[[int], None] = lambda chunks: None,
+        *,
+        is_in_memory: bool = False,
+    ) -> None:
+        self._label = label
+        self._take = take
+        self._on_trouble = on_trouble
+        self._on_change = on_change
+        self._is_in_memory = is_in_memory
+        self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
+        self._gathering = _Generation()
+        self._leaving = _NOTHING  #: on its way to the device; older than what gathers
+        self._watched = _NOTHING  #: what `run` waits for, perhaps yet after somebody else has taken it
+        self._failing = False  #: whether not all was taken the last time
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks are in memory."""
+        return len(self._gathering.contents) + len(self._leaving.contents)
+
+    @property
+    def _weight(self) -> int:
+        return self._gathering.contents.weight + self._leaving.contents.weight
+
+    def has(self, chunk: int) -> bool:
+        """Whether some of the chunk is in the buffer."""
+        return self._gathering.contents.has(chunk) or self._leaving.contents.has(chunk)
+
+    def holds(self, run: Run) -> bool:
+        """Whether some of the run is in the buffer."""
+        return self._gathering.contents.holds(run) or self._leaving.contents.holds(run)
+
+    def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
+        """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
+        newer, older = self._gathering.contents, self._leaving.contents
+        if not newer and not older:
+            return []
+        run = covering(offset, length)
+        return [*older.pieces(run), *newer.pieces(run)]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no `room` for a write."""
+        gathering = self._gathering.contents
+        weight = self._weight if self._failing else gathering.weight  # what is on its way may come back
+        return weight >= (MOST_IN_EXTENTS_HERE if self._is_for_thread(gathering) else self._most_chunks)
+
+    def _is_for_thread(self, contents: Contents) -> bool:
+        return self._is_in_memory and bool(contents.extents)
+
+    def is_long(self, length: int) -> bool:
+        """Whether a write is not worth the wait here: where there is only memory, to copy it would be to write it."""
+        return self._is_in_memory and length > MOST_CHUNKS_HERE * CHUNK_BYTES
+
+    async def room(self) -> None:
+        """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
+        while self.is_full:
+            full = self._gathering
+            if self._failing and self._leaving.contents:
+                full = self._leaving
+            elif self._is_in_memory and not full.contents.extents:
+                await self._bring(full)
+            else:
+                self._hurry(full)
+                await full.taken.wait()
+            if self._failing:
+                await full.done.wait()
+                if self.is_full:
+                    await _in_place(full)
+
+    def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
+        """Take a write, for which there is `room`. A view is copied, unless it is long and its `memory` can be kept."""
+        gathering = self._gathering
+        contents = gathering.contents
+        before = contents.weight
+        contents.put(offset, data, memory)
+        weight = contents.weight
+        if weight != before:
+            self._on_change(weight - before)
+        if not gathering.arrived.is_set():
+            gathering.arrived.set()
+        if weight >= ENOUGH_CHUNKS or (contents.extents and self._is_in_memory):
+            gathering.hurry.set()
+
+    def forget(self) -> None:
+        """Nobody wants what is in memory any more, nor will put anything there."""
+        self._on_change(-self._weight)
+        self._on_change = lambda chunks: None  # of what is on its way yet
+        self._on_trouble = lambda sentence: None
+        self._gathering.contents.release()
+        self._gathering, self._leaving = _Generation(), _NOTHING
+
+    async def drain(self) -> None:
+        """Return when all that was put is where it belongs, not yet durable there. # I3
+
+        Raises OSError or CowError when something is not; it stays in the buffer, to be tried again by the next drain.
+        """
+        for generation in (self._leaving, self._gathering):
+            if generation.contents:
+                self._hurry(generation)
+                await _in_place(generation)
+
+    async def drain_or(self, error: Exception) -> None:
+        """As `drain` for a reader, who met `error` and is told of that when this fails."""
+        try:
+            await self.drain()
+        except (CowError, OSError):
+            raise error from None
+
+    def try_again(self) -> None:
+        """Have taken what was not taken the last time: now it can be, or nobody needs it any more."""
+        if self.chunks:
+            self._hurry(self._gathering)
+
+    def _hurry(self, generation: _Generation) -> None:
+        """Have `run` bring a generation now, whatever else it waits for."""
+        generation.arrived.set()  # what was not taken the last time does not count as arrived
+        generation.hurry.set()
+        self._watched.hurry.set()
+
+    async def flush(self) -> None:
+        """As `drain`, without waking anybody for it: it must not be cancelled before the buffer is forgotten."""
+        for generation in (self._leaving, self._gathering):
+            if generation.contents:
+                await self._bring(generation)
+                await _in_place(generation)
+
+    async def run(self) -> None:
+        """Have taken what gathers, until cancelled."""
+        while True:
+            gathering = self._watched = self._gathering
+            await gathering.arrived.wait()
+            with trio.move_on_after(LINGER_SECONDS):
+                await gathering.hurry.wait()
+            await self._bring(gathering)
+
+    async def _bring(self, generation: _Generation) -> None:
+        """Have a generation taken, unless somebody else has."""
+        while self._leaving.contents and not generation.taken.is_set():
+            await self._leaving.done.wait()
+        if not generation.taken.is_set():
+            await self._flush()
+
+    async def _flush(self) -> None:
+        taken = self._leaving = self._gathering
+        self._gathering = _Generation()
+        taken.arrived.set()  # so that `run` looks for the next one; what was not taken before has not arrived
+        taken.taken.set()
+        taken.error = CowError("hcpfs was stopped before")  # until we know better
+        left = Untaken(taken.contents, None)
+        try:
+            left = await self._take(taken.contents)
+            taken.error = left.cause
+        except (CowError, OSError) as error:
+            taken.error = error
+        finally:
+            taken.is_kept = bool(left.contents)
+            before = self._weight
+            self._gathering.contents.put_beneath(left.contents)
+            self._leaving = _NOTHING
+            taken.contents.release()
+            self._on_change(self._weight - before)
+            taken.done.set()
+        self._tell(taken.error if taken.is_kept else None)
+
+    def _tell(self, error: Exception | None) -> None:
+        if error is not None and not self._failing:
+            self._on_trouble(
+                f"writes to {self._label} that were acknowledged are still in memory ({error}); every sync of it fails "
+                f"until they are taken"
+            )
+        self._failing = error is not None
+
+
+async def _in_place(generation: _Generation) -> None:
+    if not generation.done.is_set():
+        await generation.done.wait()
+    error = generation.error
+    kept = "are still in memory" if generation.is_kept else "were dropped"
+    sentence = f"writes that were acknowledged {kept}: {error}"
+    if isinstance(error, OSError):
+        raise OSError(error.errno, sentence) from error
+    if isinstance(error, CowError):
+        again = CowError(sentence)
+        again.errno = error.errno
+        raise again from error
+
+
+def write_out(device: File, contents: Contents) -> Untaken:
+    """Write contents to their places on a device, and return what it does not take. Blocks; nothing is durable yet."""
+    failed: set[int] = set()
+    cause: Exception | None = None
+    for row in contents.rows():
+        try:
+            _write_row(device, row)
+        except OSError as error:
+            cause = error
+            failed.update(_write_singly(device, row))
+    for chunk, part in contents.parts().items():
+        try:
+            for start, data in part.pieces():
+                device.pwrite(data, chunk * CHUNK_BYTES + start)
+        except OSError as error:
+            cause = error
+            failed.add(chunk)
+    return Untaken(contents.only(failed), cause) if failed else Untaken(Contents(), None)
+
+
+def _write_row(device: File, row: Row) -> None:
+    run, content = row
+    if isinstance(content, list):
+        device.pwritev(content, run.offset)
+    else:
+        device.pwrite(content, run.offset)
+
+
+def _write_singly(device: File, row: Row) -> Iterator[int]:
+    """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
+    run, content = row
+    if run.chunks == 1:
+        yield run.first
+        return
+    for chunk in range(run.first, run.end):
+        place = chunk - run.first
+        one = content[place] if isinstance(content, list) else content[place * CHUNK_BYTES : (place + 1) * CHUNK_BYTES]
+        try:
+            device.pwrite(one, chunk * CHUNK_BYTES)
+        except OSError:
+            yield chunk

@@ -1,0 +1,1 @@
+"""The road from "written" to "durable", and back after a crash; and the room that it needs."""

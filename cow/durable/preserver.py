@@ -1,0 +1,423 @@
+"""The preserver: copies old bytes of the origins into the newest layers before they are overwritten. # I1
+
+Writers that need chunks preserved join the next batch. One batch is taken at a time: read the old bytes, write them to
+the layers, make them durable, commit once for all, wake the writers. The first writer takes its own; while that is
+being committed the next one gathers, so the number of syncs follows the disk and not the number of writes.
+
+The origin comes first (I8). Chunks that cannot be kept because a disk fails are recorded as lost, so that reading them
+gives EIO; where that cannot be recorded either, the snapshots that need them are given up. When there is no room the
+policy decides. All of it is durable before any writer goes on. But where the origin's device as a whole does not answer
+(`why_away`), the write would fail as well: then the writer is told, and nothing is lost.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from itertools import islice
+from typing import Protocol
+
+import trio
+from pyroaring import BitMap64
+
+from cow.buffer.memory import is_out_of_memory, out_of_memory
+from cow.disk.io import FULL
+from cow.durable.commits import Commits
+from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
+from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
+from cow.holding import holding
+from cow.layers.layer import Layer, pinned
+from cow.layers.sums import SUM_BYTES
+from cow.offload import is_short, offload
+from cow.records.journal import Kind, Record
+
+COPY_CHUNKS = 256  # read and written at a time: 1 MiB
+MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
+FEWEST_CHUNKS = 16  # tried when there is no room for more
+
+
+class OnFull(StrEnum):
+    """What happens when there is no room for the origin's old bytes."""
+
+    DROP_OLDEST = "drop-oldest"  # the oldest snapshot that is not open is given up, then the next
+    LOSE_CHUNKS = "lose-chunks"  # the chunks read EIO from then on, in the snapshots that need them
+    BLOCK_WRITES = "block-writes"  # the writer gets ENOSPC
+
+
+class PreservedOrigin(Protocol):
+    """What the preserver asks of an origin."""
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether its device never waits for a disk."""
+
+    @property
+    def newest_layer(self) -> Layer:
+        """Where old bytes go."""
+
+    def unpreserved(self, chunks: BitMap64) -> BitMap64:
+        """Those of `chunks` that some snapshot still reads from the device."""
+
+    def needing(self, chunks: BitMap64) -> list[int]:
+        """The snapshots that read some of `chunks` from the device."""
+
+    def read_chunks(self, run: Run) -> bytes:
+        """Whole chunks of the device."""
+
+    def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
+        """They were lost by the layer, and may be overwritten now."""
+
+    def why_away(self, chunk: int, error: OSError) -> OSError | None:
+        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+
+
+class _Batch:
+    def __init__(self) -> None:
+        self.wanted: dict[PreservedOrigin, BitMap64] = {}
+        self.done = trio.Event()
+        self.error: Exception | None = None
+        self.away: dict[PreservedOrigin, OSError] = {}  #: why the devices of some cannot be read
+
+
+@dataclass
+class _Job:
+    """What has to be copied from one origin, and what became of it."""
+
+    origin: PreservedOrigin
+    layer: Layer
+    chunks: BitMap64
+    lost: BitMap64 = field(default_factory=BitMap64)
+    sums: dict[int, bytes] = field(default_factory=dict)  #: of those that are not lost, by the first of some
+    cause: str = ""
+    away: OSError | None = None  #: why the device cannot be read; what was not copied before stays as it is
+    _runs: list[Run] | None = None
+
+    def lose(self, chunk: int, error: Exception) -> None:
+        self.lost.add(chunk)
+        self.cause, self._runs = str(error), None
+
+    def lose_all(self, error: Exception) -> None:
+        self.lost, self.sums, self.cause, self._runs = self.chunks, {}, str(error), None
+
+    def keep_what_was_copied(self, copied: BitMap64) -> None:
+        """The device is away: nothing is lost, as nothing will be overwritten."""
+        self.sums = {first: sums for first, sums in self.sums.items() if first in copied}
+        self.chunks, self.lost, self._runs = copied, BitMap64(), None
+
+    @property
+    def kept(self) -> BitMap64:
+        return self.chunks - self.lost
+
+    @property
+    def runs(self) -> list[Run]:
+        """What is kept."""
+        if self._runs is None:
+            self._runs = list(runs_of(self.kept))
+        return self._runs
+
+    @property
+    def joined_sums(self) -> bytes:
+        """The checksums of what is kept, ascending."""
+        return b"".join(self.sums[first] for first in sorted(self.sums))
+
+    def records(self) -> Iterator[Record]:
+        if self.runs:
+            yield Record(Kind.PRESERVED, self.layer.id, time.time_ns(), self.runs, self.joined_sums)
+        if self.lost:
+            yield Record(Kind.LOST, self.layer.id, time.time_ns(), list(runs_of(self.lost)))
+
+
+class Preserver:
+    """Trio thread only. `run` must be running.
+
+    `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
+    least wanted snapshot and tells whether there was one, and `let_inodes_go()` whether inodes were short and some were
+    held back. `give_up(snapshots, reason)` gives up those; `on_lost` is told, with a sentence, whose chunks were lost,
+    and `on_rescued` when some were kept after all.
+    """
+
+    def __init__(
+        self,
+        commits: Commits,
+        on_full: OnFull,
+        room: Callable[[int], AbstractAsyncContextManager[None]],
+        make_room: Callable[[], Awaitable[bool]],
+        let_inodes_go: Callable[[], Awaitable[bool]],
+        give_up: Callable[[Sequence[int], str], Awaitable[None]],
+        on_lost: Callable[[Sequence[int], str], None],
+        on_rescued: Callable[[], None],
+    ) -> None:
+        self._commits = commits
+        self._on_full = on_full
+        self._room = room
+        self._make_room = make_room
+        self._let_inodes_go = let_inodes_go
+        self._give_up = give_up
+        self._on_lost = on_lost
+        self._on_rescued = on_rescued
+        self._next = _Batch()
+        self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
+        self._turn = trio.Lock()  #: of the one whose batch is taken
+
+    async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
+        """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
+
+        Raises StoreFullError under the policy block-writes, OSError when the device is away, so that it can neither be
+        read nor written, NoMemoryError where there is none, and CowError when the chunks could neither be preserved nor
+        recorded as lost nor the snapshots be given up.
+        """
+        while missing := origin.unpreserved(chunks):
+            batch = self._next
+            batch.wanted[origin] = batch.wanted.get(origin, BitMap64()) | missing
+            if self._turn.locked():
+                self._arrived.set()
+                await batch.done.wait()
+            else:
+                async with holding(self._turn):
+                    await self._take_next()
+            if isinstance(batch.error, (NoMemoryError, StoreFullError)):
+                raise type(batch.error)(str(batch.error)) from batch.error
+            if batch.error is not None:
+                raise CowError(
+                    f"the old bytes could not be preserved, nor the snapshots that need them be given up "
+                    f"({batch.error}): check the store's disk; rmdir the snapshots to go on without them"
+                ) from batch.error
+            away = batch.away.get(origin)
+            if away is not None and origin.unpreserved(chunks):
+                raise away
+
+    async def keep_late(self, layer: Layer, chunk: int, data: bytes) -> None:
+        """Keep old bytes of a chunk that the layer lost; durable on return. Raises OSError or CowError.
+
+        Nothing changes when the chunk is known to the layer, or lost to it no more, meanwhile.
+        """
+        one = BitMap64([chunk])
+        with pinned([layer]):
+            async with self._room(layer.new_bytes(one)):
+                sums = await offload(_write_late, layer, chunk, data, here=layer.is_in_memory)
+                if chunk in layer.lost:
+                    record = Record(Kind.PRESERVED, layer.id, time.time_ns(), [Run(chunk, 1)], sums)
+                    await self._commits.commit([record], lambda: layer.commit(one))
+        self._on_rescued()
+
+    async def run(self) -> None:
+        """Take the batches that gathered while another was taken, until cancelled."""
+        while True:
+            await self._arrived.wait()
+            async with holding(self._turn):
+                self._arrived = trio.Event()
+                if self._next.wanted:
+                    await self._take_next()
+
+    async def _take_next(self) -> None:
+        batch, self._next = self._next, _Batch()
+        try:
+            await self._take(batch)
+        except (CowError, OSError) as error:
+            batch.error = error
+        finally:
+            batch.done.set()
+
+    async def _take(self, batch: _Batch) -> None:
+        most = MOST_CHUNKS
+        while jobs := self._jobs(batch, most):
+            try:
+                async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
+                    await self._copy(jobs, _copy_durably)
+                for job in jobs:
+                    if job.away is not None:
+                        batch.away[job.origin] = job.away
+                        del batch.wanted[job.origin]
+                if all(len(job.chunks) < most for job in jobs):
+                    return  # that was all; the writers look again
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if most <= FEWEST_CHUNKS:
+                    raise NoMemoryError(f"old bytes are to be kept first: {out_of_memory(error)}") from error
+                most = min(most, max(len(job.chunks) for job in jobs)) // 4
+            except (CowError, OSError) as error:
+                if not is_full(error):
+                    await self._give_up_all(batch, error)
+                elif await self._let_inodes_go():
+                    pass  # it was a file that could not be made, and now it can
+                elif most > FEWEST_CHUNKS:
+                    most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
+                else:
+                    await self._when_full(batch, error)
+                    most = MOST_CHUNKS
+
+    @staticmethod
+    def _jobs(batch: _Batch, most: int) -> list[_Job]:
+        """What is still missing, by origin, up to `most` chunks of each.
+
+        Asked anew after each round: the snapshots may have gone.
+        """
+        found = []
+        for origin, wanted in batch.wanted.items():
+            missing = origin.unpreserved(wanted)
+            if missing:
+                chunks = missing if len(missing) <= most else BitMap64(islice(missing, max(1, most)))
+                found.append(_Job(origin, origin.newest_layer, chunks))
+        return found
+
+    async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
+        """Have the jobs copied, in a thread, and commit what became of them."""
+        with pinned([job.layer for job in jobs]):
+            here = all(is_short(job.chunks) and job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
+            commits = await offload(_records_of, copy, jobs, here=here)
+            for job, records in zip(jobs, commits, strict=True):  # what one origin loses costs the others nothing
+                if not records:
+                    continue
+                await self._commits.commit(records, partial(self._apply, job))
+
+    def _apply(self, job: _Job) -> None:
+        job.layer.commit(job.kept)
+        if job.lost:
+            affected = job.origin.needing(job.lost)
+            job.layer.lose(job.lost)
+            job.layer.files.give_up_unsynced()
+            job.origin.note_lost(job.layer, job.lost)
+            self._on_lost(
+                affected,
+                f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
+                f"first at offset {job.lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
+            )
+
+    async def _when_full(self, batch: _Batch, error: Exception) -> None:
+        if self._on_full is OnFull.BLOCK_WRITES:
+            raise StoreFullError(f"{error}; the policy on_full=block-writes stops the writer") from error
+        if self._on_full is OnFull.DROP_OLDEST:
+            if not await self._make_room():
+                await self._give_up_all(batch, error)
+            return
+
+        def lose(jobs: list[_Job]) -> None:
+            for job in jobs:
+                job.lose_all(error)
+
+        try:
+            await self._copy(self._jobs(batch, MOST_CHUNKS), lose)
+        except (CowError, OSError) as second:
+            await self._give_up_all(batch, second)
+
+    async def _give_up_all(self, batch: _Batch, error: Exception) -> None:
+        for origin, wanted in batch.wanted.items():
+            await self._give_up(
+                origin.needing(wanted),
+                f"old bytes of the origin could not be preserved when they were overwritten: {error}",
+            )
+
+
+def is_full(error: Exception) -> bool:
+    """Whether it says that there is no room."""
+    return isinstance(error, (QuotaError, StoreFullError)) or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[list[Record]]:
+    """Have the jobs copied, and say what became of each."""
+    copy(jobs)
+    return [list(job.records()) for job in jobs]
+
+
+def _write_late(layer: Layer, chunk: int, data: bytes) -> bytes:
+    sums = layer.write(chunk, data)
+    layer.files.sync_data()
+    return sums
+
+
+def _copy_durably(jobs: list[_Job]) -> None:
+    """Copy the chunks into the layers; what is kept is durable on return. Raises OSError when there is no room."""
+    for job in jobs:
+        _copy_all(job)
+        if not job.chunks:
+            continue
+        _write_sums(job)
+        try:
+            job.layer.files.sync_data()
+        except (OSError, CowError) as error:
+            if is_full(error):  # of a file system that finds out late
+                job.layer.files.give_up_unsynced()
+                raise
+            job.lose_all(error)
+
+
+def _copy_all(job: _Job) -> None:
+    copied = BitMap64()
+    for run in job.runs:
+        for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
+            _copy_part(job, part)
+            if job.away is not None:
+                job.keep_what_was_copied(copied - job.lost)
+                return
+            copied.add_range(part.first, part.end)
+
+
+def _copy_part(job: _Job, part: Run) -> None:
+    try:
+        data = job.origin.read_chunks(part)
+    except OSError as error:
+        _copy_singly(job, part, error)
+        return
+    _keep(job, part, data)
+
+
+def _copy_singly(job: _Job, part: Run, error: OSError) -> None:
+    """Perhaps it is one bad sector: it is read twice, and in between the device must have answered elsewhere."""
+    if part.chunks == 1:
+        unread = [part.first]
+    else:
+        unread = [chunk.first for chunk in pieces(part, 1) if _copy_one(job, chunk.first) is not None]
+    if unread:
+        job.away = job.origin.why_away(unread[0], error)
+    for chunk in unread if job.away is None else ():
+        if (again := _copy_one(job, chunk)) is None:
+            continue
+        if again.errno != error.errno and (away := job.origin.why_away(chunk, again)) is not None:
+            job.away = away
+            return
+        job.lose(chunk, again)
+
+
+def _copy_one(job: _Job, chunk: int) -> OSError | None:
+    """Why a chunk cannot be read."""
+    try:
+        data = job.origin.read_chunks(Run(chunk, 1))
+    except OSError as error:
+        return error
+    _keep(job, Run(chunk, 1), data)
+    return None
+
+
+def _keep(job: _Job, part: Run, data: bytes) -> None:
+    try:
+        job.sums[part.first] = job.layer.write_data(part.first, data)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        if part.chunks == 1:
+            job.lose(part.first, error)
+            return
+        for chunk in pieces(part, 1):  # perhaps it is one bad sector of the store
+            _keep(job, chunk, data[chunk.offset - part.offset :][:CHUNK_BYTES])
+
+
+def _write_sums(job: _Job) -> None:
+    sums = job.joined_sums
+    try:
+        job.layer.sums.write_runs(job.runs, sums)
+        return
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+    job.sums = {}
+    for chunk, start in zip(job.kept, range(0, len(sums), SUM_BYTES), strict=True):  # perhaps it is one bad sector
+        one = sums[start : start + SUM_BYTES]
+        try:
+            job.layer.sums.write(chunk, one)
+        except OSError as error:
+            job.lose(chunk, error)
+        else:
+            job.sums[chunk] = one

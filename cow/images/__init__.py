@@ -1,0 +1,1 @@
+"""What is read and written: the live devices, and the images of snapshots."""

@@ -1,0 +1,33 @@
+"""The origins of a store together: one mkdir takes a snapshot of all of them, at one instant."""
+
+import math
+
+import trio
+
+from cow.errors import HoldTimeoutError
+from cow.images.origin import Origin
+
+
+class Origins(list[Origin]):
+    """In the order of the store's sources. Trio thread only."""
+
+    async def run(self) -> None:
+        """Their background work; runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for origin in self:
+                nursery.start_soon(origin.run)
+
+    async def drain(self, seconds: float = math.inf) -> None:
+        """Have all that was acknowledged written to the devices; not yet durable.
+
+        Raises HoldTimeoutError when that takes longer, and what a device says that does not take all.
+        """
+        try:
+            with trio.fail_after(seconds):
+                for origin in self:
+                    await origin.drain()
+        except trio.TooSlowError as error:
+            raise HoldTimeoutError(
+                f"writes that were acknowledged did not reach the device within {seconds:g} s, so no snapshot was "
+                f"taken: check the device and the store for errors, then try again"
+            ) from error

@@ -1,0 +1,111 @@
+"""Whether a device is the one that the snapshots were taken of, and was left alone since. # I12
+
+A path says nothing of what is behind it. What does: the sample as the newest snapshot sees it, which is right after a
+crash too (fingerprint.py); and, from the last clean stop, the sample of the device itself, the kernel's witness of
+writes (disk/witness.py), and the superblock's UUID. Where any of them speaks against the device nothing is recorded
+before the user has decided: it may be the wrong disk, and the right one may come back.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pyroaring import BitMap64
+
+from cow.disk.superblock import Superblock
+from cow.disk.witness import Witness
+from cow.geometry import Run, chunks_in, runs_of
+from cow.images.origin import Origin
+from cow.records.fingerprint import Comparison, compare, sampled
+
+_MOST_PLACES = 4  # that a sentence names
+
+
+class Facts(NamedTuple):
+    """What was known of a device at the last clean stop. `sample`: 8 bytes a chunk, as in records/fingerprint.py."""
+
+    sample: bytes = b""
+    witness: Witness | None = None
+    superblock: Superblock = Superblock()
+
+    def to_text(self) -> str:
+        """As the catalog keeps it (FORMAT.md)."""
+        return json.dumps({"sample": self.sample.hex(), "witness": self.witness, "superblock": self.superblock})
+
+    @classmethod
+    def from_text(cls, text: object) -> "Facts":
+        """Back from the catalog's text; nothing is known where there is none."""
+        if not isinstance(text, str):
+            return cls()
+        values = json.loads(text)
+        witness = Witness(*values["witness"]) if values["witness"] else None
+        return cls(bytes.fromhex(values["sample"]), witness, Superblock(*values["superblock"]))
+
+
+def facts_key(origin: int) -> str:
+    """Where the catalog's table `store` has the facts of an origin."""
+    return f"device.{origin}"
+
+
+def gather(origin: Origin) -> Facts:
+    """The facts of a device as it is. Blocks; what cannot be read is not known."""
+    return Facts(origin.fingerprint(), origin.device.witness(), origin.device.superblock())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What speaks for a device and against it."""
+
+    is_proved_untouched: bool  #: the kernel says that nothing was written since the clean stop
+    is_another: bool  #: nothing but zeroes is as it was
+    changed: list[Run]  #: where the sample differs
+    is_written_to: bool  #: the kernel says that something was written
+    before: Superblock
+    now: Superblock
+
+    @property
+    def has_other_uuid(self) -> bool:
+        """Whether it has another superblock than it had."""
+        return bool(self.before.uuid and self.now.uuid) and self.before != self.now
+
+    def what_differs(self) -> str:
+        """In words."""
+        found = []
+        if self.changed:
+            places = ", ".join(f"{run.offset}+{run.length}" for run in self.changed[:_MOST_PLACES])
+            more = len(self.changed) - _MOST_PLACES
+            found.append(f"it differs at {places}{f' and {more} more places' if more > 0 else ''}")
+        if self.is_written_to:
+            found.append("the kernel says that it was written to")
+        if self.has_other_uuid:
+            found.append(f"it has {self.now}, and had {self.before}")
+        return ", and ".join(found)
+
+
+def judge(origin: Origin, seen: bytes, known: Facts, now: Facts, *, was_clean: bool) -> Verdict:
+    """Hold a device against what is known of it.
+
+    `seen` is the fingerprint of the newest snapshot, empty when there is none; `known` are the facts of the last clean
+    stop, of which only the superblock is worth something when a stop came since that was not clean.
+    """
+    runs = sampled(origin.size_bytes)
+    nothing = Comparison(0, [])
+    by_snapshot = compare(runs, seen, now.sample, lambda chunk: not origin.knows(chunk)) if seen else nothing
+    at_stop = known if was_clean else Facts()
+    since_stop = compare(runs, at_stop.sample, now.sample, lambda chunk: True) if at_stop.sample else nothing
+    changed = _union(by_snapshot.changed, since_stop.changed)
+    same = by_snapshot.same + since_stop.same
+    return Verdict(
+        is_proved_untouched=now.witness is not None and now.witness == at_stop.witness and not changed,
+        is_another=bool(changed) and same == 0,
+        changed=changed,
+        is_written_to=now.witness is not None and now.witness.contradicts(at_stop.witness),
+        before=known.superblock,
+        now=now.superblock,
+    )
+
+
+def _union(first: Sequence[Run], second: Sequence[Run]) -> list[Run]:
+    both: BitMap64 = chunks_in(first) | chunks_in(second)
+    return list(runs_of(both))

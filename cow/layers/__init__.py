@@ -1,0 +1,1 @@
+"""Old bytes, kept in layers of exceptions, and how a chain of them is read."""

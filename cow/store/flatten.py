@@ -1,0 +1,203 @@
+"""Flattening: merges the layers that deleted snapshots left behind, so that a snapshot is served by a few only.
+
+In the background, a small piece at a time, with rests. The two smallest layers of a group are merged, so that a chunk
+is moved a few times at most: what the newer one holds is moved into the older one, and then the newer one goes.
+
+Always into the older one, as after a crash, or after an old map, several layers of a group may know a chunk. The oldest
+of them is asked, and what it has must be right. So a chunk may come to an older layer, once it is durable there, and
+never to a newer one, where what is punched out may be taken for it.
+"""
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from itertools import islice
+
+import trio
+from pyroaring import BitMap64
+
+from cow.durable.commits import Commits
+from cow.durable.preserver import is_full
+from cow.durable.space import Space
+from cow.errors import CowError
+from cow.geometry import Run, runs_of
+from cow.images.origin import Group, Origin, drop_shadowed
+from cow.layers.layer import Layer, pinned
+from cow.records.catalog import Catalog
+from cow.records.journal import Kind, Record
+from cow.store.housekeeping import Housekeeping
+
+MOST_LAYERS = 8  # of a group, before some are merged
+PIECE_CHUNKS = 256  # moved at a time: 1 MiB
+PUNCH_CHUNKS = 512  # given back at a time: until then 2 MiB are there twice
+REST = 4.0  # after each piece, as a multiple of the time that it took
+
+
+class Flattener:
+    """Trio thread only. `run` may be cancelled anywhere.
+
+    `layout` guards the origins' groups and `layers`, the store's by id. Nothing is merged while `is_doubted()`: then
+    it counts which layers are older than the doubt.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        commits: Commits,
+        space: Space,
+        housekeeping: Housekeeping,
+        layout: trio.Lock,
+        origins: Sequence[Origin],
+        layers: MutableMapping[int, Layer],
+        is_doubted: Callable[[], bool],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._catalog = catalog
+        self._commits = commits
+        self._space = space
+        self._housekeeping = housekeeping
+        self._layout = layout
+        self._origins = origins
+        self._layers = layers
+        self._is_doubted = is_doubted
+        self._on_trouble = on_trouble
+        self.moving = trio.Lock()  #: held while a piece is moved, with the files of two layers in use
+        self._failed: set[int] = set()  #: layers that are left as they are, until the next opening
+        self._due = trio.Event()
+        self.wake()
+
+    def wake(self) -> None:
+        """A snapshot came or went, so there may be something to merge."""
+        self._due.set()
+
+    async def run(self) -> None:
+        """Merge what is to be merged until cancelled.
+
+        Errors are told and not raised: what cannot be moved stays where it is. Where there is no room it stays too,
+        until the next snapshot comes or goes.
+        """
+        while True:
+            await self._due.wait()
+            self._due = trio.Event()
+            for origin in self._origins:
+                crowded: set[int] = set()  # the snapshots whose layers find no room
+                while (found := self._pair(origin, crowded)) is not None:
+                    snapshot, source, target = found
+                    if not await self._merge(origin, source, target):
+                        crowded.add(snapshot)
+
+    def _pair(self, origin: Origin, crowded: set[int]) -> tuple[int, Layer, Layer] | None:
+        """A snapshot, the layer of its group that shall go, and the one that shall have what that knows.
+
+        None when nothing is to be merged, save for the crowded snapshots.
+        """
+        for group in origin.groups:
+            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._is_doubted():
+                # Old bytes go into the newest layer at any moment.
+                usable = [
+                    one
+                    for one in group.layers
+                    if one is not origin.newest_layer and one.damage is None and one.id not in self._failed
+                ]
+                if len(usable) > 1:
+                    small, other = sorted(usable, key=lambda one: len(one.held) + len(one.lost))[:2]
+                    source, target = (small, other) if small.id > other.id or not small.known else (other, small)
+                    return group.snapshot, source, target
+        return None
+
+    async def _merge(self, origin: Origin, source: Layer, target: Layer) -> bool:
+        """Move all from `source` to `target`, and drop `source`. Whether there was room."""
+        # What was being preserved as a snapshot went may be needless to who inherits, and be here all the same.
+        moved = drop_shadowed(_layers_before(origin, source), source)
+        try:
+            if source.held:  # rather not at all than half of it
+                await self._space.check_for_merge(target.new_bytes(source.held))
+            while source.known and _group_of(origin, source, target) is not None:
+                began = trio.current_time()
+                moved |= await self._move(origin, source, target)
+                if len(moved) >= PUNCH_CHUNKS and source.known:
+                    self._housekeeping.punch_later([(source, moved)])
+                    moved = BitMap64()
+                await trio.sleep(REST * (trio.current_time() - began))
+            if not source.known:
+                await self._drop(origin, source, target)
+        except (CowError, OSError) as error:
+            if is_full(error):
+                return False
+            self._failed |= {source.id, target.id}
+            self._on_trouble(
+                f"layers {source.name} and {target.name} of {self._housekeeping.label} could not be merged, and are "
+                f"left as they are: {error}"
+            )
+        finally:
+            self._housekeeping.punch_later([(source, moved)] if source.known else [])
+        return True
+
+    async def _move(self, origin: Origin, source: Layer, target: Layer) -> BitMap64:
+        """Move a piece: durable in `target` on return, and known to `source` no more. Returns what was held of it."""
+        async with self.moving:
+            if _group_of(origin, source, target) is None:
+                return BitMap64()
+            # atomic: no checkpoint until they are pinned, so that what is chosen is not punched out
+            held, lost = _some_of(source.held), BitMap64()
+            if not held:
+                lost = _some_of(source.lost)
+            if not held and not lost:
+                return BitMap64()
+            runs = list(runs_of(held or lost))
+
+            def apply() -> None:
+                # What was dropped meanwhile, as the group came to serve an older snapshot, is not wanted any more.
+                target.commit(held & source.known)
+                target.lose(lost & source.lost)
+                source.held -= held
+                source.lost -= held | lost
+                source.dirty = True
+
+            with pinned([source, target]):
+                sums = await self._copied(source, target, held, runs) if held else b""
+                kind = Kind.PRESERVED if held else Kind.LOST
+                await self._commits.commit([Record(kind, target.id, time.time_ns(), runs, sums)], apply)
+            return held
+
+    async def _copied(self, source: Layer, target: Layer, held: BitMap64, runs: Sequence[Run]) -> bytes:
+        """Copy chunks, where there is room, and return their checksums in `target`. Durable on return."""
+        async with self._space.room_for_write(target.new_bytes(held)):
+            try:
+                return await trio.to_thread.run_sync(_copy, source, target, runs)
+            except (CowError, OSError):
+                target.files.give_up_unsynced()  # nothing depends on it, and later syncs must not fail for it
+                raise
+
+    async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
+        """Take a layer that knows nothing any more out of its group, durably."""
+        async with self._layout:
+            if _group_of(origin, source, target) is None:
+                return  # its snapshot went, and was the last one that it served
+            self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
+            await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
+            origin.remove_layer(source)
+            self._housekeeping.drop(self._layers.pop(source.id))
+            self._failed.remove(source.id)
+
+
+def _group_of(origin: Origin, source: Layer, target: Layer) -> Group | None:
+    """The group that has both layers; None once nobody needs them any more."""
+    return next((one for one in origin.groups if source in one.layers and target in one.layers), None)
+
+
+def _layers_before(origin: Origin, layer: Layer) -> list[Layer]:
+    """The layers of its group that are asked before it."""
+    layers = next(group.layers for group in origin.groups if layer in group.layers)
+    return layers[: layers.index(layer)]
+
+
+def _some_of(chunks: BitMap64) -> BitMap64:
+    return BitMap64(islice(chunks, PIECE_CHUNKS))
+
+
+def _copy(source: Layer, target: Layer, runs: Sequence[Run]) -> bytes:
+    """Copy chunks from layer to layer, checked, and return their checksums there. Durable on return. Blocks."""
+    sums = b"".join([target.write_data(run.first, source.read(run)) for run in runs])
+    target.sums.write_runs(runs, sums)
+    target.files.sync_data()
+    return sums
