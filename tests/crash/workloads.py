@@ -235,6 +235,18 @@ class Session:
                 await _turns(turns)
                 await self.write_live(3 * CHUNK, length)
 
+    async def write_again_once_preserved(self) -> None:
+        """Overwrite chunks whose old bytes are safe, while the first overwriting is on its way to the device."""
+        for length in (CHUNK, 2 * CHUNK):
+            await self.create()
+            await self.write_live(2 * CHUNK, length)
+            (image,) = self.store.snapshots[-1].images
+            for _ in range(10_000):
+                if image.preserved_bytes:
+                    break
+                await _turns(1)
+            await self.write_live(2 * CHUNK, length)
+
     async def delete_and_flatten(self) -> None:
         """Delete a snapshot whose layer goes to an older one, and wait until that has been merged into its own."""
         await self.create()
@@ -354,6 +366,7 @@ Workload = tuple[str, ...]
 # What the mutations are hunted with besides.
 HUNTED: dict[str, Action] = {
     "write live at the instant of a create": lambda session: session.write_during_create(at_the_instant=True),
+    "write live chunks again once they are preserved": lambda session: session.write_again_once_preserved(),
 }
 
 
