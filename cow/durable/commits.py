@@ -122,7 +122,6 @@ class Commits:
         maps = []
         for layer in self._layers():
             if layer.dirty and layer.damage is None:
-                layer.dirty = False
                 maps.append((layer, layer.encode_map()))
         self._on_checkpoint(Checkpoint(maps, older))
 
@@ -145,7 +144,7 @@ class Commits:
                 await trio.to_thread.run_sync(self._record_saved, saved)
         except BaseException:
             for layer, _ in checkpoint.maps:
-                layer.dirty = True
+                layer.note_unsaved()
             raise
         async with self._lock:
             present = set(self._journal.numbers)

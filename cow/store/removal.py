@@ -138,7 +138,7 @@ class Removal:
         """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
         if snapshot.usable:
             for image in snapshot.images:
-                self._housekeeping.punch_later(image.origin.release(snapshot.id, heir))
+                self._housekeeping.punch_later(image.origin.epochs.release(snapshot.id, heir))
         for number in gone:
             self._housekeeping.drop(self._layers.pop(number))
         self._housekeeping.wake()

@@ -43,7 +43,7 @@ from cow.errors import (
 )
 from cow.images.gate import Gate
 from cow.images.image import Image
-from cow.images.origin import Origin, drop_shadowed
+from cow.images.origin import Origin
 from cow.images.origins import Origins
 from cow.images.recognition import facts_key, gather
 from cow.layers.layer import OTHER_OPEN_FILES, Layer, inodes, open_files
@@ -114,7 +114,7 @@ class Store:
             self._settled,
         )  # fmt: skip
         self._flattener = Flattener(
-            catalog, self._commits, space, self.housekeeping, self._layout, self.origins, self._layers,
+            catalog, self._commits, space, self.housekeeping, self._layout, lambda: self.origins.epochs, self._layers,
             lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), on_trouble,
         )  # fmt: skip
         self.damage = Damage(catalog, self._commits, self.housekeeping, self._layout, self._snapshots, on_trouble)
@@ -208,7 +208,7 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
-        layers = (layer for origin in self.origins for layer in origin.layers_for(snapshot.id))
+        layers = (layer for origin in self.origins for layer in origin.epochs.layers_for(snapshot.id))
         if any(layer.lost for layer in layers):  # since its epoch began
             self._tell_lost()
         self.housekeeping.wake()
@@ -240,7 +240,7 @@ class Store:
         preserved = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.PRESERVED}
         deltas = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.DELTA}
         for origin in self.origins:
-            origin.open_epoch(row.id, preserved[origin.id])
+            origin.epochs.open_epoch(row.id, preserved[origin.id])
         return self._add(row, deltas)
 
     def _make_layers(self, rows: Sequence[LayerRow]) -> None:
@@ -396,7 +396,7 @@ class Store:
     def _tell_lost(self) -> None:
         counts: Counter[int] = Counter()
         for origin in self.origins:
-            for number, lost in origin.lost():
+            for number, lost in origin.epochs.lost():
                 image = self._snapshots[number].image(origin.name)
                 counts[number] += len(image.lost_of(lost)) if image is not None else 0
         for number, count in counts.items():
@@ -412,12 +412,11 @@ class Store:
                 f"the catalog of {self.path} lacks the layers of snapshot {printable(row.name)}: it was edited or is "
                 f"damaged; restore it from a backup"
             )
-        origin.open_epoch(row.id, preserved[0])
+        origin.epochs.open_epoch(row.id, preserved[0])
         for layer in preserved[1:]:
-            shadowed = drop_shadowed(origin.group_of(row.id).layers, layer)
+            shadowed = origin.epochs.add_layer(row.id, layer)
             if shadowed:
                 self.housekeeping.punch_later([(layer, shadowed)])
-            origin.add_layer(row.id, layer)
 
     async def run(self) -> None:
         """The store's background work; runs until cancelled."""
@@ -490,7 +489,7 @@ class Store:
         self._make_layers(rows)
         added = {row.origin: self._layers[row.id] for row in rows}
         for origin in self.origins:
-            origin.add_layer(origin.groups[-1].snapshot, added[origin.id])
+            origin.epochs.add_layer(origin.epochs.groups[-1].snapshot, added[origin.id])
             origin.modified_ns = after(origin.modified_ns)
         for snapshot in trusted:
             snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
