@@ -21,12 +21,15 @@ from cow.errors import CowError
 from cow.opening import claim_directory
 from cow.records.catalog import FILE_NAME
 from cow.scrub import Finding, Progress, scrub_store
-from hcpfs import __version__, background, beneath, leftovers, recover, stores, terminal, unmount, unprivileged
+from hcpfs import __version__
+from hcpfs.daemon import background, stores, unmount, unprivileged
+from hcpfs.daemon.record import Record
+from hcpfs.daemon.supervisor import Supervisor
 from hcpfs.options import STORES, Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
-from hcpfs.rebuild import Voice
-from hcpfs.record import Record
-from hcpfs.supervisor import Supervisor
-from hcpfs.text import path_in
+from hcpfs.recover import leftovers, recover
+from hcpfs.recover.rebuild import Voice
+from hcpfs.system import beneath, terminal
+from hcpfs.tree.text import path_in
 
 DAMAGED, REPAIRED = 3, 4  # exit codes of verify
 STILL_AT_WORK = 2  # exit code of umount
@@ -182,7 +185,8 @@ def _mount_options(
 
 
 def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
-    from hcpfs.mount import Start, check, serve  # the other commands need no pyfuse3, and start faster without it
+    # The other commands need no pyfuse3, and start faster without it.
+    from hcpfs.daemon.mount import Start, check, serve
 
     os.umask(0o077)
     caller = background.Caller(ready_fd)

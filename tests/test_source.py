@@ -57,7 +57,7 @@ def test_the_engine_knows_no_fuse_and_no_command_line() -> None:
         outside = {name.partition(".")[0] for name in _imports(path)}
         if module.partition(".")[0] == "cow":
             assert not outside & {"pyfuse3", "click", "rich", "hcpfs"}, module
-        elif module not in ("hcpfs.operations", "hcpfs.session"):
+        elif module not in ("hcpfs.daemon.operations", "hcpfs.daemon.session"):
             assert "pyfuse3" not in outside, module
 
 

@@ -18,7 +18,13 @@ class Helper:
         self.files = files
         self.sandbox = sandbox
         self.process = sandbox.spawn(
-            sys.executable, "-m", "hcpfs.freezer", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            sys.executable,
+            "-m",
+            "hcpfs.quiesce.freezer",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
 
     def ask(self, **request: object) -> dict:
@@ -77,8 +83,8 @@ def test_thaws_without_a_word_when_nobody_reads_its_answer(sandbox: Sandbox) -> 
     """As when the daemon is killed during a mkdir."""
     asked = json.dumps({"freeze": [], "seconds": 60, "wanted": None})
     with subprocess.Popen(
-        [sys.executable, "-m", "hcpfs.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "hcpfs.quiesce.freezer"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as helper:  # fmt: skip
         helper.stdout.close()
         _, said = helper.communicate(asked + "\n")

@@ -1,0 +1,172 @@
+"""What sits on a dead mount: loop devices on its images, file systems on those, loop devices on files there, and so on.
+
+Found without touching any of it: mountinfo and sysfs answer also when the file systems themselves never would.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hcpfs.recover.doomed import owner_of
+from hcpfs.system import beneath, loops, users
+
+
+@dataclass
+class LoopAbove:
+    """A loop device; level 0 sits on an image, level 1 on a file of a file system from level 0."""
+
+    level: int
+    state: loops.LoopState
+
+
+@dataclass
+class MountAbove:
+    """A mount of a device, `source`, named as in /dev. `depth` counts the mounts that it is mounted in."""
+
+    level: int
+    depth: int
+    id: int
+    parent: int
+    source: str
+    mountpoint: str
+    filesystem: str
+    root: str
+    options: str
+    super_options: str
+    namespace: int = 0  #: the mount namespace, if it is not ours
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it was mounted read-only. A file system that failed turns itself read-only, but not the mount."""
+        return "ro" in self.options.split(",")
+
+
+@dataclass
+class SwapAbove:
+    """Swap space on a device, `source`, named as in /dev, or on the file `path` of a file system there (no source)."""
+
+    source: str
+    path: str
+    priority: int
+
+
+@dataclass
+class Above:
+    """All that sits on the mount, and the other mounts of itself: mount --bind, and copies in other namespaces."""
+
+    loops: list[LoopAbove] = field(default_factory=list)
+    mounts: list[MountAbove] = field(default_factory=list)
+    binds: list[MountAbove] = field(default_factory=list)
+    swaps: list[SwapAbove] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Above":
+        """Back from plain values. Raises TypeError or KeyError for what `to_json` did not make."""
+        if not values:
+            return cls()
+        return cls(
+            [LoopAbove(one["level"], loops.LoopState(*one["state"])) for one in values["loops"]],
+            [MountAbove(**one) for one in values["mounts"]],
+            [MountAbove(**one) for one in values["binds"]],
+            [SwapAbove(**one) for one in values.get("swaps", ())],
+        )
+
+    def add(self, older: "Above") -> None:
+        """Take over what an earlier recovery took down and did not put back."""
+        names = {loop.state.name for loop in self.loops}
+        self.loops += [loop for loop in older.loops if loop.state.name not in names]
+        for mine, others in ((self.mounts, older.mounts), (self.binds, older.binds)):
+            places = {(mount.mountpoint, mount.source, mount.namespace) for mount in mine}
+            mine += [mount for mount in others if (mount.mountpoint, mount.source, mount.namespace) not in places]
+        paths = {swap.path for swap in self.swaps}
+        self.swaps += [swap for swap in older.swaps if swap.path not in paths]
+
+
+def find(mounts: list[beneath.Mount], image_of: Callable[[loops.LoopState], str | None]) -> Above:
+    """What sits on the images. `image_of` has the path that the image of a loop device will be at again.
+
+    `mounts` are those of all namespaces, our own with the number 0. The dead mount's own binds are not looked for (see
+    `binds_of`).
+    """
+    found = Above()
+    states = loops.states()
+    here = [mount for mount in mounts if not mount.namespace]
+    current = [state._replace(file=image) for state in states if (image := image_of(state)) is not None]
+    level = 0
+    while current:
+        known = {loop.state.name for loop in found.loops}
+        current = [state for state in current if state.name not in known]
+        found.loops += [LoopAbove(level, state) for state in current]
+        mounted = [
+            _above(mounts, mount, source, level) for state in current for mount, source in _mounts_of(mounts, state)
+        ]
+        ids = {mount.id for mount in found.mounts}
+        mounted = list({mount.id: mount for mount in mounted if mount.id not in ids}.values())
+        found.mounts += mounted
+        ids = {mount.id for mount in mounted}
+        current = [state for state in states if (owner := owner_of(here, state.file)) and owner.id in ids]
+        level += 1
+    devices = {number for loop in found.loops for number in beneath.devices_above(loop.state.device)}
+    ids = {mount.id for mount in found.mounts}
+    for swap in users.swaps():
+        if swap.device in devices:
+            found.swaps.append(SwapAbove(beneath.name_of(swap.device), swap.path, swap.priority))
+        elif not swap.device and (owner := owner_of(here, swap.path)) and owner.id in ids:
+            found.swaps.append(SwapAbove("", swap.path, swap.priority))
+    return found
+
+
+def _mounts_of(mounts: list[beneath.Mount], state: loops.LoopState) -> Iterable[tuple[beneath.Mount, str]]:
+    names = {device: beneath.name_of(device) for device in beneath.devices_above(state.device)}
+    for mount in users.mounts_from(mounts, state.device):
+        # btrfs shows an anonymous device number.
+        yield mount, names.get(mount.device) or mount.source.removeprefix("/dev/")
+
+
+def _above(mounts: list[beneath.Mount], mount: beneath.Mount, source: str, level: int) -> MountAbove:
+    by_id = {one.id: one for one in mounts}
+    depth, seen = 0, mount
+    while seen.parent in by_id and seen.parent != seen.id:
+        seen = by_id[seen.parent]
+        depth += 1
+    return MountAbove(
+        level, depth, mount.id, mount.parent, source, mount.mountpoint, mount.filesystem, mount.root,
+        mount.options, mount.super_options, mount.namespace,
+    )  # fmt: skip
+
+
+def binds_of(mounts: list[beneath.Mount], dead: beneath.Mount) -> list[MountAbove]:
+    """The other mounts of the dead mount's file system; their `source` is empty."""
+    return [_above(mounts, mount, "", 0) for mount in mounts if mount.device == dead.device and mount.id != dead.id]
+
+
+def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str], str | None]:
+    """Of a mount that is dead and still there: the image for the path that sysfs shows of a loop device's file."""
+
+    def image_of(shown: str) -> str | None:
+        path = shown.removesuffix(loops.DELETED)
+        owner = owner_of(mounts, path)
+        if owner is None or owner.device != dead.device:
+            return None
+        # Through a bind mount it is another path than below the mount point.
+        inside = os.path.relpath(path, owner.mountpoint)
+        return os.path.normpath(os.path.join(dead.mountpoint, owner.root.lstrip("/"), inside))
+
+    return image_of
+
+
+def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str], str | None]:
+    """The same of a mount that was unmounted lazily, of whose images the kernel shows the paths within the mount."""
+    pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
+
+    def image_of(shown: str) -> str | None:
+        path = shown.removesuffix(loops.DELETED)
+        return mountpoint + path if pattern.fullmatch(path) else None
+
+    return image_of

@@ -1,0 +1,254 @@
+"""What sits on what: mounts, loop devices, partitions and holders, as the kernel tells them.
+
+Used to find the file systems mounted from our images, to say who uses a device, and to refuse a store that sits on one
+of our own images. Reads /proc and /sys only, plus LOOP_GET_STATUS64. Calls block, and may come back to our own daemon
+(the kernel asks it for the attributes of a loop device's file), so once it serves they are made in the freezer process.
+
+A mount namespace is seen through a process (or thread) that is in it. One that is kept by a descriptor or a bind mount
+of its nsfs file alone has none: see hcpfs/system/users.py.
+"""
+
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_LOOP_GET_STATUS64 = 0x4C05
+_LOOP_INFO64_BYTES = 232
+_LOOP_INFO64 = struct.Struct("QQQ 28x I")  # its beginning: device and inode of the file, device that it is, flags
+_LOOP_READ_ONLY = 1
+_MOST_LINKS = 40  # as in the kernel
+_MOST_TRIES = 8  # processes of one namespace that may be gone before its mounts are read
+FILESYSTEM_TYPE = "fuse.hcpfs"
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo. `root` is the directory of the file system that is shown; options are comma-separated.
+
+    `mountpoint` is the path in its mount namespace, whose inode is `namespace`; `pid` is a process in there, so that
+    /proc/PID/root leads to it. The namespace of `mounts()` is left 0, as is the pid: it is our own.
+    """
+
+    device: int
+    mountpoint: str
+    filesystem: str
+    source: str
+    id: int
+    parent: int
+    root: str
+    options: str
+    super_options: str
+    namespace: int = 0
+    pid: int = 0
+
+
+class Loop(NamedTuple):
+    """A loop device and the file it shows.
+
+    `backing_block` is the number of the block device that the file is, or 0; `read_only` tells how the file was opened.
+    """
+
+    path: str
+    device: int
+    backing_device: int
+    backing_inode: int
+    backing_block: int = 0
+    read_only: bool = False
+
+
+def mounts() -> list[Mount]:
+    """All mounts that this process sees."""
+    return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+
+
+def all_mounts() -> list[Mount]:
+    """The mounts of every mount namespace that has a process which we may look at; those of our own come first.
+
+    One look at each thread, and one mountinfo for each namespace: of a process that has the root of the namespace for
+    its own where there is one, as mountinfo shows only what is below the root. Who ends meanwhile is passed over.
+    """
+    own = namespace_of(os.getpid())
+    found = [mount._replace(namespace=own, pid=os.getpid()) for mount in mounts()]
+    seen = {own}
+    for namespace, pids in _namespaces(own).items():
+        for pid in pids:
+            if namespace not in seen:
+                try:
+                    with open(f"/proc/{pid}/mountinfo", "rb") as file:
+                        lines = file.read()
+                except OSError:  # it is gone, or is going (EINVAL)
+                    continue
+                if lines:
+                    seen.add(namespace)
+                    found += parse_mounts(lines, namespace, pid)
+    return found
+
+
+def namespace_of(pid: int) -> int:
+    """The inode of the mount namespace that the process is in; 0 when it is gone, or not ours to look at."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/mnt").st_ino
+    except OSError:
+        return 0
+
+
+def _namespaces(own: int) -> dict[int, list[int]]:
+    """The mount namespaces but our own, with the threads that show them, the best first."""
+    whole, parts = dict[int, list[int]](), dict[int, list[int]]()
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            threads = os.listdir(f"/proc/{process}/task")
+        except OSError:
+            continue
+        for thread in map(int, threads):
+            namespace = namespace_of(thread)
+            if namespace in (0, own) or len(whole.get(namespace, ())) >= _MOST_TRIES:
+                continue
+            try:
+                is_whole = os.readlink(f"/proc/{thread}/root") == "/"
+            except OSError:
+                continue
+            places = whole if is_whole else parts
+            places.setdefault(namespace, []).append(thread)
+    return {one: whole.get(one, []) + parts.get(one, [])[:_MOST_TRIES] for one in whole | parts}
+
+
+def parse_mounts(lines: bytes, namespace: int = 0, pid: int = 0) -> list[Mount]:
+    """The mounts of a mountinfo file; `namespace` and `pid` say whose it is."""
+    found = []
+    for line in lines.splitlines():
+        fields, _, rest = line.partition(b" - ")
+        parts, kind = fields.split(), rest.split()
+        major, minor = parts[2].split(b":")
+        # The source may be empty, so the options are found from the end.
+        source = _unescape(kind[1]) if len(kind) > 2 else ""
+        device, filesystem = os.makedev(int(major), int(minor)), os.fsdecode(kind[0])
+        number, parent = int(parts[0]), int(parts[1])
+        root, mountpoint, options, super_options = map(_unescape, (*parts[3:6], kind[-1]))
+        found.append(
+            Mount(
+                *(device, mountpoint, filesystem, source, number, parent),
+                *(root, options, super_options, namespace, pid),
+            )
+        )
+    return found
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+
+
+def real_path(mountpoint: str) -> str:
+    """The path as the kernel tells it of a mount: absolute, and without symbolic links.
+
+    What is mounted there is asked nothing, as os.path.realpath would: its daemon may hang. Relative to the current
+    directory.
+    """
+    path = os.path.join(os.getcwd(), mountpoint)
+    for _ in range(_MOST_LINKS):
+        above, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            return os.path.realpath(path)
+        path = os.path.join(os.path.realpath(above), name)
+        try:
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        except OSError:  # it is no link, or is not there
+            break
+    return path
+
+
+def loops() -> Iterator[Loop]:
+    """All loop devices that have a file, save those whose file system is dead."""
+    for entry in sorted(Path("/sys/block").glob("loop*")):
+        if not (entry / "loop/backing_file").exists():
+            continue
+        path = f"/dev/{entry.name}"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            status = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
+            number = os.fstat(fd).st_rdev
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+        backing_device, backing_inode, backing_block, flags = _LOOP_INFO64.unpack_from(status)
+        yield Loop(path, number, backing_device, backing_inode, backing_block, bool(flags & _LOOP_READ_ONLY))
+
+
+def _sysfs(device: int) -> Path:
+    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+
+
+def name_of(device: int) -> str:
+    """The name of a block device, such as loop0p1."""
+    return _sysfs(device).resolve().name
+
+
+def number_of(entry: Path) -> int | None:
+    """The number of the device whose directory in sysfs this is; None when it is gone."""
+    try:
+        major, minor = (entry / "dev").read_text().strip().split(":")
+    except (OSError, ValueError):
+        return None
+    return os.makedev(int(major), int(minor))
+
+
+def devices_above(device: int) -> set[int]:
+    """The device itself, its partitions, and what device-mapper or RAID built on any of them."""
+    found: set[int] = set()
+    todo = [device]
+    while todo:
+        one = todo.pop()
+        if one in found:
+            continue
+        found.add(one)
+        entry = _sysfs(one)
+        above = [*entry.glob("holders/*"), *(part.parent for part in entry.glob("*/partition"))]
+        todo += [number for number in map(number_of, above) if number is not None]
+    return found
+
+
+def mountpoints_of(device: int) -> list[str]:
+    """Where file systems from the device, or from what sits on it, are mounted; each file system once."""
+    above = devices_above(device)
+    names = {f"/dev/{name_of(one)}" for one in above}
+    found: dict[object, str] = {}
+    for mount in mounts():
+        # btrfs shows an anonymous device number, so its source counts too.
+        if mount.device in above or mount.source in names:
+            found.setdefault(mount.device, mount.mountpoint)
+    return list(found.values())
+
+
+def loops_on(file_device: int, file_inodes: set[int]) -> list[Loop]:
+    """The loop devices that show one of the files."""
+    return [loop for loop in loops() if loop.backing_device == file_device and loop.backing_inode in file_inodes]
+
+
+def hcpfs_under(path: str) -> str | None:
+    """The mount point of the hcpfs whose image carries the file system of `path`, through any number of layers."""
+    by_device = {mount.device: mount for mount in mounts()}
+    backing = {loop.device: loop.backing_device for loop in loops()}
+    todo, seen = [os.stat(path).st_dev], set[int]()
+    while todo:
+        device = todo.pop()
+        if device in seen:
+            continue
+        seen.add(device)
+        mount = by_device.get(device)
+        if mount is not None and mount.filesystem == FILESYSTEM_TYPE:
+            return mount.mountpoint
+        if mount is not None and os.major(device) == 0 and mount.source.startswith("/dev/"):
+            todo.append(os.stat(mount.source).st_rdev)  # btrfs
+        if device in backing:
+            todo.append(backing[device])
+        entry = _sysfs(device)
+        below = [*entry.glob("slaves/*")] + ([entry.resolve().parent] if (entry / "partition").exists() else [])
+        todo += [number for number in map(number_of, below) if number is not None]
+    return None
