@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import trio
 
-from cow import Opened, Source, open_store
+from cow.config import Source
 from cow.errors import CowError, RefusedError
+from cow.opening import Opened, open_store
 from hcpfs import beneath, ground, loops, mountpoint, notes, readahead, record, stores
 from hcpfs.ending import Ending, Mounted
 from hcpfs.live import LiveImages

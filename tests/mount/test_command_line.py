@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cow import Source
+from cow.config import Source
 from cow.errors import RefusedError
 from hcpfs import __version__, beneath, stores
 from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
