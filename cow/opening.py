@@ -8,17 +8,16 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import trio
 
+from cow.config import OnFull, Source
 from cow.disk import trial
 from cow.disk.directory import Directory
 from cow.disk.io import FULL, SYSTEM, Io
 from cow.disk.source import OriginDevice
 from cow.disk.superblock import SuperblockOf, no_superblock
 from cow.durable.inodes import is_spare
-from cow.durable.preserver import OnFull
 from cow.durable.recovery import open_journal, recover
 from cow.durable.space import (
     RESERVE_BYTES,
@@ -38,13 +37,6 @@ from cow.layers.layer import Layer
 from cow.records.catalog import FILE_NAME, Catalog, OriginRow
 from cow.records.journal import is_journal
 from cow.store.store import Store
-
-
-class Source(NamedTuple):
-    """What to take snapshots of: the image's name and the path of the device or file."""
-
-    name: bytes
-    path: str
 
 
 @dataclass

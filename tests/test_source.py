@@ -47,7 +47,7 @@ def test_imports_point_one_way_through_the_rooms() -> None:
 def test_the_rooms_have_nothing_of_their_own() -> None:
     """A process that locks its memory loads what it imports and no more: a room is a docstring."""
     for module, path in _sources().items():
-        if path.stem == "__init__" and module != "cow":
+        if path.stem == "__init__":
             found = {type(node) for node in ast.parse(path.read_text()).body}
             assert found <= {ast.Expr, ast.Assign}, module
 

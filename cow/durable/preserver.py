@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -23,6 +22,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.buffer.memory import is_out_of_memory, out_of_memory
+from cow.config import OnFull
 from cow.disk.io import FULL
 from cow.durable.commits import Commits
 from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
@@ -36,14 +36,6 @@ from cow.records.journal import Kind, Record
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
 FEWEST_CHUNKS = 16  # tried when there is no room for more
-
-
-class OnFull(StrEnum):
-    """What happens when there is no room for the origin's old bytes."""
-
-    DROP_OLDEST = "drop-oldest"  # the oldest snapshot that is not open is given up, then the next
-    LOSE_CHUNKS = "lose-chunks"  # the chunks read EIO from then on, in the snapshots that need them
-    BLOCK_WRITES = "block-writes"  # the writer gets ENOSPC
 
 
 class PreservedOrigin(Protocol):

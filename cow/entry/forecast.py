@@ -6,7 +6,7 @@ refused is a quota that is lower than the last one.
 
 from collections.abc import Iterator
 
-from cow.durable.preserver import OnFull
+from cow.config import OnFull
 from cow.durable.space import RESERVE_BYTES, UNPROMISED_BYTES
 from cow.errors import RefusedError, printable
 from cow.records.catalog import Catalog

@@ -24,10 +24,11 @@ from functools import partial
 import trio
 
 from cow.clock import after
+from cow.config import OnFull
 from cow.disk.directory import Directory
 from cow.disk.source import OriginDevice
 from cow.durable.commits import Commits
-from cow.durable.preserver import OnFull, Preserver, is_full
+from cow.durable.preserver import Preserver, is_full
 from cow.durable.space import Space
 from cow.errors import (
     CowError,

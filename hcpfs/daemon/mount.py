@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import trio
 
-from cow import Opened, Source, open_store
+from cow.config import Source
 from cow.errors import CowError, RefusedError
+from cow.opening import Opened, open_store
 from hcpfs.daemon import notes, record, stores
 from hcpfs.daemon.ending import Ending, Mounted
 from hcpfs.daemon.operations import Operations

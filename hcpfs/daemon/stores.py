@@ -16,7 +16,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest
 
-from cow import Source
+from cow.config import Source
 from cow.errors import WAY, RefusedError, counted
 from cow.geometry import Run
 from cow.images.recognition import Facts, facts_key

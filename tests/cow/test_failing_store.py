@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pyroaring import BitMap64
 
-from cow import Source
+from cow.config import Source
 from cow.durable.space import OPENING_BYTES
 from cow.errors import LostError, RefusedError
 from cow.geometry import CHUNK_BYTES, Run

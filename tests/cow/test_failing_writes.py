@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
-from cow import OnFull
 from cow.buffer import behind
+from cow.config import OnFull
 from cow.disk.directory import Directory
 from cow.durable import commits
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from cow import Source
+from cow.config import Source
 from cow.disk.directory import Directory
 from cow.durable import space as space_module
 from cow.durable.space import OPENING_BYTES, Space

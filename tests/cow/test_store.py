@@ -14,7 +14,7 @@ import pytest
 import trio.testing
 
 import cow
-from cow import Source
+from cow.config import Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import Run
 from cow.layers.layer import Layer

@@ -14,8 +14,9 @@ from itertools import product
 
 import trio
 
-from cow import Source, open_store
+from cow.config import Source
 from cow.errors import CowError
+from cow.opening import open_store
 from cow.store import flatten
 from cow.store.store import Store
 from tests.crash.disk import ELSEWHERE, STORE, Disk

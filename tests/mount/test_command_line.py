@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cow import Source
+from cow.config import Source
 from cow.errors import RefusedError
 from hcpfs import __version__
 from hcpfs.daemon import stores

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import trio
 
-from cow import Source, open_store
+from cow.config import Source
+from cow.opening import open_store
 from cow.store.store import Store
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import pytest
 import trio.testing
 from pyroaring import BitMap64
 
-from cow.durable.preserver import OnFull
+from cow.config import OnFull
 from cow.errors import DamagedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer, pinned
