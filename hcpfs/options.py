@@ -10,7 +10,7 @@ from enum import StrEnum
 from xxhash import xxh3_64_hexdigest
 
 from cow.config import OnFull, Source
-from hcpfs.tree.tree import Access
+from hcpfs.tree.access import Access
 
 #: where the default stores are, and what is recorded beside a store: a user who is not root has a place of his own
 STORES = (

@@ -11,7 +11,7 @@ from cow.records.catalog import State
 from cow.store.store import Store
 from hcpfs.options import MountOptions
 from hcpfs.system.words import listed
-from hcpfs.tree.tree import Access
+from hcpfs.tree.access import Access
 
 _OTHERS = 0o077  # the bits of a mode that are for others than the owner
 _WORTH = {

@@ -37,8 +37,10 @@ from pyfuse3 import (
 from cow.buffer.memory import is_out_of_memory, out_of_memory
 from cow.errors import CowError, NotFoundError
 from cow.geometry import covering_bytes
+from hcpfs.tree.access import Access
 from hcpfs.tree.handles import NotPermittedError
-from hcpfs.tree.tree import Access, Attributes, Tree
+from hcpfs.tree.nodes import Attributes
+from hcpfs.tree.tree import Tree
 
 ENTRY_SECONDS = 300.0  # names change through this mount only
 _RENAME_FLAGS = pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE
