@@ -115,7 +115,7 @@ def recover_and_mount(wanted: Record, accept: Iterable[Accept], voice: Voice, *,
     """`hcpfs mount --recover`: None when there is nothing to recover, so that it is a plain mount.
 
     In the background it is all done then, and the answer is the exit code. In the foreground it is the descriptor for
-    `background.answer`: this process is to serve, and another one then puts back what sat on the mount. To be called
+    `background.Caller`: this process is to serve, and another one then puts back what sat on the mount. To be called
     before there are threads. Raises RefusedError and OSError.
     """
     with record.recovering():

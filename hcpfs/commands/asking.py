@@ -1,0 +1,31 @@
+"""What commands ask a mount: its `status`, and `key value` lines as values."""
+
+import errno
+from pathlib import Path
+
+from hcpfs.commands.saying import Sentence
+from hcpfs.system import beneath
+
+
+def status_at(path: str) -> dict[str, str]:
+    """The values in `status` of the hcpfs at `path`. Raises Sentence when none is there, or it is dead."""
+    try:
+        kinds = [mount.filesystem for mount in beneath.mounts() if mount.mountpoint == path]
+        if kinds and kinds[-1] == beneath.FILESYSTEM_TYPE:
+            return pairs(Path(path, "status").read_bytes())
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise dead(path) from error
+        raise Sentence(f"{path} cannot be read: {error.strerror}") from error
+    raise Sentence(f"no hcpfs is mounted at {path}")
+
+
+def dead(path: str) -> Sentence:
+    """To be raised when the daemon of a mount is dead."""
+    return Sentence(f"the daemon of {path} is dead: hcpfs recover {path} gets it going again")
+
+
+def pairs(text: bytes) -> dict[str, str]:
+    """The values of `key value` lines; of a key that stands there more than once the last."""
+    found = (line.partition(" ") for line in text.decode("utf-8", "backslashreplace").splitlines())
+    return {key: value for key, _, value in found}
