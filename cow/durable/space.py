@@ -26,6 +26,7 @@ from cow.disk.file import File
 from cow.disk.io import FULL
 from cow.durable.inodes import OPENING_SPARES, Inodes, fill_up, let_go
 from cow.errors import QuotaError, RefusedError, StoreFullError
+from cow.events import Filling, Tell
 from cow.geometry import CHUNK_BYTES
 from cow.records.journal import FILE_BYTES
 
@@ -54,8 +55,8 @@ T = TypeVar("T")
 class Space:
     """The store's space. `quota_bytes` None means: whatever the file system has.
 
-    `layers_directory` is the one directory below `directory`. `on_warning` gets a sentence when the store fills up
-    beyond one of `WARNING_PERCENTS`.
+    `layers_directory` is the one directory below `directory`. `tell` hears when the store fills up beyond one of
+    `WARNING_PERCENTS`.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class Space:
         directory: Directory,
         layers_directory: Directory,
         quota_bytes: int | None,
-        on_warning: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         if quota_bytes is not None and quota_bytes < LEAST_QUOTA_BYTES:
             raise RefusedError(f"a quota of {quota_bytes} bytes is too small: give at least {LEAST_QUOTA_BYTES >> 20}M")
         self.quota_bytes = quota_bytes
         self._directory = directory
         self._layers_directory = layers_directory
-        self._on_warning = on_warning
+        self._tell = tell
         self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
         self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
@@ -206,9 +207,8 @@ class Space:
             self._warned_percent = reached
         if reached > self._warned_percent:
             self._warned_percent = reached
-            self._on_warning(
-                f"the store {self._directory.label} is {self._fullness}: {self._remedy}{_consequence(percent)}"
-            )
+            remedy = f"{self._remedy}{_consequence(percent)}"
+            self._tell(Filling(self._directory.label, percent, self._fullness, remedy))
 
     async def check_for_snapshot(self) -> None:
         """Raise StoreFullError when the store is too full for one more snapshot."""

@@ -5,13 +5,13 @@ from it: the catalog is told later, by the housekeeping, and after a crash in be
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 from pyroaring import BitMap64
 
 from cow.durable.commits import Commits
-from cow.errors import printable
+from cow.events import Damaged, Rescued, Tell
 from cow.geometry import runs_of
 from cow.layers.layer import Layer
 from cow.records.catalog import Catalog, State
@@ -30,14 +30,14 @@ class Damage:
         housekeeping: Housekeeping,
         layout: trio.Lock,
         snapshots: Mapping[int, Snapshot],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self._catalog = catalog
         self._commits = commits
         self._housekeeping = housekeeping
         self._layout = layout
         self._snapshots = snapshots
-        self._on_trouble = on_trouble
+        self._tell = tell
         self._by_loss: set[int] = set()  #: those that are damaged by nothing but what was lost to the origin's writers
         self._unrecorded: list[Snapshot] = []  #: whose state the catalog has to be told
 
@@ -72,10 +72,7 @@ class Damage:
             if snapshot.row.state is State.DAMAGED and not any(image.lost() for image in snapshot.images):
                 snapshot.row.state, snapshot.row.reason = State.VALID, ""
                 self._by_loss.discard(snapshot.id)
-                self._on_trouble(
-                    f"snapshot {printable(snapshot.name)} lacks nothing any more: what was recorded as lost was never "
-                    f"overwritten, and has been read from the device after all"
-                )
+                self._tell(Rescued(snapshot.name))
                 self._unrecorded.append(snapshot)
                 self._housekeeping.wake()
 
@@ -83,7 +80,7 @@ class Damage:
         """Make those that are valid damaged ones; the catalog is told by `record`."""
         for snapshot in [self._snapshots[number] for number in numbers if self._is_valid(number)]:
             snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
-            self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
+            self._tell(Damaged(snapshot.name, sentence))
             self._unrecorded.append(snapshot)
             self._housekeeping.wake()
 

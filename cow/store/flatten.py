@@ -19,6 +19,7 @@ from cow.durable.commits import Commits
 from cow.durable.preserver import is_full
 from cow.durable.space import Space
 from cow.errors import CowError
+from cow.events import Tell, Trouble
 from cow.geometry import Run, runs_of
 from cow.images.origin import Group, Origin, drop_shadowed
 from cow.layers.layer import Layer, pinned
@@ -49,7 +50,7 @@ class Flattener:
         origins: Sequence[Origin],
         layers: MutableMapping[int, Layer],
         is_doubted: Callable[[], bool],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self._catalog = catalog
         self._commits = commits
@@ -59,7 +60,7 @@ class Flattener:
         self._origins = origins
         self._layers = layers
         self._is_doubted = is_doubted
-        self._on_trouble = on_trouble
+        self._tell = tell
         self.moving = trio.Lock()  #: held while a piece is moved, with the files of two layers in use
         self._failed: set[int] = set()  #: layers that are left as they are, until the next opening
         self._due = trio.Event()
@@ -124,9 +125,11 @@ class Flattener:
             if is_full(error):
                 return False
             self._failed |= {source.id, target.id}
-            self._on_trouble(
-                f"layers {source.name} and {target.name} of {self._housekeeping.label} could not be merged, and are "
-                f"left as they are: {error}"
+            self._tell(
+                Trouble(
+                    f"layers {source.name} and {target.name} of {self._housekeeping.label} could not be merged, and "
+                    f"are left as they are: {error}"
+                )
             )
         finally:
             self._housekeeping.punch_later([(source, moved)] if source.known else [])

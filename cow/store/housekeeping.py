@@ -16,6 +16,7 @@ from cow.disk.directory import Directory
 from cow.durable.commits import Checkpoint, Commits
 from cow.durable.space import Space
 from cow.errors import CowError
+from cow.events import Tell, Trouble
 from cow.layers.layer import Layer, pinned
 from cow.layers.layerfiles import remove_layer_directory
 
@@ -31,13 +32,13 @@ class Housekeeping:
         layers_directory: Directory,
         space: Space,
         layers: Mapping[int, Layer],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self._layers_directory = layers_directory
         self.label = layers_directory.label  #: of the store's layers, for messages
         self._space = space
         self._layers = layers
-        self._on_trouble = on_trouble
+        self._tell = tell
         self._commits: Commits
         self._more: Sequence[Callable[[], Awaitable[None]]]
         self._on_unsavable: Callable[[Layer, Exception], Awaitable[None]]
@@ -92,8 +93,10 @@ class Housekeeping:
             try:
                 await self.do_all()
             except (CowError, OSError) as error:
-                self._on_trouble(
-                    f"housekeeping of the store {self._layers_directory.label} failed, nothing is lost: {error}"
+                self._tell(
+                    Trouble(
+                        f"housekeeping of the store {self._layers_directory.label} failed, nothing is lost: {error}"
+                    )
                 )
 
     async def do_all(self, *, closing: bool = False) -> None:
@@ -158,9 +161,11 @@ class Housekeeping:
     def _cannot_punch(self) -> None:
         if not self._told_of_punching:
             self._told_of_punching = True
-            self._on_trouble(
-                f"the file system of {self._layers_directory.label} cannot punch holes, so some of what deleted "
-                f"snapshots took comes back with the last of them only: have the store on ext4 or XFS"
+            self._tell(
+                Trouble(
+                    f"the file system of {self._layers_directory.label} cannot punch holes, so some of what deleted "
+                    f"snapshots took comes back with the last of them only: have the store on ext4 or XFS"
+                )
             )
 
     async def sweep(self) -> None:
@@ -184,9 +189,11 @@ class Housekeeping:
     async def hold_back(self) -> None:
         """Fill up the reserve, as far as there is room."""
         if not await trio.to_thread.run_sync(self._space.hold_back):
-            self._on_trouble(
-                f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
-                f"(space, or inodes)"
+            self._tell(
+                Trouble(
+                    f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
+                    f"(space, or inodes)"
+                )
             )
 
     def close_files(self) -> None:

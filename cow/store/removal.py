@@ -11,7 +11,8 @@ import trio
 
 from cow.durable.recovery import heir_of
 from cow.durable.space import Space
-from cow.errors import CowError, printable
+from cow.errors import CowError
+from cow.events import GivenUp, Tell, Trouble
 from cow.layers.layer import Layer
 from cow.records.catalog import Catalog, State
 from cow.records.elsewhere import Elsewhere
@@ -37,7 +38,7 @@ class Removal:
         layout: trio.Lock,
         snapshots: Mapping[int, Snapshot],
         layers: MutableMapping[int, Layer],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self._catalog = catalog
         self._space = space
@@ -47,7 +48,7 @@ class Removal:
         self._layout = layout
         self._snapshots = snapshots
         self._layers = layers
-        self._on_trouble = on_trouble
+        self._tell = tell
 
     async def delete(self, snapshot: Snapshot) -> None:
         """Take a snapshot out of the catalog, durably. The caller has the layout lock, and drops it from the store's.
@@ -85,7 +86,7 @@ class Removal:
             await self._housekeeping.hold_back()
             await self._space.measure()
         except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
-            self._on_trouble(f"what the snapshot took could not be given back at once: {error}")
+            self._tell(Trouble(f"what the snapshot took could not be given back at once: {error}"))
         return True
 
     async def give_up_readers(self, layer: Layer, error: Exception) -> None:
@@ -125,7 +126,7 @@ class Removal:
         snapshot.row.state, snapshot.row.reason = State.INVALID, reason
         for image in snapshot.images:
             image.give_up()
-        self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
+        self._tell(GivenUp(snapshot.name, reason))
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""

@@ -41,6 +41,7 @@ from cow.errors import (
     StoreFullError,
     printable,
 )
+from cow.events import Tell
 from cow.images.gate import Gate
 from cow.images.image import Image
 from cow.images.origin import Origin, drop_shadowed
@@ -88,7 +89,7 @@ class Store:
         write_behind: bool,
         read_only: bool,
         read_suspect: bool,
-        on_trouble: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self.space = space
         self.on_full = on_full
@@ -98,7 +99,7 @@ class Store:
         self._read_suspect = read_suspect
         self.origins = Origins()
         self.path = directory.label
-        self._on_trouble = on_trouble
+        self._tell = tell
         self._catalog = catalog
         self._layers_directory = layers_directory
         self._layers: dict[int, Layer] = {}  #: by id; guarded by `_layout`
@@ -108,19 +109,19 @@ class Store:
         self.presence = Presence(directory, layers_directory, journal, self._layers.values)
         self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
         self._gate = Gate()
-        self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
+        self.housekeeping = Housekeeping(layers_directory, space, self._layers, tell)
         self._commits = Commits(
             journal, self._layers.values, self.housekeeping.keep_checkpoint, space.in_need, catalog.record_saved,
             self._settled,
         )  # fmt: skip
         self._flattener = Flattener(
             catalog, self._commits, space, self.housekeeping, self._layout, self.origins, self._layers,
-            lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), on_trouble,
+            lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), tell,
         )  # fmt: skip
-        self.damage = Damage(catalog, self._commits, self.housekeeping, self._layout, self._snapshots, on_trouble)
+        self.damage = Damage(catalog, self._commits, self.housekeeping, self._layout, self._snapshots, tell)
         self._removal = Removal(
             catalog, space, self.housekeeping, self._flattener, elsewhere, self._layout, self._snapshots, self._layers,
-            on_trouble,
+            tell,
         )  # fmt: skip
         self._preserver = Preserver(
             self._commits,
@@ -258,7 +259,7 @@ class Store:
                 self._commits,
                 self.space,
                 partial(self.damage.found, row.id),
-                self._on_trouble,
+                self._tell,
                 doubted_from=None if self._read_suspect else row.doubted_from,
                 write_behind=self._write_behind,
             )
@@ -360,7 +361,7 @@ class Store:
                     device,
                     self._gate,
                     self._preserver,
-                    self._on_trouble,
+                    self._tell,
                     read_only=self.read_only,
                     # Where a full store stops the writer, the writer has to be there to be told.
                     write_behind=self._write_behind and self.on_full is not OnFull.BLOCK_WRITES,
