@@ -38,7 +38,7 @@ from cow.events import Tell, nobody
 from cow.layers.layer import Layer
 from cow.records.catalog import FILE_NAME, Catalog, OriginRow
 from cow.records.journal import is_journal
-from cow.store.store import Store
+from cow.store.store import OnDisk, Settings, Store
 
 
 class Source(NamedTuple):
@@ -109,11 +109,9 @@ async def open_store(
         )
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place.elsewhere)
         recovered.findings += second_place.findings
-        store = Store(
-            catalog, journal, directory, layers_directory, space, second_place.elsewhere,
-            on_full=on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect,
-            tell=tell,
-        )  # fmt: skip
+        on_disk = OnDisk(directory, layers_directory, catalog, journal, second_place.elsewhere)
+        settings = Settings(on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect)
+        store = Store(on_disk, space, settings, tell)
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
@@ -122,7 +120,7 @@ async def open_store(
         if not read_only:
             await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
-        await store.housekeeping.hold_back()
+        await space.refill()
         await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)

@@ -26,7 +26,7 @@ from cow.disk.file import File
 from cow.disk.io import FULL
 from cow.durable.inodes import OPENING_SPARES, Inodes, fill_up, let_go
 from cow.errors import QuotaError, RefusedError, StoreFullError
-from cow.events import Filling, Tell
+from cow.events import Filling, Tell, Trouble
 from cow.geometry import CHUNK_BYTES
 from cow.records.journal import FILE_BYTES
 
@@ -310,9 +310,10 @@ class Space:
 
     @contextmanager
     def in_need(self) -> Iterator[Callable[[], None]]:
-        """Yields what lets the reserve go, which blocks; it is not filled up before the end.
+        """Within the block the reserve is not filled up again.
 
-        What the next opening needs is kept; half of that goes as well when it is called again.
+        Yields a blocking function that releases it: the first call all but what the next opening needs, the second
+        half of that, the third the rest.
         """
         levels = iter(((OPENING_BYTES, OPENING_SPARES), (OPENING_BYTES // 2, OPENING_SPARES // 2)))
         self._in_need += 1
@@ -357,6 +358,16 @@ class Space:
             went = self.inodes.let_go_for_write()
             self.holding_back &= not went
             return went
+
+    async def refill(self) -> None:
+        """Fill up the reserve, as far as there is room; where that is not enough it is told. Raises OSError."""
+        if not await trio.to_thread.run_sync(self.hold_back):
+            self._tell(
+                Trouble(
+                    f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
+                    f"(space, or inodes)"
+                )
+            )
 
     def hold_back(self) -> bool:
         """Fill the reserve up again, as far as there is room; False when that is not enough. Blocks."""
