@@ -12,8 +12,9 @@ from cow.clock import after
 from cow.disk.superblock import Superblock
 from cow.errors import WAY, RefusedError, counted, printable
 from cow.images.origin import Origin
-from cow.images.recognition import Facts, Verdict, facts_key, gather, judge
+from cow.images.recognition import Verdict, gather, judge
 from cow.records.catalog import Catalog, OriginRow
+from cow.records.facts import Facts, facts_key
 from cow.store.store import Store
 
 

@@ -46,11 +46,12 @@ from cow.images.gate import Gate
 from cow.images.image import Image
 from cow.images.origin import Origin
 from cow.images.origins import Origins
-from cow.images.recognition import facts_key, gather
+from cow.images.recognition import gather
 from cow.layers.layer import Layer, inodes
 from cow.offload import offload
 from cow.records.catalog import Catalog, OriginRow, Role, SnapshotRow, State
 from cow.records.elsewhere import Elsewhere
+from cow.records.facts import facts_key
 from cow.records.journal import Journal
 from cow.store import loading
 from cow.store.damage import Damage

@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cow.durable.space import Space
@@ -13,9 +11,7 @@ from cow.errors import printable
 from cow.store.snapshot import Snapshot
 from cow.store.store import Store
 from hcpfs import __version__
-
-_ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
-_ESCAPED = re.compile(r"\\([\\nr]|u[0-9a-f]{4})")
+from hcpfs.tree.lines import lines
 
 
 @dataclass
@@ -25,20 +21,6 @@ class LastError:
     time_ns: int
     errno: int
     sentence: str
-
-
-def lines(pairs: Iterable[tuple[str, object]]) -> bytes:
-    """`key value` lines; what would break a line is escaped."""
-    return b"".join(f"{key} {_one_line(str(value))}\n".encode("utf-8", "backslashreplace") for key, value in pairs)
-
-
-def _one_line(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def path_in(value: str) -> str:
-    """The path that stands in a line as its value, for the system calls: what `lines` escaped is as it was."""
-    return _ESCAPED.sub(lambda match: _ESCAPES.get(match[1]) or chr(int(match[1][1:], 16)), value)
 
 
 def when(time_ns: int) -> str:
