@@ -294,7 +294,7 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def _refuse_other_loops(path: str) -> None:
     """Refuse a source whose bytes can be written through a loop device beside it."""
-    own = {f"/dev/{name}" for name in ground.chain(path)}
+    own = ground.chain(path)
     extents = ground.extents(path)
     for loop in beneath.loops():
         if loop.path not in own and any(extent.meets(part) for extent in extents for part in ground.extents(loop.path)):
