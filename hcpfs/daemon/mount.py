@@ -1,12 +1,11 @@
 """The daemon: opens the store, mounts the tree, serves until the umount, closes clean.
 
-Order matters. What can refuse comes first (`check`), so that a refusal leaves nothing; the freezer is a child, so it
+Order matters. What can refuse comes first (hcpfs/daemon/refusals.py), so that a refusal leaves nothing; the freezer is a child, so it
 starts before there are requests; the store closes after the last request, and only then are the devices released.
 """
 
 import logging
 import os
-import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,8 +23,9 @@ from hcpfs.daemon.operations import Operations
 from hcpfs.daemon.session import Session, terminate
 from hcpfs.daemon.supervisor import Supervisor
 from hcpfs.options import STORES, Accept, MountOptions
+from hcpfs.quiesce.helper import Freezer
 from hcpfs.quiesce.live import LiveImages
-from hcpfs.quiesce.quiesce import Freezer, Quiescer
+from hcpfs.quiesce.quiesce import Quiescer
 from hcpfs.system import beneath, ground, loops, mountpoint, readahead
 from hcpfs.system.memory import keep_memory
 from hcpfs.system.process import harden
@@ -252,65 +252,3 @@ def _forget(mountpoint: str) -> None:
         record.remove(mountpoint, os.getpid())
     except OSError as error:
         log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
-
-
-def check(options: MountOptions) -> None:
-    """Raise RefusedError for what can be seen to be wrong before anything is made or opened."""
-    mountpoint.check(options.mountpoint)
-    check_store_place(options.store_path, options.mountpoint)
-    check_sources(options.sources)
-
-
-def check_store_place(store: str, mountpoint: str) -> None:
-    """Refuse a store that would make the daemon wait for itself. # I10"""
-    real = os.path.realpath(store)
-    if os.path.commonpath([real, os.path.realpath(mountpoint)]) == os.path.realpath(mountpoint):
-        raise RefusedError(f"the store {store} is below the mount point {mountpoint}: put it somewhere else")
-    present = real
-    while not os.path.exists(present):
-        present = os.path.dirname(present)
-    image_of = beneath.hcpfs_under(present)
-    if image_of is not None:
-        raise RefusedError(
-            f"the store {store} is on a file system that sits on an image of the hcpfs at {image_of}: it would have to "
-            f"wait for itself; put the store on another disk"
-        )
-
-
-def check_sources(sources: Sequence[Source]) -> None:
-    """Refuse a source that is mounted, naming where. The engine's O_EXCL is what holds; this says it better. # I7"""
-    for source in sources:
-        try:
-            kind = os.stat(source.path)
-        except OSError as error:
-            raise RefusedError(f"{source.path} cannot be used as a source: {error.strerror}") from error
-        if stat.S_ISBLK(kind.st_mode):
-            _refuse_mounted(source.path, beneath.mountpoints_of(kind.st_rdev))
-        with ground.held([source.path]):
-            pass  # while it is served it is held for good
-        _refuse_other_loops(source.path)
-        if stat.S_ISREG(kind.st_mode) and ground.has_writer(source.path):
-            raise RefusedError(
-                f"{source.path} is open for writing in another program, whose writes would not be seen: end that "
-                f"first, and let it use the live image instead"
-            )
-
-
-def _refuse_other_loops(path: str) -> None:
-    """Refuse a source whose bytes can be written through a loop device beside it."""
-    own = {f"/dev/{name}" for name in ground.chain(path)}
-    extents = ground.extents(path)
-    for loop in beneath.loops():
-        if loop.path not in own and any(extent.meets(part) for extent in extents for part in ground.extents(loop.path)):
-            raise RefusedError(
-                f"{path} is in use by the loop device {loop.path}, whose writes would not be seen: "
-                f"losetup -d it first, and set it up on the live image instead"
-            )
-
-
-def _refuse_mounted(path: str, mountpoints: list[str]) -> None:
-    if mountpoints:
-        raise RefusedError(
-            f"{path} is mounted at {mountpoints[0]}, so its writes would not be seen: unmount it, and mount the live "
-            f"image instead"
-        )

@@ -17,7 +17,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from hcpfs.system import beneath
+from hcpfs.system import beneath, blocks
 
 
 def _place() -> str:
@@ -83,21 +83,13 @@ def of_this_process(
         mounted_ns=time.monotonic_ns(),
         store=store,
         sources=list(sources),
-        sizes=[_size(source) for source in sources],
+        sizes=[blocks.size_of(source) for source in sources],
     )
 
 
 def boot() -> str:
     """The kernel's name for the time since it was started."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _size(source: str) -> int:
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return os.lseek(fd, 0, os.SEEK_END)
-    finally:
-        os.close(fd)
 
 
 def _state(process: str) -> tuple[str, int]:

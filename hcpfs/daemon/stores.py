@@ -23,7 +23,7 @@ from cow.records.catalog import FILE_NAME, State
 from cow.records.facts import Facts, facts_key
 from cow.records.fingerprint import compare, digests, sampled
 from hcpfs.options import STORES, MountOptions
-from hcpfs.system import ground
+from hcpfs.system import blocks, ground
 from hcpfs.system.superblock import superblock_of
 
 _LINK = "store."  #: and a hash of where it leads to
@@ -161,7 +161,7 @@ def _recognised(source: Source, known: _Known, other: _Other) -> _Relation | Non
         if ground.is_on_an_image(source.path):
             return None  # what is written to it goes through the hcpfs that serves the image
         if _is_at(known, known.path) and ground.meet(source.path, known.path):
-            is_all = ground.size_of(source.path) == known.size_bytes
+            is_all = blocks.size_of(source.path) == known.size_bytes
             return _Relation.SAME if is_all else _Relation.OVERLAPS
         for view in ground.views(source.path):
             if view.length == known.size_bytes and _matches(view, known, is_clean=other.is_clean):
@@ -172,7 +172,7 @@ def _recognised(source: Source, known: _Known, other: _Other) -> _Relation | Non
 def _is_at(known: _Known, path: str) -> bool:
     """Whether nothing speaks against it that the disk is still at the path."""
     try:
-        if ground.size_of(path) != known.size_bytes:
+        if blocks.size_of(path) != known.size_bytes:
             return False
     except OSError:
         return False

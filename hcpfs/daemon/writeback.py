@@ -1,10 +1,10 @@
 """Writing back what sits on the images, before the daemon ends: a process of its own, which ends with the daemon.
 
 All of it goes through the daemon's own mount, so the daemon cannot do it itself (see hcpfs/quiesce/freezer.py), and the
-freezer may be busy, stopped, or ended by the signal that ends the daemon. What is found is in levels: on level 0 the
-file systems of loop devices on the images, on level 1 those of loop devices on files of level 0, and so on; another
-hcpfs that has its source there counts as a file system. The innermost level is written back first. Everything on a
-level is written back at the same time; what does not finish delays the rest by half of the time left, at most.
+freezer may be busy, stopped, or ended by the signal that ends the daemon. What sits there are devices in levels (see
+hcpfs/quiesce/stack.py) and file systems on them; another hcpfs that has its source there counts as a file system. The
+highest level is written back first: its file systems, then its devices. What is independent is written back at the same
+time; what does not finish delays the rest by half of the time that is left, at most.
 
 One request on standard input, a line for each thing on standard output, all of them JSON:
 
@@ -14,27 +14,26 @@ One request on standard input, a line for each thing on standard output, all of 
         {"end": true}
 """
 
-import ctypes
-import errno
 import json
 import os
 import queue
 import signal
+import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hcpfs.daemon import record
-from hcpfs.system import beneath
+from hcpfs.quiesce.stack import Stack
+from hcpfs.system import beneath, blocks, users
+from hcpfs.system.flushing import fsync, sync_file_system
 
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  #: they may go to the whole group
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Step(NamedTuple):
@@ -44,71 +43,59 @@ class Step(NamedTuple):
     write_back: Callable[[], None]
 
 
-@dataclass
-class _Level:
-    """What sits on the files of the level below: from the top to the bottom."""
+class _FileSystem(NamedTuple):
+    """A file system, or another hcpfs, and the devices that it is on."""
 
-    file_systems: list[Step] = field(default_factory=list)
-    devices: list[Step] = field(default_factory=list)  #: built on loop devices: partitions, RAID and so on
-    loops: list[Step] = field(default_factory=list)
-
-    def rounds(self) -> Iterable[list[Step]]:
-        return filter(None, (self.file_systems, self.devices, self.loops))
+    devices: set[int]
+    step: Step
 
 
-def _levels(device: int, own: str) -> list[_Level]:
-    """What sits on the files of the file system with that device number, the innermost last."""
-    found: list[_Level] = []
-    loops = list(beneath.loops())
-    file_systems = _file_systems()
-    nested = list(_nested(own))
-    below, seen = {device}, {device}
-    while here := [loop for loop in loops if loop.backing_device in below]:
-        level = _Level(loops=[Step(loop.path, _flusher(loop.path)) for loop in here])
-        numbers = {loop.device for loop in here}
-        built = set().union(*(beneath.devices_above(number) for number in numbers))
-        level.devices = [Step(name, _flusher(name)) for name in map(_name, sorted(built - numbers))]
-        names = {_name(number): number for number in built}
-        above: set[int] = set()
-        explained: set[int] = set()
-        for number, mounts in file_systems.items():
-            mount = mounts[0]
-            on = number if number in built else names.get(mount.source)  # btrfs shows an anonymous device number
-            if on is not None:
-                what = f"{mount.mountpoint} ({mount.filesystem} on {mount.source})"
-                level.file_systems.append(Step(what, _syncer(mounts)))
-                above.add(number)
-                explained.add(on)
+def _rounds(device: int, own: str) -> list[list[Step]]:
+    """What sits on the files of the file system with that device number, in the order in which it is written back.
+
+    The steps of a round do not depend on each other.
+    """
+    stack = Stack(device, None, beneath.loops())
+    found = _file_systems(stack, own)
+    rounds: list[list[Step]] = []
+    for level in sorted(set(stack.levels.values()), reverse=True):
+        rounds.append([one.step for one in found if max(stack.levels[device] for device in one.devices) == level])
+        paths = [blocks.node_of(device) for device in stack.top_down() if stack.levels[device] == level]
+        rounds.append([Step(path, partial(fsync, path)) for path in paths])
+    if rounds:
+        rounds[0] += _hidden(stack, found)
+    return [steps for steps in rounds if steps]
+
+
+def _file_systems(stack: Stack, own: str) -> list[_FileSystem]:
+    """The file systems on the devices of the stack, into which the loop devices on their files are taken."""
+    mounts, nested = beneath.all_mounts(), list(_nested(own))
+    found: dict[int, _FileSystem] = {}  #: by device number
+
+    def add(number: int, device: int, step: Step) -> None:
+        found.setdefault(number, _FileSystem(set(), step)).devices.add(device)
+        stack.add_files_of(number, stack.levels[device])
+
+    for device in (device for devices in stack.found() for device in devices):
+        there: dict[int, list[beneath.Mount]] = {}
+        for mount in users.mounts_on(mounts, {device}):
+            there.setdefault(mount.device, []).append(mount)
+        for number, shown in there.items():
+            what = f"{shown[0].mountpoint} ({shown[0].filesystem} on {shown[0].source})"
+            add(number, device, Step(what, partial(_sync, shown)))
         for other in nested:
-            if other.sources & (built | above) and other.device not in seen:
-                level.file_systems.append(Step(f"{other.mountpoint} (hcpfs)", other.write_back))
-                above.add(other.device)
-                explained |= other.sources
-        hidden = [name for name, number in names.items() if number not in explained and _is_held(name)]
-        if hidden and not explained & built:  # as a partition holds its disk
-            level.file_systems.append(Step(f"what holds {' '.join(sorted(hidden))}", os.sync))
-        found.append(level)
-        below = above - seen
-        seen |= above
-    return found
+            if other.sources & {device, *there}:
+                add(other.device, device, Step(f"{other.mountpoint} (hcpfs)", other.write_back))
+    return list(found.values())
 
 
-def _file_systems() -> dict[int, list[beneath.Mount]]:
-    """The mounts of block devices by device number, in all mount namespaces."""
-    found: dict[int, list[beneath.Mount]] = {}
-    for mount in beneath.all_mounts():
-        if mount.source.startswith("/dev/"):
-            found.setdefault(mount.device, []).append(mount)
-    return found
-
-
-def _is_held(device: str) -> bool:
-    """Whether something has the block device for itself: a file system, swap, RAID."""
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno == errno.EBUSY
-    return False
+def _hidden(stack: Stack, found: list[_FileSystem]) -> list[Step]:
+    """What has devices for itself and does not show: all that the kernel caches is written back for it."""
+    owned = {device for one in found for device in one.devices}
+    owned |= {device for device in stack.levels if stack.holders[device]}
+    others = [one for one in stack.top_down() if one not in owned and not stack.is_decided_by_others(one, owned)]
+    paths = sorted(path for path in map(blocks.node_of, others) if blocks.is_held(path))
+    return [Step(f"what holds {' '.join(paths)}", os.sync)] if paths else []
 
 
 class _Nested(NamedTuple):
@@ -121,61 +108,38 @@ class _Nested(NamedTuple):
 
     def write_back(self) -> None:
         for image in self.images:
-            _fsync(os.path.join(self.mountpoint, "live", image))
+            fsync(os.path.join(self.mountpoint, "live", image))
 
 
-def _nested(own: str) -> Iterable[_Nested]:
+def _nested(own: str) -> Iterator[_Nested]:
     shown = {
         mount.mountpoint: mount.device for mount in beneath.mounts() if mount.filesystem == beneath.FILESYSTEM_TYPE
     }
     for other in record.others(own):
         if not other.is_alive or other.mountpoint not in shown:
             continue
-        words = other.arguments[1 : other.arguments.index(other.mountpoint)]
         sources = set()
-        for path in (word if word.startswith("/") else word.partition("=")[2] for word in words):
+        for path in other.sources:
             with suppress(OSError):
                 kind = os.stat(path)
-                sources |= {kind.st_rdev, kind.st_dev} - {0}
+                sources.add(kind.st_rdev if stat.S_ISBLK(kind.st_mode) else kind.st_dev)
         yield _Nested(other.mountpoint, shown[other.mountpoint], sources, other.images)
 
 
-def _name(device: int) -> str:
-    return f"/dev/{beneath.name_of(device)}"
-
-
-def _fsync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _flusher(path: str) -> Callable[[], None]:
-    """For a block device: its page cache, then the caches of what it is on."""
-    return lambda: _fsync(path)
-
-
-def _syncer(mounts: list[beneath.Mount]) -> Callable[[], None]:
-    """For a file system: syncfs(2) at the first mount that is not hidden by another one, else sync(2)."""
-
-    def write_back() -> None:
-        for mount in mounts:
-            try:
-                fd = os.open(f"/proc/{mount.pid}/root{mount.mountpoint}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:
-                continue
-            try:
-                if f"mnt_id:\t{mount.id}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text():
-                    if _libc.syncfs(fd) != 0:
-                        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                    return
-            finally:
-                os.close(fd)
-        os.sync()
-
-    return write_back
+def _sync(mounts: list[beneath.Mount]) -> None:
+    """Sync a file system at the first of its mounts that is not hidden by another one, else all of them."""
+    for mount in mounts:
+        try:
+            fd = os.open(f"/proc/{mount.pid}/root{mount.mountpoint}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if f"mnt_id:\t{mount.id}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text():
+                sync_file_system(fd)
+                return
+        finally:
+            os.close(fd)
+    os.sync()
 
 
 class _Reporter:
@@ -223,12 +187,10 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     tell = _Reporter().tell
     deadline = time.monotonic() + request["seconds"]
-    levels = _levels(request["device"], request["mountpoint"])
-    for level in reversed(levels):
-        for steps in level.rounds():
-            do_all(steps, (deadline - time.monotonic()) / 2, tell)
+    for steps in _rounds(request["device"], request["mountpoint"]):
+        do_all(steps, (deadline - time.monotonic()) / 2, tell)
     images = [os.path.join(request["mountpoint"], image) for image in request["images"]]
-    do_all([Step(image, _flusher(image)) for image in images], deadline - time.monotonic(), tell)
+    do_all([Step(image, partial(fsync, image)) for image in images], deadline - time.monotonic(), tell)
     tell(end=True)
     sys.stdout.flush()
     os._exit(0)  # a thread that waits in the kernel must not hold the exit up

@@ -37,6 +37,7 @@ from typing import Any
 from hcpfs.quiesce import usage
 from hcpfs.quiesce.reaching import Target, open_target
 from hcpfs.quiesce.writers import Found, Search, Wanted
+from hcpfs.system.flushing import fsync
 from hcpfs.system.memory import lock_memory
 
 _FIFREEZE = 0xC0045877
@@ -104,11 +105,7 @@ def _write_back(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
     notes = usage.stack_on(mount, inodes).write_back()
     for path in inodes:
         try:
-            fd = os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            fsync(os.path.join(mountpoint, path))
         except OSError as error:
             notes.append(f"cached writes to {path} were not written back: {error.strerror}")
     return {"notes": notes}

@@ -8,18 +8,15 @@ fails every first mount before anything is written, and that means nothing when 
 In the freezer process: the paths may lead through the daemon's own mount.
 """
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same number on every architecture
-_CLOEXEC = 1
-_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
-_NOSUID, _NODEV, _NOEXEC, _NOATIME = 2, 4, 8, 0x10
+from hcpfs.system import aside
+
+_ATTRIBUTES = 2 | 4 | 8 | 0x10  # of a mount: nosuid, nodev, noexec, noatime
 _BTRFS_FS_INFO = 0x8400941F
 _BTRFS_FS_INFO_BYTES = 1024
 _FSID_AT = 16
@@ -33,8 +30,6 @@ _IMPOSSIBLE = {
     "xfs": ("logdev", "/dev/null/none"),
     "btrfs": ("rescue", "ignorebadroots"),
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Place(NamedTuple):
@@ -131,38 +126,11 @@ def open_mounted(device: str, filesystem: str) -> int:
     """
     if filesystem not in _IMPOSSIBLE:
         raise OSError(errno.EOPNOTSUPP, f"{filesystem} can only be reached where it is mounted")
-    flags: Iterable[tuple[str, ...]] = ((), ()) if filesystem == "btrfs" else ((), ("ro",))
-    for flag in flags:
-        try:
-            return _open_mounted(device, filesystem, flag)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def _open_mounted(device: str, filesystem: str, flags: Iterable[str]) -> int:
-    context = _call(_FSOPEN, filesystem.encode(), _CLOEXEC)
+    settings: list[tuple[str, str | None]] = [("source", device), _IMPOSSIBLE[filesystem]]
     try:
-        _call(_FSCONFIG, context, _SET_STRING, b"source", os.fsencode(device), 0)
-        for flag in flags:
-            _call(_FSCONFIG, context, _SET_FLAG, flag.encode(), None, 0)
-        key, value = _IMPOSSIBLE[filesystem]
-        _call(_FSCONFIG, context, _SET_STRING, key.encode(), value.encode(), 0)
-        _call(_FSCONFIG, context, _CREATE, None, None, 0)
-        mount = _call(_FSMOUNT, context, _CLOEXEC, _NOSUID | _NODEV | _NOEXEC | _NOATIME)
-    finally:
-        os.close(context)
-    try:
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
-    finally:
-        os.close(mount)  # what is open keeps it, and it goes with that
-
-
-def _call(number: int, *arguments: bytes | int | None) -> int:
-    result = _libc.syscall(number, *arguments)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(result)
+        return aside.mount(filesystem, settings, _ATTRIBUTES)
+    except OSError:
+        return aside.mount(filesystem, [*settings, *(() if filesystem == "btrfs" else (("ro", None),))], _ATTRIBUTES)
 
 
 def find_mounted(device: str) -> str:

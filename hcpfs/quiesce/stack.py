@@ -1,29 +1,27 @@
-"""What is built on the live images: loop devices, their partitions, and what stands on those.
+"""What is built on the images: loop devices, their partitions, and what stands on those.
 
-A level for each device: the writes of a device of one level go to devices of lower ones. So caches are flushed, and
-file systems frozen, from the highest level down. Reads /sys only, and flushes through the devices: freezer process.
+Each device has a level: its writes go to devices of lower levels. So caches are flushed, file systems frozen, and all
+of it written back, from the highest level down. It flushes through the daemon's own mount, so not in the daemon (see
+hcpfs/quiesce/freezer.py).
 """
 
-import ctypes
-import os
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
 
 from hcpfs.system import beneath
-
-_WAIT_WRITE_WAIT = 7  # the flags of sync_file_range(2) for "on return all that was dirty is written"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+from hcpfs.system.blocks import entry_of, holders, node_of, partitions
+from hcpfs.system.flushing import write_out
 
 
 class Stack:
     """The block devices above some files. `levels` has the level of each by its number."""
 
-    def __init__(self, file_device: int, file_inodes: Collection[int], loops: Iterable[beneath.Loop]) -> None:
+    def __init__(self, file_device: int, file_inodes: Collection[int] | None, loops: Iterable[beneath.Loop]) -> None:
+        """The files are those of the file system with the number `file_device` that have these inodes, or all of it."""
         self._loops = list(loops)
         self.on_files = [
-            loop for loop in self._loops if loop.backing_device == file_device and loop.backing_inode in file_inodes
+            loop
+            for loop in self._loops
+            if loop.backing_device == file_device and (file_inodes is None or loop.backing_inode in file_inodes)
         ]  #: the loop devices that show one of the files
         self.levels: dict[int, int] = {}
         self.partitions: dict[int, list[int]] = {}  #: of each device
@@ -47,8 +45,8 @@ class Stack:
         self.add((loop.device for loop in self._loops if loop.backing_device == file_device), level + 1)
 
     def _on(self, device: int) -> Iterator[int]:
-        self.partitions[device] = _partitions(device)
-        self.holders[device] = _numbers(_entry(device) / "holders")
+        self.partitions[device] = partitions(device)
+        self.holders[device] = holders(device)
         yield from self.partitions[device]
         yield from self.holders[device]
         for loop in self._loops:
@@ -59,6 +57,18 @@ class Stack:
     def top_down(self) -> list[int]:
         """The devices, the highest level first."""
         return sorted(self.levels, key=lambda device: (-self.levels[device], device))
+
+    def found(self) -> Iterator[list[int]]:
+        """The devices, the highest level first; then those that were added meanwhile, and so on: each device once."""
+        seen = set[int]()
+        while devices := [device for device in self.top_down() if device not in seen]:
+            seen.update(devices)
+            yield devices
+
+    def is_decided_by_others(self, device: int, owned: Collection[int]) -> bool:
+        """A disk is owned when a partition is, and a partition can have no owner when its disk has."""
+        parts = self.partitions
+        return not set(owned).isdisjoint(parts[device]) or any(device in parts[one] for one in owned)
 
     def write_back(self) -> list[str]:
         """Have what programs wrote to the devices themselves reach the images; sentences on what did not.
@@ -71,54 +81,7 @@ class Stack:
 def _write_back(device: int) -> Iterator[str]:
     path = node_of(device)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if _libc.sync_file_range(fd, 0, 0, _WAIT_WRITE_WAIT) != 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        finally:
-            os.close(fd)
+        write_out(path)
     except OSError as error:
-        if _entry(device).exists():  # it was not just detached
+        if entry_of(device).exists():  # it was not just detached
             yield f"cached writes to {path} were not written back: {error.strerror}"
-
-
-def _entry(device: int) -> Path:
-    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-
-
-def node_of(device: int) -> str:
-    """The path below /dev that the kernel gives the device."""
-    name = os.path.basename(os.path.realpath(_entry(device)))
-    return f"/dev/{name.replace('!', '/')}"
-
-
-def _numbers(directory: Path, pattern: str = "*") -> list[int]:
-    found = []
-    for entry in directory.glob(pattern):
-        try:
-            major, minor = (entry / "dev").read_text().split(":")
-        except (OSError, ValueError):
-            continue  # gone meanwhile
-        found.append(os.makedev(int(major), int(minor)))
-    return found
-
-
-def _partitions(device: int) -> list[int]:
-    # Their directories lie in that of the disk, and are named after it.
-    entry = Path(os.path.realpath(_entry(device)))
-    return [] if (entry / "partition").exists() else _numbers(entry, f"{entry.name}*")
-
-
-def lower_disks(device: int) -> set[int]:
-    """What a device of device-mapper or RAID is built on, at the end: devices that stand on no others."""
-    found, todo, seen = set(), [device], set[int]()
-    while todo:
-        one = todo.pop()
-        if one in seen:
-            continue
-        seen.add(one)
-        slaves = _numbers(_entry(one) / "slaves")
-        todo += slaves
-        if not slaves:
-            found.add(one)
-    return found

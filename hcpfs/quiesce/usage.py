@@ -14,9 +14,10 @@ from typing import Any
 
 from hcpfs.quiesce import reaching
 from hcpfs.quiesce.reaching import Place, Target
-from hcpfs.quiesce.stack import Stack, lower_disks, node_of
+from hcpfs.quiesce.stack import Stack
 from hcpfs.quiesce.writers import Search, Wanted
-from hcpfs.system import beneath, users
+from hcpfs.system import beneath, blocks, users
+from hcpfs.system.blocks import lower_disks, node_of
 
 _BTRFS = "btrfs"
 _WITHOUT_RECOVERY = {"norecovery", "noload", "rescue=nologreplay", "rescue=all"}
@@ -96,12 +97,12 @@ class _Owners:
         self._levels: dict[str, int] = {}  #: of the targets, by name
 
     def find(self) -> None:
-        looked_at = set[int]()
-        while todo := [device for device in self._stack.top_down() if device not in looked_at]:
-            self._owned |= {device for device in todo if self._has_known_owner(device)}
-            for device in todo:
-                looked_at.add(device)
-                if device not in self._owned | self._stack.read_only and not self._is_decided_by_others(device):
+        for devices in self._stack.found():
+            self._owned |= {device for device in devices if self._has_known_owner(device)}
+            for device in devices:
+                if device in self._owned | self._stack.read_only:
+                    continue
+                if not self._stack.is_decided_by_others(device, self._owned):
                     self._probe(device)
         self._found.targets.sort(key=lambda target: -self._levels[target.name])
 
@@ -116,14 +117,9 @@ class _Owners:
             return bool(self._stack.holders[device])
         return True
 
-    def _is_decided_by_others(self, device: int) -> bool:
-        """A disk is owned when a partition is, and a partition can have no owner when its disk has."""
-        parts = self._stack.partitions
-        return not self._owned.isdisjoint(parts[device]) or any(device in parts[owned] for owned in self._owned)
-
     def _probe(self, device: int) -> None:
         path = node_of(device)
-        if not users.is_held(path):
+        if not blocks.is_held(path):
             self._found.idle.append(path)
             return
         self._owned.add(device)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hcpfs.recover.doomed import owner_of
-from hcpfs.system import beneath, loops, users
+from hcpfs.system import beneath, blocks, loops, users
 
 
 @dataclass
@@ -112,18 +112,18 @@ def find(mounts: list[beneath.Mount], image_of: Callable[[loops.LoopState], str 
         ids = {mount.id for mount in mounted}
         current = [state for state in states if (owner := owner_of(here, state.file)) and owner.id in ids]
         level += 1
-    devices = {number for loop in found.loops for number in beneath.devices_above(loop.state.device)}
+    devices = {number for loop in found.loops for number in blocks.devices_above(loop.state.device)}
     ids = {mount.id for mount in found.mounts}
     for swap in users.swaps():
         if swap.device in devices:
-            found.swaps.append(SwapAbove(beneath.name_of(swap.device), swap.path, swap.priority))
+            found.swaps.append(SwapAbove(blocks.name_of(swap.device), swap.path, swap.priority))
         elif not swap.device and (owner := owner_of(here, swap.path)) and owner.id in ids:
             found.swaps.append(SwapAbove("", swap.path, swap.priority))
     return found
 
 
 def _mounts_of(mounts: list[beneath.Mount], state: loops.LoopState) -> Iterable[tuple[beneath.Mount, str]]:
-    names = {device: beneath.name_of(device) for device in beneath.devices_above(state.device)}
+    names = {device: blocks.name_of(device) for device in blocks.devices_above(state.device)}
     for mount in users.mounts_from(mounts, state.device):
         # btrfs shows an anonymous device number.
         yield mount, names.get(mount.device) or mount.source.removeprefix("/dev/")

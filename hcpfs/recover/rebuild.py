@@ -18,7 +18,7 @@ from hcpfs.daemon import record
 from hcpfs.daemon.record import Record
 from hcpfs.recover import doomed, leftovers
 from hcpfs.recover.above import Above, LoopAbove, MountAbove, SwapAbove, binds_of, find, images_of_detached, images_on
-from hcpfs.system import aside, beneath, loops, namespaces, probe, users
+from hcpfs.system import aside, beneath, blocks, loops, namespaces, probe, users
 from hcpfs.system.remount import bind, mount_elsewhere, mounted
 
 _ANSWER_SECONDS = 5.0
@@ -236,9 +236,9 @@ class Rebuild:
                 f"remove, mdadm --stop) and activate it again on the new device"
             )
             return
-        devices = beneath.devices_above(state.device)
+        devices = blocks.devices_above(state.device)
         found = doomed.programs(devices) or [
-            words for words in users.device_words(state.device, state.path) if users.is_held(state.path)
+            words for words in users.device_words(state.device, state.path) if blocks.is_held(state.path)
         ]
         if found or Path(f"/sys/block/{state.name}/loop/backing_file").exists():
             who = ", ".join(found) or "something that does not show"

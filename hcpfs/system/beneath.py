@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hcpfs.system import blocks
+
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO64_BYTES = 232
 _LOOP_INFO64 = struct.Struct("QQQ 28x I")  # its beginning: device and inode of the file, device that it is, flags
@@ -181,43 +183,10 @@ def loops() -> Iterator[Loop]:
         yield Loop(path, number, backing_device, backing_inode, backing_block, bool(flags & _LOOP_READ_ONLY))
 
 
-def _sysfs(device: int) -> Path:
-    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-
-
-def name_of(device: int) -> str:
-    """The name of a block device, such as loop0p1."""
-    return _sysfs(device).resolve().name
-
-
-def number_of(entry: Path) -> int | None:
-    """The number of the device whose directory in sysfs this is; None when it is gone."""
-    try:
-        major, minor = (entry / "dev").read_text().strip().split(":")
-    except (OSError, ValueError):
-        return None
-    return os.makedev(int(major), int(minor))
-
-
-def devices_above(device: int) -> set[int]:
-    """The device itself, its partitions, and what device-mapper or RAID built on any of them."""
-    found: set[int] = set()
-    todo = [device]
-    while todo:
-        one = todo.pop()
-        if one in found:
-            continue
-        found.add(one)
-        entry = _sysfs(one)
-        above = [*entry.glob("holders/*"), *(part.parent for part in entry.glob("*/partition"))]
-        todo += [number for number in map(number_of, above) if number is not None]
-    return found
-
-
 def mountpoints_of(device: int) -> list[str]:
     """Where file systems from the device, or from what sits on it, are mounted; each file system once."""
-    above = devices_above(device)
-    names = {f"/dev/{name_of(one)}" for one in above}
+    above = blocks.devices_above(device)
+    names = set(map(blocks.node_of, above))
     found: dict[object, str] = {}
     for mount in mounts():
         # btrfs shows an anonymous device number, so its source counts too.
@@ -226,29 +195,26 @@ def mountpoints_of(device: int) -> list[str]:
     return list(found.values())
 
 
-def loops_on(file_device: int, file_inodes: set[int]) -> list[Loop]:
-    """The loop devices that show one of the files."""
-    return [loop for loop in loops() if loop.backing_device == file_device and loop.backing_inode in file_inodes]
-
-
 def hcpfs_under(path: str) -> str | None:
     """The mount point of the hcpfs whose image carries the file system of `path`, through any number of layers."""
     by_device = {mount.device: mount for mount in mounts()}
     backing = {loop.device: loop.backing_device for loop in loops()}
-    todo, seen = [os.stat(path).st_dev], set[int]()
-    while todo:
-        device = todo.pop()
-        if device in seen:
-            continue
-        seen.add(device)
+
+    def is_hcpfs(device: int) -> bool:
+        return device in by_device and by_device[device].filesystem == FILESYSTEM_TYPE
+
+    def below(device: int) -> Iterator[int]:
+        if is_hcpfs(device):
+            return
         mount = by_device.get(device)
-        if mount is not None and mount.filesystem == FILESYSTEM_TYPE:
-            return mount.mountpoint
         if mount is not None and os.major(device) == 0 and mount.source.startswith("/dev/"):
-            todo.append(os.stat(mount.source).st_rdev)  # btrfs
+            yield os.stat(mount.source).st_rdev  # btrfs
         if device in backing:
-            todo.append(backing[device])
-        entry = _sysfs(device)
-        below = [*entry.glob("slaves/*")] + ([entry.resolve().parent] if (entry / "partition").exists() else [])
-        todo += [number for number in map(number_of, below) if number is not None]
-    return None
+            yield backing[device]
+        yield from blocks.slaves(device)
+        disk = blocks.disk_of(device)
+        if disk is not None:
+            yield disk
+
+    found = filter(is_hcpfs, blocks.reached(os.stat(path).st_dev, below))
+    return next((by_device[device].mountpoint for device in found), None)

@@ -7,7 +7,6 @@ kernel knows of these; of others (two cables to one disk) it may not. Calls bloc
 import fcntl
 import os
 import stat
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +16,8 @@ from typing import NamedTuple
 from cow.disk.witness import backing_file_of, backing_of
 from cow.errors import RefusedError
 from hcpfs.system import beneath
+from hcpfs.system.blocks import disk_of, entry_of, node_of, reached, size_of, slaves
 
-_BLKGETSIZE64 = 0x80081272
 _PARTX_SECONDS = 5.0
 # File systems on which one file may have two device numbers, or two files' numbers may mean nothing.
 _ALIASING = ("fuse", "nfs", "cifs", "smb", "9p", "virtiofs", "overlay", "ceph", "afs")
@@ -47,18 +46,6 @@ class View(NamedTuple):
     relation: str  #: "", "below" or "part"
 
 
-def size_of(path: str) -> int:
-    """The size of a file or a block device, in bytes. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISBLK(status.st_mode):
-            return status.st_size
-        return int(struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0])
-    finally:
-        os.close(fd)
-
-
 def extents(path: str) -> list[Extent]:
     """What a source lies on, in the end; several where a device is built of others. Raises OSError."""
     status = os.stat(path)
@@ -68,18 +55,19 @@ def extents(path: str) -> list[Extent]:
 
 
 def _below(device: int, offset: int, length: int) -> Iterator[Extent]:
-    entry = _sysfs(device).resolve()
-    if (entry / "partition").exists():
+    entry = entry_of(device).resolve()
+    disk = disk_of(device)
+    if disk is not None:
         start = int((entry / "start").read_text()) * 512
-        yield from _below(_number(entry.parent), offset + start, length)
+        yield from _below(disk, offset + start, length)
         return
     file = _loop_file(entry, device)
     if file is not None:
         yield Extent(file.base, file.offset + offset, length)
         return
     yield Extent((device, 0), offset, length)
-    for slave in map(_number, entry.glob("slaves/*")):  # which part of it is not known
-        for extent in _below(slave, 0, int((_sysfs(slave) / "size").read_text()) * 512):
+    for slave in slaves(device):  # which part of it is not known
+        for extent in _below(slave, 0, int((entry_of(slave) / "size").read_text()) * 512):
             yield extent._replace(is_exact=False)
 
 
@@ -94,27 +82,22 @@ def _loop_file(entry: Path, device: int) -> Extent | None:
     return None if found is None else Extent((found.device, found.inode), found.offset, found.size_limit)
 
 
-def chain(path: str) -> list[str]:
-    """The block devices from a source down to whole disks, such as loop0p1 and loop0; none for a file."""
+def chain(path: str) -> set[str]:
+    """The paths of the block devices from a source down to whole disks, such as those of loop0p1 and loop0.
+
+    None for a file. Raises OSError.
+    """
     status = os.stat(path)
-    found: list[str] = []
-    todo = [_sysfs(status.st_rdev).resolve()] if stat.S_ISBLK(status.st_mode) else []
-    while todo:
-        entry = todo.pop()
-        found.append(entry.name)
-        todo += [slave.resolve() for slave in entry.glob("slaves/*")]
-        if (entry / "partition").exists():
-            todo.append(entry.parent)
-    return found
+    if not stat.S_ISBLK(status.st_mode):
+        return set()
 
+    def below(device: int) -> Iterator[int]:
+        yield from slaves(device)
+        disk = disk_of(device)
+        if disk is not None:
+            yield disk
 
-def _sysfs(device: int) -> Path:
-    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-
-
-def _number(entry: Path) -> int:
-    major, minor = (entry / "dev").read_text().split(":")
-    return os.makedev(int(major), int(minor))
+    return set(map(node_of, reached(status.st_rdev, below)))
 
 
 def meet(one: str, other: str) -> bool:
@@ -150,7 +133,7 @@ def _world_wide_name(device: int) -> str:
     """What a disk is called by its maker; empty when the kernel has no such name."""
     for name in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial"):
         with suppress(OSError):
-            return (_sysfs(device) / name).read_text().strip()
+            return (entry_of(device) / name).read_text().strip()
     return ""
 
 
@@ -196,11 +179,12 @@ def views(path: str) -> list[View]:
 
 
 def _whole_below(device: int) -> Iterator[View]:
-    entry = _sysfs(device).resolve()
-    if (entry / "partition").exists():
-        below = f"/dev/{entry.parent.name}"
+    entry = entry_of(device).resolve()
+    disk = disk_of(device)
+    if disk is not None:
+        below = node_of(disk)
         yield View(below, 0, size_of(below), "below")
-        yield from _whole_below(_number(entry.parent))
+        yield from _whole_below(disk)
     elif (file := _loop_file(entry, device)) is not None:
         path = backing_file_of(device)
         with suppress(OSError):  # it may be another namespace's

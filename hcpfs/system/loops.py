@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from hcpfs.system.blocks import entry_of, number_of
+
 DELETED = " (deleted)"  # the kernel adds it to the path once it has noticed that names cannot be looked up any more
 SECTOR_BYTES = 512
 
@@ -59,10 +61,7 @@ class LoopState(NamedTuple):
     @property
     def device(self) -> int:
         """The device number, or 0 when it is gone."""
-        with suppress(OSError, ValueError):
-            major, minor = Path(f"/sys/block/{self.name}/dev").read_text().split(":")
-            return os.makedev(int(major), int(minor))
-        return 0
+        return number_of(Path(f"/sys/block/{self.name}")) or 0
 
 
 def states() -> list[LoopState]:
@@ -159,7 +158,7 @@ def _configure(device: int, state: LoopState, file: int) -> bool:
 
 def _add_partitions(device: int, state: LoopState) -> None:
     """Add the partitions that the kernel did not find, as somebody else had added them (partx)."""
-    entry = Path(f"/sys/dev/block/{os.major(os.fstat(device).st_rdev)}:{os.minor(os.fstat(device).st_rdev)}")
+    entry = entry_of(os.fstat(device).st_rdev)
     there = {number for number, _, _ in _partitions(entry)}
     for number, start, length in state.partitions:
         if number not in there:

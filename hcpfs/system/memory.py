@@ -1,8 +1,9 @@
 """The process's memory: locked against being paged out (I10), and kept by malloc. Loads nothing of the engine."""
 
-import ctypes
 import resource
 from pathlib import Path
+
+from hcpfs.system.libc import libc
 
 MCL_ONFAULT = 4
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
@@ -11,18 +12,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 _KEPT_BYTES = 24 << 20  # about one filling of a buffer
 _MOST_HEAP_BYTES = 4 << 20  # of one allocation; a request has 1 MiB
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def keep_memory() -> None:
     """Have malloc keep what is freed of buffers, which are filled again at once, and one heap for all threads.
 
     Else each filling is fetched from the kernel anew, page by page. Call before the first thread starts.
     """
-    if hasattr(_libc, "mallopt"):  # glibc's
-        _libc.mallopt(_M_ARENA_MAX, 1)
-        _libc.mallopt(_M_MMAP_THRESHOLD, _MOST_HEAP_BYTES)
-        _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if hasattr(libc, "mallopt"):  # glibc's
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MOST_HEAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def lock_memory(flags: int = 0) -> bool:
@@ -32,7 +31,7 @@ def lock_memory(flags: int = 0) -> bool:
     """
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY and not _has_capability(_CAP_IPC_LOCK):
         return False
-    return bool(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | flags) == 0)
+    return bool(libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | flags) == 0)
 
 
 def _has_capability(number: int) -> bool:

@@ -4,7 +4,6 @@ A child enters one (setns(2)) and makes the system calls itself, so that no prog
 needs no process: a descriptor or a bind mount of its nsfs file keeps it, too, and leads into it.
 """
 
-import ctypes
 import errno
 import os
 import select
@@ -12,13 +11,10 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from hcpfs.system import aside, beneath, users
+from hcpfs.system import aside, beneath, libc, users
 
 _CLONE_NEWNS = 0x20000
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _SECONDS = 10.0
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Namespace(NamedTuple):
@@ -106,7 +102,7 @@ def unmount(namespace: Namespace, mountpoint: str, device: int, *, lazily: bool 
             return b""
         if there[-1].device != device:
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        _check(_libc.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)))
+        libc.unmount(mountpoint, lazily=lazily)
         return b""
 
     enter(namespace.handle, act)
@@ -157,7 +153,7 @@ def _act(namespace: int, proc: int, writing: int, action: Callable[[int], bytes]
     """In the child; does not return."""
     try:
         try:
-            _check(_libc.setns(namespace, _CLONE_NEWNS))
+            libc.enter(namespace, _CLONE_NEWNS)
             answer = bytes(4) + action(proc)
         except OSError as error:
             answer = (error.errno or errno.EIO).to_bytes(4, "little")
@@ -165,8 +161,3 @@ def _act(namespace: int, proc: int, writing: int, action: Callable[[int], bytes]
             pipe.write(answer)
     finally:
         os._exit(0)
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

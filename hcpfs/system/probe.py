@@ -4,7 +4,6 @@ A process that waits for a FUSE daemon may be unkillable until the connection is
 child, with a time limit. The abort goes through the kernel's fusectl file system and frees all who wait.
 """
 
-import ctypes
 import enum
 import errno
 import os
@@ -14,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same number on every architecture
-_CMD_CREATE, _CLOEXEC = 6, 1
+from hcpfs.system import aside
+
 _CACHED_SECONDS = 1.5  # for up to 1 s the kernel answers from what it remembers of a file, also when its daemon is dead
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _TRY = "import fcntl, os, sys\ntry:\n    {}\nexcept OSError as error:\n    sys.exit(error.errno)"
@@ -25,8 +24,6 @@ _LOOP_FILE = "import struct\n" + _TRY.format(
     "status = fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY | os.O_NONBLOCK), 0x4C05, bytes(232))\n"
     "    print(*struct.unpack_from('QQ', status), file=sys.stderr)"
 )
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Answer(enum.Enum):
@@ -108,24 +105,8 @@ def connections() -> set[int]:
 @contextmanager
 def _fusectl() -> Iterator[int]:
     """The kernel's fusectl file system, as a descriptor: mounted for us alone, where nobody can hide or unmount it."""
-    context = _call(_FSOPEN, b"fusectl", _CLOEXEC)
-    try:
-        _call(_FSCONFIG, context, _CMD_CREATE, 0, 0, 0)
-        mount = _call(_FSMOUNT, context, _CLOEXEC, 0)  # which can only be walked from
-    finally:
-        os.close(context)
-    try:
-        directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
-    finally:
-        os.close(mount)
+    directory = aside.mount("fusectl")
     try:
         yield directory
     finally:
         os.close(directory)
-
-
-def _call(number: int, *arguments: object) -> int:
-    result = int(_libc.syscall(number, *arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result

@@ -6,12 +6,11 @@ import resource
 from pathlib import Path
 
 from cow.disk.limits import raise_limit
+from hcpfs.system.libc import libc
 from hcpfs.system.memory import MCL_ONFAULT, lock_memory
 
 _PR_SET_IO_FLUSHER = 57
 _OOM_SCORE_ADJ = -900
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def harden() -> list[str]:
@@ -25,7 +24,7 @@ def harden() -> list[str]:
         raise_limit(kind)
     if not lock_memory(MCL_ONFAULT):
         refused.append("lock memory (CAP_IPC_LOCK, or ulimit -l unlimited)")
-    if _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         refused.append(f"set PR_SET_IO_FLUSHER ({os.strerror(ctypes.get_errno())})")
     try:
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE_ADJ))

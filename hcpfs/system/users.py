@@ -10,7 +10,6 @@ for themselves, and processes of pid namespaces beside ours.
 """
 
 import ctypes
-import errno
 import os
 import re
 import stat
@@ -20,15 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from hcpfs.system import beneath, loops, probe
+from hcpfs.system import beneath, blocks, loops, probe
+from hcpfs.system.libc import checked, libc
 from hcpfs.system.words import listed
 
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _AT_NO_AUTOMOUNT = -100, 0x4000, 0x800
 _MAPS_SECONDS = 3.0
 _LOOP_SECONDS = 5.0
 _DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a mount that is unmounted lazily
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Statx(ctypes.Structure):
@@ -94,9 +92,7 @@ def known_of(path: str) -> Known:
     found = _Statx()
     flags = _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
     # With an empty mask the kernel tells the device also of a FUSE mount that is closed to us.
-    if _libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
+    checked(libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)))
     is_device = stat.S_ISBLK(found.mode)
     block_device = os.makedev(found.rdev_major, found.rdev_minor) if is_device else 0
     return Known(os.makedev(found.dev_major, found.dev_minor), found.ino, block_device)
@@ -246,35 +242,30 @@ def btrfs_members() -> dict[str, set[int]]:
     """The mounted btrfs file systems by UUID, with the numbers of all their devices, of which mountinfo shows one."""
     found = {}
     for entry in Path("/sys/fs/btrfs").glob("*/devices"):
-        numbers = (beneath.number_of(one) for one in entry.glob("*"))
-        found[entry.parent.name] = {number for number in numbers if number is not None}
+        found[entry.parent.name] = set(blocks.numbers_in(entry))
     return found
 
 
 def holders(device: int) -> list[str]:
     """The names of what device-mapper, RAID or bcache built on the device or its partitions, such as dm-0."""
-    entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    entry = blocks.entry_of(device)
     found = {one.name for one in (*entry.glob("holders/*"), *entry.glob("*/holders/*"))}
     found |= {one.resolve().name for one in (*entry.glob("bcache/dev"), *entry.glob("*/bcache/dev"))}
     return sorted(found)
 
 
-def is_held(path: str) -> bool:
-    """Whether somebody has the block device for himself: a mount, swap, RAID, ZFS, or a program with O_EXCL."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
-    except OSError as error:
-        return error.errno == errno.EBUSY
-    return False
-
-
 def mounts_from(mounts: Iterable[beneath.Mount], device: int) -> list[beneath.Mount]:
     """The mounts of file systems on the device, or on what sits on it; of btrfs also where it is not the first."""
-    above = beneath.devices_above(device)
+    return mounts_on(mounts, blocks.devices_above(device))
+
+
+def mounts_on(mounts: Iterable[beneath.Mount], devices: Collection[int]) -> list[beneath.Mount]:
+    """The mounts of file systems on one of the devices themselves; of btrfs also where it is not the first."""
+    found = set(devices)
     for members in btrfs_members().values():
-        above |= members if members & above else set()
-    names = {f"/dev/{name}" for name in map(beneath.name_of, above)}
-    return [mount for mount in mounts if mount.device in above or mount.source in names]
+        found |= members if members & found else set()
+    names = set(map(blocks.node_of, found))  # btrfs shows an anonymous device number
+    return [mount for mount in mounts if mount.device in found or mount.source in names]
 
 
 def exports(below: str) -> list[str]:
@@ -302,13 +293,13 @@ def device_words(device: int, path: str) -> list[str]:
 
     When none is seen and yet somebody has it for himself, that is said. Asks no file system.
     """
-    above = beneath.devices_above(device)
+    above = blocks.devices_above(device)
     mounted = mounts_from(beneath.all_mounts(), device)
     words = [f"{mount.filesystem} mounted at {mount_words(mount)}" for mount in mounted]
     words += [f"swap on {swap.path}" for swap in swaps() if swap.device in above]
     words += [f"{name}, built on it" for name in holders(device)]
     words += [user.words for user in of_any(above)]
-    if not words and is_held(path):
+    if not words and blocks.is_held(path):
         words.append("something in the kernel that does not show (a lazily unmounted file system, ZFS)")
     return words
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from hcpfs.quiesce.reaching import Place, Target
-from hcpfs.quiesce.stack import node_of
 from hcpfs.system import beneath
+from hcpfs.system.blocks import node_of
 
 
 def target_at(files: Path) -> Target:
