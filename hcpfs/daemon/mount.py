@@ -1,6 +1,6 @@
 """The daemon: opens the store, mounts the tree, serves until the umount, closes clean.
 
-Order matters. What can refuse comes first (hcpfs/daemon/refusals.py), so that a refusal leaves nothing; the freezer is a child, so it
+Order matters. What can refuse comes first (refusals.py), so that a refusal leaves nothing; the freezer is a child, so it
 starts before there are requests; the store closes after the last request, and only then are the devices released.
 """
 
