@@ -17,7 +17,7 @@ from cow.opening import claim_directory
 from cow.records.catalog import FILE_NAME
 from hcpfs.commands.given import Command, mount_options, take_over
 from hcpfs.commands.saying import VOICE, Sentence, note, sentence_of
-from hcpfs.daemon import background, stores, unprivileged
+from hcpfs.daemon import background, refusals, stores, unprivileged
 from hcpfs.daemon.record import Record
 from hcpfs.daemon.supervisor import Supervisor
 from hcpfs.options import MountOptions, UsageError, accepting, apply_options, parse_source
@@ -113,7 +113,7 @@ def _recover(wanted: MountOptions) -> int | None:
 
 def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
     # The other commands need no pyfuse3, and start faster without it.
-    from hcpfs.daemon.mount import Start, check, serve
+    from hcpfs.daemon.mount import Start, serve
 
     os.umask(0o077)
     caller = background.Caller(ready_fd)
@@ -123,7 +123,7 @@ def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -
         try:
             if wanted.foreground:
                 log.begin(None)
-            check(wanted)
+            refusals.check(wanted)
             if os.path.lexists(os.path.join(wanted.store_path, FILE_NAME)):
                 begin_log()  # else it is left to the opening to make a store, where one can be
             serve(wanted, Start(caller.ready, caller.note, begin_log), supervisor)

@@ -1,12 +1,12 @@
 """The daemon: opens the store, mounts the tree, serves until the umount, closes clean.
 
-Order matters. What can refuse comes first (`check`), so that a refusal leaves nothing; the freezer is a child, so it
-starts before there are requests; the store closes after the last request, and only then are the devices released.
+Order matters. The checks come first (hcpfs/daemon/refusals.py), so that a refusal leaves nothing behind; the freezer is
+a child process, so it is started before there are requests; the store is closed after the last request, and only then
+are the devices released.
 """
 
 import logging
 import os
-import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,8 +23,9 @@ from hcpfs.daemon.operations import Operations
 from hcpfs.daemon.session import Session, terminate
 from hcpfs.daemon.supervisor import Supervisor
 from hcpfs.options import STORES, Accept, MountOptions
+from hcpfs.quiesce.helper import Freezer
 from hcpfs.quiesce.live import LiveImages
-from hcpfs.quiesce.quiesce import Freezer, Quiescer
+from hcpfs.quiesce.quiesce import Quiescer
 from hcpfs.system import beneath, ground, loops, mountpoint, readahead
 from hcpfs.system.memory import keep_memory
 from hcpfs.system.process import harden
@@ -33,24 +34,24 @@ from hcpfs.system.terminal import standard_error_diverted
 from hcpfs.system.threads import start_threads
 from hcpfs.tree.tree import Tree
 
-_AGAIN_SECONDS = 0.1  # until the service manager is told once more
+_AGAIN_SECONDS = 0.1  # until the service manager is told again, if it could not take the message
 
 log = logging.getLogger("hcpfs")
 
 
 class Start(NamedTuple):
-    """Whom the start of a mount tells what."""
+    """What is called at the start of a mount, and when."""
 
     on_ready: Callable[[], None]  #: the mount is usable
-    on_note: Callable[[str], None]  #: before that: what a person must know
-    on_open: Callable[[], None]  #: there is a store
+    on_note: Callable[[str], None]  #: before that, with what a person must know
+    on_open: Callable[[], None]  #: the store is open
 
 
 def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
-    """Mount and serve; returns after the umount, when all is durable and the devices are released.
+    """Mount and serve. Returns after the umount, when all is durable and the devices are released.
 
-    What `start` is told of before the mount is usable is in the log, too.
-    Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
+    The notes for `start` are logged, too. Raises RefusedError, CowError or OSError, with a sentence, when it cannot be
+    mounted or not be closed clean.
     """
     keep_memory()
     refused = harden()
@@ -67,7 +68,7 @@ def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first plain exception of a group: they have one cause here."""
+    """The first plain exception of a group, because they all have one cause here."""
     first = group.exceptions[0]
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
@@ -150,7 +151,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
 
 
 def _to_be_known(opened: Opened, options: MountOptions) -> Iterator[str]:
-    """What a person must know of the store and of this mount. The store is remembered, for the next default one."""
+    """What a person must know of the store and of this mount. Remembers the store (see `stores.remember`)."""
     try:
         stores.remember(options.store_path)
     except OSError as error:
@@ -223,7 +224,7 @@ async def _get_ready(
     on_ready: Callable[[], None],
     ready: trio.Event,
 ) -> None:
-    await quiescer.write_back()  # goes through the mount, so it is usable
+    await quiescer.write_back()  # it goes through the mount, which is usable then
     _widen_read_ahead(options.mountpoint)
     try:
         paths = [source.path for source in options.sources]
@@ -248,65 +249,3 @@ def _forget(mountpoint: str) -> None:
         record.remove(mountpoint, os.getpid())
     except OSError as error:
         log.warning("the record of this mount in %s is not removed: %s", record.DIRECTORY, error)
-
-
-def check(options: MountOptions) -> None:
-    """Raise RefusedError for what can be seen to be wrong before anything is made or opened."""
-    mountpoint.check(options.mountpoint)
-    check_store_place(options.store_path, options.mountpoint)
-    check_sources(options.sources)
-
-
-def check_store_place(store: str, mountpoint: str) -> None:
-    """Refuse a store that would make the daemon wait for itself. # I10"""
-    real = os.path.realpath(store)
-    if os.path.commonpath([real, os.path.realpath(mountpoint)]) == os.path.realpath(mountpoint):
-        raise RefusedError(f"the store {store} is below the mount point {mountpoint}: put it somewhere else")
-    present = real
-    while not os.path.exists(present):
-        present = os.path.dirname(present)
-    image_of = beneath.hcpfs_under(present)
-    if image_of is not None:
-        raise RefusedError(
-            f"the store {store} is on a file system that sits on an image of the hcpfs at {image_of}: it would have to "
-            f"wait for itself; put the store on another disk"
-        )
-
-
-def check_sources(sources: Sequence[Source]) -> None:
-    """Refuse a source that is mounted, naming where. The engine's O_EXCL is what holds; this says it better. # I7"""
-    for source in sources:
-        try:
-            kind = os.stat(source.path)
-        except OSError as error:
-            raise RefusedError(f"{source.path} cannot be used as a source: {error.strerror}") from error
-        if stat.S_ISBLK(kind.st_mode):
-            _refuse_mounted(source.path, beneath.mountpoints_of(kind.st_rdev))
-        with ground.held([source.path]):
-            pass  # while it is served it is held for good
-        _refuse_other_loops(source.path)
-        if stat.S_ISREG(kind.st_mode) and ground.has_writer(source.path):
-            raise RefusedError(
-                f"{source.path} is open for writing in another program, whose writes would not be seen: end that "
-                f"first, and let it use the live image instead"
-            )
-
-
-def _refuse_other_loops(path: str) -> None:
-    """Refuse a source whose bytes can be written through a loop device beside it."""
-    own = ground.chain(path)
-    extents = ground.extents(path)
-    for loop in beneath.loops():
-        if loop.path not in own and any(extent.meets(part) for extent in extents for part in ground.extents(loop.path)):
-            raise RefusedError(
-                f"{path} is in use by the loop device {loop.path}, whose writes would not be seen: "
-                f"losetup -d it first, and set it up on the live image instead"
-            )
-
-
-def _refuse_mounted(path: str, mountpoints: list[str]) -> None:
-    if mountpoints:
-        raise RefusedError(
-            f"{path} is mounted at {mountpoints[0]}, so its writes would not be seen: unmount it, and mount the live "
-            f"image instead"
-        )

@@ -1,16 +1,16 @@
-"""Quiescing: what is done on the outside so that an image needs no journal recovery, and the evidence of it.
+"""Quiescing: what is done outside of the engine so that an image needs no journal recovery, and the evidence of it.
 
-Before the engine holds writes: have the kernel write back what it caches of `live/` and of what is on it, find
-out who uses it, and freeze the file systems, which makes them write out and pause. After the hold they are thawed, in
-every outcome (see hcpfs/quiesce/freezer.py). A failure here never fails the snapshot: it is then crash-consistent, as
-after a power cut, and its `info` says so and why.
+Before the engine holds writes, the kernel is made to write back what it caches of `live/` and of the devices on it, the
+users of the images are found, and their file systems are frozen: they write out what they cache, and pause. After the
+hold they are thawed, whatever happens (see hcpfs/quiesce/freezer.py). A failure here never fails the snapshot: it is
+crash-consistent then, as after a power cut, and its `info` says so and why.
 
-`quiesced` is, the first that holds:
+`quiesced` is the first of these that is true:
 
-    no               something that can write to it was not paused
-    unknown          there may be something; quiesce_note says why that is not known
-    yes              all that can write to it are file systems, and they were frozen at the instant
-    nothing-mounted  nothing can write to it, but loop devices that nobody uses
+    no               something that can write to a live image was not paused
+    unknown          there may be such a thing; quiesce_note says why that cannot be told
+    yes              only file systems can write to it, and they were frozen at the instant
+    nothing-mounted  nothing can write to it but loop devices that nobody uses
 
 The last two are proved: each handle that the daemon counts as able to write (hcpfs/quiesce/live.py) belongs to a loop
 device, and the kernel tells what uses those (hcpfs/quiesce/usage.py). Between the look and the instant no such handle
@@ -18,174 +18,18 @@ was opened, and with nothing mounted nothing was written either.
 """
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import trio
 
 from cow.store.store import Evidence
+from hcpfs.quiesce.helper import Freezer
 from hcpfs.quiesce.live import LiveImages
-from hcpfs.quiesce.reaching import Target
 from hcpfs.quiesce.usage import Usage
-from hcpfs.quiesce.writers import Wanted
 
-FREEZE_SECONDS = 10.0
-WRITE_BACK_SECONDS = 30.0
 _RELEASE_SECONDS = 0.5  # a loop device that was just detached closes its file a moment later
-_DIED = "the freezer process died"
-
-
-class _NoAnswerError(Exception):
-    """The freezer process gave no answer; why."""
-
-
-class Freezer:
-    """The daemon's end of the freezer process. One request at a time."""
-
-    def __init__(self) -> None:
-        self._process: trio.Process | None = None
-        self._turn = trio.Lock()
-        self._received = b""
-        self._given_up = False
-        self._asking = trio.CancelScope()
-
-    async def start(self) -> None:
-        """Have the process running."""
-        if self._process is None or self._process.poll() is not None:
-            self._received = b""
-            self._process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "hcpfs.quiesce.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/"
-            )
-
-    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of the process that was started. Raises BrokenResourceError when it died."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            await process.stdin.send_all(json.dumps(request).encode() + b"\n")
-        except trio.BrokenResourceError as error:
-            raise trio.BrokenResourceError(_DIED) from error
-        while b"\n" not in self._received:
-            received = await process.stdout.receive_some()
-            if not received:
-                raise trio.BrokenResourceError(_DIED)
-            self._received += received
-        line, _, self._received = self._received.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    async def write_back(self, mountpoint: str, inodes: dict[str, int]) -> list[str]:
-        """Have cached writes to the images and to the devices on them written back; notes on failures."""
-        try:
-            answer = await self._ask_in_time({"write_back": inodes, "mountpoint": mountpoint})
-        except _NoAnswerError as error:
-            return [f"cached writes were not written back: {error}"]
-        notes: list[str] = answer["notes"]
-        return notes
-
-    async def look(self, mountpoint: str, inodes: dict[str, int], writable: dict[str, int]) -> Usage:
-        """Who uses the images, of which so many handles can write to each."""
-        request = {"look": inodes, "mountpoint": mountpoint, "writable": writable}
-        try:
-            return Usage.from_json(await self._ask_in_time(request))
-        except _NoAnswerError as error:
-            return Usage(unknown=[f"who uses the images is not known: {error}"])
-
-    async def _ask_in_time(self, request: dict[str, Any]) -> dict[str, Any]:
-        async with self._turn:
-            try:
-                with trio.fail_after(0 if self._given_up else WRITE_BACK_SECONDS) as self._asking:
-                    await self.start()
-                    return await self._ask(request)
-            except trio.BrokenResourceError as error:
-                await self.stop()
-                raise _NoAnswerError(str(error)) from error
-            except trio.TooSlowError as error:
-                await self.stop()
-                within = "before hcpfs was stopped" if self._given_up else f"within {WRITE_BACK_SECONDS:g} s"
-                raise _NoAnswerError(f"no answer {within}") from error
-
-    def give_up(self) -> None:
-        """The mount will answer nobody any more, and so the process neither: nothing is asked from now on."""
-        self._given_up = True
-        self._asking.cancel()
-
-    @asynccontextmanager
-    async def frozen(
-        self, targets: Sequence[Target], seconds: float, wanted: Wanted | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Freeze the file systems around the block, for at most `seconds`; meanwhile look for programs with `wanted`.
-
-        Yields the freezer's answer. After the block its `late` says, in a sentence, when it may have ended before, and
-        `writers` and `unseen` what was found. When the answer does not come in time nothing counts as frozen, and
-        whatever it froze is thawed as soon as the kernel lets go of it. When the freezer dies what it froze is thawed
-        by another one, which cannot tell whether somebody else had frozen it before: that ends too.
-        """
-        targets = list(targets)
-        async with self._turn:
-            answer: dict[str, Any] = {"frozen": {}, "refused": {}, "late": "", "writers": [], "unseen": []}
-            try:
-                with trio.fail_after(seconds):
-                    await self.start()
-                    answer |= await self._ask({"freeze": targets, "seconds": seconds, "wanted": wanted})
-            except trio.TooSlowError:
-                names = (target.name for target in targets)
-                answer["refused"] = dict.fromkeys(names, f"it did not freeze within {seconds:g} s")
-                await self.stop()
-            except trio.BrokenResourceError as error:
-                answer["refused"] = dict.fromkeys((target.name for target in targets), str(error))
-                await self._rescue(targets, seconds)
-            try:
-                yield answer
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._thaw(answer, targets, seconds)
-
-    async def _thaw(self, answer: dict[str, Any], targets: list[Target], seconds: float) -> None:
-        if not answer["frozen"]:
-            return
-        late = f"the file system was thawed after {seconds:g} s, before the end"
-        try:
-            with trio.fail_after(seconds):
-                reply = await self._ask({"thaw": True})
-                answer |= reply | {"late": late if reply["late"] else ""}
-        except trio.TooSlowError:
-            await self.stop()  # the broken pipe makes it thaw
-            answer["late"] = late
-        except trio.BrokenResourceError as error:
-            answer["late"] = f"{error} before the end"
-            await self._rescue([target for target in targets if target.name in answer["frozen"]], seconds)
-
-    async def _rescue(self, targets: list[Target], seconds: float) -> None:
-        """Have another freezer thaw what the one that died had frozen."""
-        await self.stop()
-        try:
-            with trio.move_on_after(seconds, shield=True) as waiting:
-                await self.start()
-                await self._ask({"rescue": targets})
-        finally:
-            if waiting.cancelled_caught:
-                await self.stop()
-
-    async def stop(self) -> None:
-        """Break the pipe: the process thaws what is frozen, and ends."""
-        process, self._process = self._process, None
-        if process is not None and process.stdin is not None:
-            await process.stdin.aclose()
-
-    async def end(self) -> None:
-        """Stop, and wait for the process to be gone."""
-        process = self._process
-        await self.stop()
-        if process is not None:
-            with trio.move_on_after(FREEZE_SECONDS):
-                await process.wait()
 
 
 class Quiescer:
@@ -203,7 +47,7 @@ class Quiescer:
 
     @asynccontextmanager
     async def quiesce(self) -> AsyncIterator[Evidence]:
-        """Around the hold. Yields the evidence for `info`, which is complete when the block has ended."""
+        """Quiesce around the block. Yields the evidence for `info`, which is complete when the block has ended."""
         notes = await self.write_back()
         openings, written_ns = self._live.openings, self._live.written_ns
         usage = await self._look()
@@ -221,7 +65,7 @@ class Quiescer:
         _conclude(evidence, usage)
 
     async def _look(self) -> Usage:
-        """Who uses the images. When nobody is found whose handle it may be, it may be closed in a moment."""
+        """Who uses the images. Handles whose user does not show are given a moment to be released."""
         deadline = trio.current_time() + _RELEASE_SECONDS
         while True:
             usage = await self._freezer.look(self._mountpoint, self._live.inodes, self._live.writable)

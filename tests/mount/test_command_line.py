@@ -17,7 +17,7 @@ from cow.errors import RefusedError
 from hcpfs import __version__
 from hcpfs.daemon import stores
 from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
-from hcpfs.quiesce.quiesce import WRITE_BACK_SECONDS
+from hcpfs.quiesce.helper import WRITE_BACK_SECONDS
 from hcpfs.system import beneath
 from hcpfs.tree.text import path_in
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
