@@ -1,5 +1,6 @@
 """The command line: `hcpfs mount`, `umount` and so on; and `hcpfs SOURCE MOUNTPOINT -o ...`, as mount(8) calls it."""
 
+import importlib
 import os
 import sys
 from typing import NoReturn
@@ -7,15 +8,27 @@ from typing import NoReturn
 import click
 
 from hcpfs import __version__
-from hcpfs.commands.ls import ls
-from hcpfs.commands.mount import mount
-from hcpfs.commands.recover import recover
-from hcpfs.commands.umount import umount
-from hcpfs.commands.verify import verify
 from hcpfs.system import terminal
 
+_COMMANDS = ("ls", "mount", "recover", "umount", "verify")
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """Each command is in a module of its name in hcpfs/commands, which is loaded when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One of them."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"hcpfs.commands.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="hcpfs %(version)s")
 def cli() -> None:
     """Copy-on-write snapshots of block devices, as files.
@@ -33,14 +46,10 @@ def cli() -> None:
     """
 
 
-for _command in (ls, mount, recover, umount, verify):
-    cli.add_command(_command)
-
-
 def main() -> NoReturn:
     """Run the command line. Without a command it is a mount, as mount(8) calls `hcpfs SOURCE MOUNTPOINT -o ...`."""
     words = sys.argv[1:]
-    if len(words) >= 2 and words[0] not in cli.commands and _may_be_source(words[0]):
+    if len(words) >= 2 and words[0] not in _COMMANDS and _may_be_source(words[0]):
         words.insert(0, "mount")
     terminal.prepare()
     try:

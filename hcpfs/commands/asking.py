@@ -1,10 +1,11 @@
-"""What commands ask a mount: its `status`, and `key value` lines as values."""
+"""What commands ask a mount: its `status`."""
 
 import errno
 from pathlib import Path
 
 from hcpfs.commands.saying import Sentence
 from hcpfs.system import beneath
+from hcpfs.tree.lines import pairs
 
 
 def status_at(path: str) -> dict[str, str]:
@@ -23,9 +24,3 @@ def status_at(path: str) -> dict[str, str]:
 def dead(path: str) -> Sentence:
     """To be raised when the daemon of a mount is dead."""
     return Sentence(f"the daemon of {path} is dead: hcpfs recover {path} gets it going again")
-
-
-def pairs(text: bytes) -> dict[str, str]:
-    """The values of `key value` lines; of a key that stands there more than once the last."""
-    found = (line.partition(" ") for line in text.decode("utf-8", "backslashreplace").splitlines())
-    return {key: value for key, _, value in found}

@@ -9,9 +9,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from hcpfs.commands.asking import pairs, status_at
+from hcpfs.commands.asking import status_at
 from hcpfs.commands.saying import Sentence
 from hcpfs.system import beneath, terminal
+from hcpfs.tree.lines import pairs
 
 _WIDE = 10_000  # columns of what is no terminal
 

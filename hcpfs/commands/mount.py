@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from cow.errors import CowError
-from cow.opening import claim_directory
 from cow.records.catalog import FILE_NAME
 from hcpfs.commands.given import Command, mount_options, take_over
 from hcpfs.commands.saying import VOICE, Sentence, note, sentence_of
@@ -112,7 +111,7 @@ def _recover(wanted: MountOptions) -> int | None:
 
 
 def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
-    # The other commands need no pyfuse3, and start faster without it.
+    # They load the engine and pyfuse3, which a process that only starts another one does without.
     from hcpfs.daemon.mount import Start, serve
 
     os.umask(0o077)
@@ -144,6 +143,8 @@ def _log_in_the_store(
     """What begins the log in the store, when there is one; the directory is open until the stack ends."""
 
     def begin() -> None:
+        from cow.opening import claim_directory  # which loads the engine, as above
+
         if not log.has_begun:
             store = claim_directory(path, create=False)
             stack.callback(store.close)

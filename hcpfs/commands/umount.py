@@ -9,7 +9,7 @@ from hcpfs.commands.asking import dead, status_at
 from hcpfs.commands.saying import Sentence, sentence_of
 from hcpfs.daemon import unmount
 from hcpfs.system import beneath, terminal
-from hcpfs.tree.text import path_in
+from hcpfs.tree.lines import path_in
 
 STILL_AT_WORK = 2  # exit code
 

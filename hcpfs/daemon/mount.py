@@ -16,6 +16,7 @@ import trio
 
 from cow.config import Source
 from cow.errors import CowError, RefusedError
+from cow.events import Event
 from cow.opening import Opened, open_store
 from hcpfs.daemon import notes, record, stores
 from hcpfs.daemon.ending import Ending, Mounted
@@ -83,7 +84,17 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
             told.add(sentence)
             start.on_note(sentence)
 
-    troubles = [note]
+    tree: Tree | None = None
+
+    def hear(event: Event) -> None:
+        sentence = str(event)
+        if tree is None:
+            note(sentence)
+            return
+        tree.record_event(event)
+        if sentence not in told:
+            start.on_note(sentence)
+
     ending.enter("opening the store")
     async with (
         _held(options.sources),
@@ -101,7 +112,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
             superblock_of=superblock_of,
             accept_quota=Accept.QUOTA in options.accept,
             elsewhere=STORES,
-            on_trouble=lambda sentence: troubles[-1](sentence),
+            tell=hear,
         ) as opened,
     ):
         start.on_open()
@@ -110,13 +121,6 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
         live = LiveImages(opened.store.origins)
         quiescer = Quiescer(options.mountpoint, live, freezer, options.freeze_seconds)
         tree = Tree(opened, options.mountpoint, quiescer.quiesce, options.access, live)
-
-        def trouble(sentence: str) -> None:
-            tree.record_trouble(sentence)
-            if sentence not in told:
-                start.on_note(sentence)
-
-        troubles.append(trouble)
         session = _mount(Operations(tree, options.access), options)
 
         def terminate_session() -> None:

@@ -19,8 +19,8 @@ from xxhash import xxh3_64_hexdigest
 from cow.config import Source
 from cow.errors import WAY, RefusedError, counted
 from cow.geometry import Run
-from cow.images.recognition import Facts, facts_key
 from cow.records.catalog import FILE_NAME, State
+from cow.records.facts import Facts, facts_key
 from cow.records.fingerprint import compare, digests, sampled
 from hcpfs.options import STORES, MountOptions
 from hcpfs.system import blocks, ground

@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cow.durable.space import Space
@@ -13,9 +11,7 @@ from cow.errors import printable
 from cow.store.snapshot import Snapshot
 from cow.store.store import Store
 from hcpfs import __version__
-
-_ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
-_ESCAPED = re.compile(r"\\([\\nr]|u[0-9a-f]{4})")
+from hcpfs.tree.lines import lines
 
 
 @dataclass
@@ -25,20 +21,6 @@ class LastError:
     time_ns: int
     errno: int
     sentence: str
-
-
-def lines(pairs: Iterable[tuple[str, object]]) -> bytes:
-    """`key value` lines; what would break a line is escaped."""
-    return b"".join(f"{key} {_one_line(str(value))}\n".encode("utf-8", "backslashreplace") for key, value in pairs)
-
-
-def _one_line(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-
-
-def path_in(value: str) -> str:
-    """The path that a line has as its value, with the escapes of `lines` undone."""
-    return _ESCAPED.sub(lambda match: _ESCAPES.get(match[1]) or chr(int(match[1][1:], 16)), value)
 
 
 def when(time_ns: int) -> str:
@@ -116,12 +98,12 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("pid", os.getpid()),
         ("mountpoint", mountpoint),
         ("store", store.path),
-        ("read_only", int(store.read_only)),
+        ("read_only", int(store.settings.read_only)),
         ("quota_bytes", "-" if store.space.quota_bytes is None else store.space.quota_bytes),
         ("used_bytes", store.space.used_bytes),
         ("available_bytes", _available_bytes(store.space)),
         ("used_percent", store.space.used_percent),
-        ("on_full", store.on_full.value),
+        ("on_full", store.settings.on_full.value),
         ("snapshots", len(states)),
     ]
     pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "suspect", "invalid")]

@@ -15,6 +15,7 @@ import trio
 
 from cow.clock import after
 from cow.errors import SnapshotBusyError
+from cow.events import Event
 from cow.images.image import Image
 from cow.images.origin import Origin
 from cow.opening import Opened
@@ -200,7 +201,7 @@ class Tree:
         self._last_error = LastError(time.time_ns(), number, sentence)
         log.warning("%s: %s", errno.errorcode.get(number, "error"), sentence)
 
-    def record_trouble(self, sentence: str) -> None:
-        """Keep what nobody is told by an errno."""
-        self._last_error = LastError(time.time_ns(), 0, sentence)
-        log.warning("%s", sentence)
+    def record_event(self, event: Event) -> None:
+        """Keep the words for what nobody is told by an errno, for `status` and the log."""
+        self._last_error = LastError(time.time_ns(), 0, str(event))
+        log.warning("%s", event)

@@ -142,7 +142,7 @@ def test_i6_checksums_that_can_never_be_synced_cost_their_snapshot_and_not_the_d
         assert time.monotonic() < deadline
         write(engine, other, 1, b"x")
         engine.call(engine.store.checkpoint)
-        engine.call(engine.store.housekeeping.hold_back)
+        engine.call(engine.store.space.refill)
     assert "could not be saved for long" in engine.store.find(b"a").row.reason
     wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the journal to be short again")
     assert engine.store.find(b"other").row.state == "valid"
@@ -205,7 +205,7 @@ def test_a_layer_that_cannot_be_removed_blocks_no_other_and_no_opening(
     wait_until(lambda: not free.exists(), what="the other to be removed")
     for _ in range(20):
         with pytest.raises(OSError, match="stuck"):
-            engine.call(engine.store.housekeeping.sweep)
+            engine.call(engine.store.disposal.sweep)
     assert len(os.listdir("/proc/self/fd")) <= descriptors
     engine.kill()
     engine = start()

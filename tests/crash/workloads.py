@@ -16,6 +16,7 @@ import trio
 
 from cow.config import Source
 from cow.errors import CowError
+from cow.events import Event
 from cow.opening import open_store
 from cow.store import flatten
 from cow.store.store import Store
@@ -39,7 +40,7 @@ class Session:
         self.disk = disk
         self._elsewhere = ELSEWHERE if elsewhere else None
         self.oracle = oracle
-        self.troubles: list[str] = []
+        self.events: list[Event] = []  #: that were told
         self.findings: list[str] = []
         self.was_clean = False
         self.store: Store
@@ -54,7 +55,7 @@ class Session:
                 [Source(os.path.basename(path).encode(), path) for path in self.disk.sources],
                 elsewhere=self._elsewhere,
                 io=self.disk,
-                on_trouble=self.troubles.append,
+                tell=self.events.append,
                 **options,
             )
         )
