@@ -14,7 +14,7 @@ _COMMANDS = ("ls", "mount", "recover", "umount", "verify")
 
 
 class _Commands(click.Group):
-    """Each command is in the module of its name, which is loaded when it is called: most need little."""
+    """Each command is in a module of its name in hcpfs/commands, which is loaded when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Their names."""

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 from cow.config import OnFull, Source
 from hcpfs.tree.access import Access
 
-#: where the default stores are, and what is recorded beside a store: a user who is not root has a place of his own
+#: where the default stores are, and what is recorded outside of a store; users other than root have their own
 STORES = (
     "/var/lib/hcpfs"
     if os.geteuid() == 0
@@ -28,14 +28,14 @@ STORES = (
 _TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
 _HIGHEST_ID = (1 << 32) - 2  # of a user or group; the one above says "none"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-# Options of mount(8) and of fstab that are its own business, or true of this file system anyway.
+# Options of mount(8) and fstab that it handles itself, or that have no effect on this file system.
 _IGNORED = {
     "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "nofail", "_netdev", "exec", "noexec",
     "suid", "nosuid", "dev", "nodev", "async", "atime", "noatime", "relatime", "norelatime", "diratime", "nodiratime",
     "strictatime", "lazytime", "nolazytime", "dirsync", "iversion", "noiversion", "mand", "nomand", "silent", "loud",
     "nosymfollow", "symfollow", "loop", "group", "sloppy",
 }  # fmt: skip
-# Labels of SELinux; a kernel without it refuses them, and mount(8) then leaves them out.
+# Labels of SELinux. A kernel without it refuses them, so mount(8) leaves them out there.
 _CONTEXTS = ("context", "fscontext", "defcontext", "rootcontext")
 _SELINUX = "/sys/fs/selinux/enforce"
 _REMOUNT = (
@@ -52,11 +52,11 @@ _OPTION = re.compile(r'(?:[^,"]|"[^"]*"|")+')
 
 
 class UsageError(ValueError):
-    """What was written makes no sense; the sentence says what would."""
+    """What was written makes no sense. The sentence says what would."""
 
 
 class Accept(StrEnum):
-    """A consequence that a mount is refused for, unless it is said that it is meant."""
+    """A consequence for which a mount is refused unless the user says that it is meant."""
 
     QUOTA = "quota"  # a quota at which the next write may cost snapshots
     CHANGED = "changed"  # the device was changed while hcpfs was not running: its snapshots become suspect
@@ -67,7 +67,7 @@ class Accept(StrEnum):
 
 
 def _word(source: Source) -> str:
-    """The source as on the command line. A path alone where that says it, as a name may have an = in it."""
+    """The source as on the command line: the path alone if the name follows from it, because it may contain an =."""
     name = os.fsdecode(source.name)
     return source.path if name == _default_name(source.path) else f"{name}={source.path}"
 
@@ -81,7 +81,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_source(text: str) -> Source:
-    """NAME=PATH, or a path, whose image is called after its base name with .img. Raises UsageError."""
+    """A source from NAME=PATH, or from a path: then the name is its base name with .img. Raises UsageError."""
     name, equals, path = text.partition("=")
     if not equals or "/" in name:
         path = text
@@ -105,13 +105,13 @@ def _default_name(path: str) -> str:
 
 @dataclass(frozen=True)
 class Option(ABC):
-    """What is known of an option. With a `help` it can be given as --NAME, too, without one after -o alone.
+    """What is known of an option. One with a `help` can be given as --NAME and after -o, others after -o only.
 
-    `is_kept`: whether it is among the words that mount the same again, and not for one start alone or said otherwise.
+    `is_kept`: whether it is written among the words that mount the same again. Options for one start alone are not.
     """
 
     name: str
-    metavar: str = ""  #: of its value; of an option without a value ""
+    metavar: str = ""  #: the name of its value in the help; "" for an option without a value
     help: str = field(default="", kw_only=True)
     is_kept: bool = field(default=True, kw_only=True)
 
@@ -122,22 +122,22 @@ class Option(ABC):
 
     @abstractmethod
     def taken(self, before: Any, text: str) -> Any:
-        """The value when it is given with this text, and was `before`. Raises UsageError."""
+        """The new value when the option is given with this text and the value was `before`. Raises UsageError."""
 
     @abstractmethod
     def texts(self, value: Any) -> Iterable[str]:
-        """What it is to be given with, once each, for that value; "" for an option without a value."""
+        """The texts with which it has to be given, once for each, to have that value; "" for an option without one."""
 
     def words(self, value: Any) -> list[str]:
-        """The words of the command line for a value, when it can be given as --NAME."""
+        """The words of the command line for a value, of an option that can be given as --NAME."""
         return [word for text in self.texts(value) for word in (f"--{self.name}", text) if word]
 
 
 class Flag(Option):
-    """An option that is there or not: its value is whether it is."""
+    """An option without a value: it is True when it is given."""
 
     def taken(self, before: Any, text: str) -> bool:
-        """It is there."""
+        """True."""
         return True
 
     def texts(self, value: Any) -> Iterable[str]:
@@ -147,7 +147,7 @@ class Flag(Option):
 
 @dataclass(frozen=True)
 class Value(Option):
-    """An option with one value, the last that is given."""
+    """An option with one value. The last one given counts."""
 
     parse: Callable[[str], Any] = str
     write: Callable[[Any], str] = str
@@ -162,7 +162,7 @@ class Value(Option):
 
 
 class Sources(Option):
-    """An option that names a source more. The words SOURCE name those that are there."""
+    """The option that adds a source to those named by the words SOURCE."""
 
     def taken(self, before: list[Source], text: str) -> list[Source]:
         """With that source."""
@@ -174,7 +174,7 @@ class Sources(Option):
 
 
 class Accepted(Option):
-    """The option that accepts consequences: one more, or several with a + between them."""
+    """The option that accepts a consequence, or several with a + between them, in addition to those given before."""
 
     choices = tuple(one.value for one in Accept)
 
@@ -240,7 +240,7 @@ def _consequence(word: str) -> Accept:
 
 @dataclass
 class MountOptions:
-    """Everything about a mount, from the command line and -o together. A field of an option is declared by it."""
+    """Everything about a mount, from the command line and -o together. Each option is declared by its field."""
 
     store: str | None = field(
         default=None,
@@ -309,7 +309,7 @@ class MountOptions:
         return [os.fsdecode(source.name) for source in self.sources]
 
     def take(self, name: str, text: str) -> None:
-        """Take an option over that is given with this text. Raises UsageError."""
+        """Take over an option that is given with this text. Raises UsageError."""
         key = _FIELDS[name]
         setattr(self, key, OPTIONS[name].taken(getattr(self, key), text))
 
@@ -346,7 +346,7 @@ def accepting(accept: Iterable[Accept]) -> list[str]:
 
 
 def apply_options(options: MountOptions, texts: Iterable[str]) -> None:
-    """Take over `-o` texts, each a comma-separated list. Raises UsageError for what is not known."""
+    """Take over the texts after -o, each a comma-separated list. Raises UsageError."""
     for text in texts:
         for option in _OPTION.findall(text):
             _apply_option(options, option)

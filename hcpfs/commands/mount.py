@@ -111,7 +111,7 @@ def _recover(wanted: MountOptions) -> int | None:
 
 
 def _serve(wanted: MountOptions, ready_fd: int | None, supervisor: Supervisor) -> None:
-    # These load the engine and pyfuse3, without which a process that only starts another is quicker.
+    # They load the engine and pyfuse3, which a process that only starts another one does without.
     from hcpfs.daemon.mount import Start, serve
 
     os.umask(0o077)

@@ -1,1 +1,1 @@
-"""The life of a daemon: its start, the session with the kernel, its end, and what others can tell of it."""
+"""The daemon: its start, its session with the kernel, its end, and what other processes can tell of it."""

@@ -1,7 +1,7 @@
 """Running the daemon in the background: the caller waits until the mount is usable, or gets the reason why not.
 
-The daemon is a new process in a session of its own, with nothing of the caller's but a pipe. It writes lines of JSON to
-it: `{"note": sentence}` for what a person must know, and at the end `{"ready": true}` or `{"refused": sentence}`.
+The daemon is a new process in a session of its own that inherits one end of a pipe and nothing else. It writes lines of
+JSON there: `{"note": sentence}` for what a person must know, and finally `{"ready": true}` or `{"refused": sentence}`.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ _LOG_BYTES = 1 << 20
 
 
 def run_in_background(arguments: Sequence[str], on_note: Callable[[str], None]) -> str | None:
-    """Start `hcpfs ARGUMENTS` as a daemon. None when the mount is usable, else the sentence that says why not."""
+    """Start `hcpfs ARGUMENTS` as a daemon. Returns None once the mount is usable, else a sentence that says why not."""
     reading, writing = os.pipe()
     try:
         subprocess.Popen(
@@ -47,10 +47,7 @@ def run_in_background(arguments: Sequence[str], on_note: Callable[[str], None]) 
 
 
 def hear(reading: int, on_note: Callable[[str], None]) -> str | None:
-    """Listen at the reading end of the pipe until the daemon has answered, and close it.
-
-    Returns as `run_in_background`.
-    """
+    """Read from the pipe until the daemon has answered, and close it. Returns the same as `run_in_background`."""
     refused: str | None = "the daemon ended without a word; run it with --foreground to see why"
     with os.fdopen(reading, "r", encoding="utf-8", errors="replace") as pipe:
         for line in pipe:
@@ -63,28 +60,28 @@ def hear(reading: int, on_note: Callable[[str], None]) -> str | None:
 
 
 class Caller:
-    """Who started this process and waits for its answer, at the writing end of the pipe; with None nobody does."""
+    """The process that waits for our answer, at the other end of the pipe; nobody waits where `ready_fd` is None."""
 
     def __init__(self, ready_fd: int | None) -> None:
         self._fd = ready_fd
 
     def note(self, sentence: str) -> None:
-        """Tell what a person must know of this start; nothing once it is answered."""
+        """Tell what a person must know of this start. Does nothing once the answer was given."""
         self._say("note", sentence)
 
     def ready(self) -> None:
-        """The mount is usable. Once."""
+        """Answer that the mount is usable. To be called once."""
         self._say("ready", True)
         self._end()
 
     def refuse(self, sentence: str) -> None:
-        """There is no mount, and this is why; nothing once it is answered."""
+        """Answer that there is no mount, and why. Does nothing once the answer was given."""
         self._say("refused", sentence)
         self._end()
 
     def _say(self, key: str, value: object) -> None:
         if self._fd is not None:
-            with suppress(BrokenPipeError):  # who went away while it starts finds it served, or not
+            with suppress(BrokenPipeError):  # the caller has gone, and sees for itself
                 os.write(self._fd, json.dumps({key: value}).encode() + b"\n")
 
     def _end(self) -> None:
@@ -94,7 +91,7 @@ class Caller:
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A bounded log in the store's directory, whatever was put in its place, and whatever becomes of the path."""
+    """A bounded log in the store's directory, which is known by its descriptor, so its path does not matter."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -107,7 +104,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         return open(file.fd, "a", encoding="utf-8", errors=self.errors)
 
     def doRollover(self) -> None:  # noqa: N802 - the name of the base class
-        """Put a full log aside; where that cannot be done its contents go."""
+        """Rename a full log; where that fails, empty it."""
         with suppress(OSError):
             super().doRollover()
             return
@@ -116,7 +113,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
 
 class _OneLine(logging.Formatter):
-    """A record is a line, whatever names stand in it; what follows of an exception are lines of their own."""
+    """A record is one line, whatever names it has; the traceback of an exception follows in lines of its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name of the base class
         """The line."""
@@ -126,8 +123,8 @@ class _OneLine(logging.Formatter):
 class Log:
     """The process's log: to standard error, or to a bounded file in the store (2 MiB at most).
 
-    What is said before `begin` is kept for it, and lost when it never comes: where no store is made, no log is left.
-    The records are written by a thread, so that the loop never waits for the log's disk.
+    Records from before `begin` are kept for it, and lost when it is never called: where no store is made, no log is
+    left. A thread writes the records, so the loop never waits for the log's disk.
     """
 
     def __enter__(self) -> Self:
@@ -140,9 +137,9 @@ class Log:
         return self
 
     def begin(self, store: Directory | None) -> None:
-        """Write what there is and what comes; once. The directory must stay open.
+        """Write what was logged and what will be, to a file in the directory, which must stay open, or standard error.
 
-        Raises RefusedError when something else than a regular file of ours stands in the log's place.
+        To be called once. Raises RefusedError when something other than a regular file of ours is in the log's place.
         """
         target: logging.Handler = logging.StreamHandler(own_standard_error()) if store is None else _LogFile(store)
         target.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -151,7 +148,7 @@ class Log:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is written somewhere."""
+        """Whether `begin` was called."""
         return self._listener is not None
 
     def __exit__(

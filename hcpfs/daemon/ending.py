@@ -1,4 +1,4 @@
-"""How the daemon ends on a signal: what sits on the images is written back first, and nothing takes for ever.
+"""How the daemon ends on a signal: what sits on the images is written back first, and every wait is limited.
 
 Before there is a mount, a signal ends the start. While the mount is served, the first signal has what sits on the
 images written back (hcpfs/daemon/writeback.py), for at most `WRITE_BACK_SECONDS`, and then ends the session as an
@@ -30,7 +30,7 @@ _UNMOUNT_SECONDS = 5.0
 _LOG_SECONDS = 0.5  #: for the thread that writes the log
 
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGPWR}
-# They would end the process at once (others are sent USR1 by logrotate), or stop it for a line of its log.
+# By default they would end the process (logrotate sends USR1 to many), or stop it when it writes to its terminal.
 _IGNORED = {
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO),
     *(signal.SIGSTKFLT, signal.SIGTTIN, signal.SIGTTOU),
@@ -42,13 +42,13 @@ log = logging.getLogger("hcpfs")
 
 @dataclass(frozen=True)
 class Mounted:
-    """What is served, as far as its end needs it."""
+    """The mount, as far as its end needs it."""
 
     mountpoint: str
     device: int
-    images: Callable[[], Sequence[str]]  #: below the mount point: those of which the kernel may have something cached
+    images: Callable[[], Sequence[str]]  #: paths below the mount point of those that the kernel may have dirty pages of
     terminate: Callable[[], None]
-    progress: Callable[[], object]  #: another value as long as something moves
+    progress: Callable[[], object]  #: its value changes as long as something moves
 
 
 @dataclass
@@ -61,7 +61,7 @@ class WrittenBack:
     ended: bool = False
 
     def take(self, line: bytes) -> None:
-        """Take over a line of the helper."""
+        """Add what a line of the helper says."""
         said = json.loads(line)
         if "begun" in said:
             self.under_way += said["begun"]
@@ -75,7 +75,7 @@ class WrittenBack:
             self.ended = True
 
     def missing(self, why: str) -> list[str]:
-        """What was not written back; `why` is for what is under way."""
+        """What was not written back, each with its reason, which is `why` for what is still under way."""
         late = [f"{what}: {why}" for what in self.under_way]
         return [*self.failed, *late, *([] if self.ended or late else [f"whatever else sits there: {why}"])]
 
@@ -93,7 +93,7 @@ class Ending:
         self.asked_by = ""  #: the name of the first signal
 
     async def see_to(self, life: Callable[[], Awaitable[None]]) -> None:
-        """Await `life()`, while signals are seen to. Raises RefusedError when one came before `served`."""
+        """Await `life()` and handle signals meanwhile. Raises RefusedError when one came before `served`."""
         spared = self._foreground and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup(1)
         with trio.open_signal_receiver(*_ENDING - ({signal.SIGHUP} if spared else set()), *_IGNORED) as signals:
             async with trio.open_nursery() as nursery:
@@ -109,7 +109,7 @@ class Ending:
         self._mounted = mounted
 
     def enter(self, phase: str) -> None:
-        """Say what comes now, in words; it counts as progress."""
+        """Begin a phase, in words. It is told to the service manager, and counts as progress."""
         self._phase = phase
         self._supervisor.tell(phase)
 
@@ -181,7 +181,7 @@ class Ending:
 
 
 async def _have_written_back(mounted: Mounted, found: WrittenBack) -> None:
-    """Raises OSError and BrokenResourceError."""
+    """Have the helper process write back, and note in `found` what it says. Raises OSError and BrokenResourceError."""
     request = {
         "mountpoint": mounted.mountpoint,
         "device": mounted.device,
@@ -205,11 +205,11 @@ async def _have_written_back(mounted: Mounted, found: WrittenBack) -> None:
             for line in lines:
                 found.take(line)
     finally:
-        process.kill()  # it may wait for us, and does so until the connection ends
+        process.kill()  # it may wait for our answer, and ends when the connection does
 
 
 def _take_away(mounted: Mounted) -> None:
-    """Free those who wait for an answer, and the mount point."""
+    """Fail all requests that wait for an answer, and unmount."""
     if all(mount.device != mounted.device for mount in beneath.mounts()):
         return
     with suppress(OSError):

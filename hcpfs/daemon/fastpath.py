@@ -1,16 +1,17 @@
-"""The fast path: reads, writes and syncs of open files are answered here, and all other requests by libfuse.
+"""The fast path: reads, writes and syncs of open files are answered here, all other requests by libfuse.
 
-A request that goes through libfuse, pyfuse3 and trio costs several times what the work on it does. So those that come
-tens of thousands of times a second are taken from the kernel's queue and answered in a loop of their own; for at most
-`MOST_SECONDS`, then trio runs everything else. The others are passed on, one message each, through a socket that
-libfuse holds to be its /dev/fuse, and its answers are passed back.
+The way through libfuse, pyfuse3 and trio costs several times as much as the work on a request. So we read requests from
+/dev/fuse ourselves and answer the frequent ones in a plain loop, for at most `MOST_SECONDS`; then trio runs its other
+tasks. All other requests are forwarded to libfuse through a socket that it takes for /dev/fuse, one message each, and
+its answers are copied back.
 
-Who has the turn reads requests. A request that has to wait for something makes its task give the turn to another.
+One task at a time has the turn: it reads the requests. When a request has to wait, its task hands the turn to another
+one and goes on with the request.
 
-When there is no request, the next one is waited for awake for a moment: for those who send one at a time, to sleep
-between two and to be woken takes both sides longer than the request does. When none comes in that time, or the
-processor is wanted by others, nobody is waited for in this way until requests follow each other closely again. Then the
-kernel's queue alone is waited for, for as long as trio may do without us, and only after that trio with all it has.
+When no request is ready, we wait for the next one in three steps. First we spin on the queue for `PATIENCE_SECONDS`: if
+requests come one at a time, sleeping and waking cost both sides more than the request itself. We do not spin while
+requests are far apart, or while other processes want the processor. Then we poll /dev/fuse alone for
+`DOZE_MILLISECONDS`, which costs less than trio's wait. Last we wait in trio, where all other tasks run.
 """
 
 import errno
@@ -45,30 +46,30 @@ from hcpfs.daemon.protocol import (
 from hcpfs.tree.handles import Handle
 from hcpfs.tree.truncating import Truncating
 
-MOST_SECONDS = 0.002  # between two visits to trio; a request that takes longer by itself is the only one then
-MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which take two visits each
-PATIENCE_SECONDS = 0.0001  # for a next request, before the thread sleeps: to be woken takes longer than a request
-CROWDED_SECONDS = 0.02  # without patience, after others wanted the processor: it would be taken from those who ask
-DOZE_MILLISECONDS = 1  # in which it waits for the next request alone: a sleep in trio costs as much as two requests
-LONG_BYTES = 256 << 10  # of a write: from here on the memory that it came in may be kept, where it would be copied
-MOST_SPARE = 18  # of such memory, for the next ones: what one image may keep
-MOST_FORGETTING = 4  # threads in which the kernel drops what it has cached
-MOST_TASKS = 99  # that work on requests: pyfuse3's own number
+MOST_SECONDS = 0.002  # between two checkpoints of trio, unless a single request takes longer
+MOST_SECONDS_PASSED = 0.0003  # the same while libfuse has requests, which need two checkpoints each
+PATIENCE_SECONDS = 0.0001  # of spinning before the thread sleeps: a wake-up takes longer than a request
+CROWDED_SECONDS = 0.02  # without spinning, after another process wanted the processor: it may be the one that asks us
+DOZE_MILLISECONDS = 1  # of polling /dev/fuse alone: a wait in trio costs as much as two requests
+LONG_BYTES = 256 << 10  # a write from this size on may retain the memory it was received in, which saves a copy
+MOST_SPARE = 18  # pieces of such memory that are kept for reuse: as many as one image may retain
+MOST_FORGETTING = 4  # threads that wait for the kernel to drop cached pages
+MOST_TASKS = 99  # that work on requests, as in pyfuse3
 
-_UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # and may be ignored: nothing is remembered
-_UNMOUNTED = {errno.ENODEV, errno.ECONNABORTED}  # to a reader
-_GONE = {errno.ENOENT, *_UNMOUNTED}  # to an answer: nobody waits for it any more
+_UNANSWERED = {Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}  # they want no answer, and change nothing here
+_UNMOUNTED = {errno.ENODEV, errno.ECONNABORTED}  # what a read of /dev/fuse fails with then
+_GONE = {errno.ENOENT, *_UNMOUNTED}  # what an answer fails with when nobody waits for it any more
 
 log = logging.getLogger("hcpfs")
 
-Waits = Coroutine[Any, Any, None]  # the rest of a request, which may wait
+Waits = Coroutine[Any, Any, None]  # the rest of the work on a request that may have to wait
 
 
 class FastPath:
-    """Between the kernel, at the descriptor `kernel`, and libfuse, at the other end of the socket `libfuse`.
+    """Serves the kernel, at the descriptor `kernel`, with libfuse at the other end of the socket `libfuse`.
 
-    Both are non-blocking, and a whole message comes from each at a time. `errno_of(request, error)` gives the errno for
-    what a handle raised; `on_unmount` is called when there will be no more requests. Trio thread only.
+    Both descriptors are non-blocking and keep message boundaries. `errno_of(request, error)` gives the errno for an
+    exception of a handle; `on_unmount` is called when there will be no more requests. Trio thread only.
     """
 
     def __init__(
@@ -84,25 +85,27 @@ class FastPath:
         self._handles = handles
         self._errno_of = errno_of
         self._on_unmount = on_unmount
-        self._request = bytearray(DATA_AT)  #: up to a write's data; whose turn it is reads it, and nobody after that
-        self._memory = self._new_memory()  #: of the rest of the request
-        self._spare: list[Memory] = []  #: that take its place while it is kept
-        self._content = _pages(covering_bytes(MOST_DATA_BYTES))  #: of what is read without waiting
-        self._answer = bytearray(MOST_REQUEST_BYTES)  #: of libfuse
+        self._request = bytearray(
+            DATA_AT
+        )  #: its first bytes, up to a write's data; only valid until the turn is handed over
+        self._memory = self._new_memory()  #: that the rest of the request is received in
+        self._spare: list[Memory] = []  #: for reuse when the present one is retained
+        self._content = _pages(covering_bytes(MOST_DATA_BYTES))  #: for the data of a read that needs no waiting
+        self._answer = bytearray(MOST_REQUEST_BYTES)  #: the message from libfuse
         self._init = 0  #: the unique number of the request INIT
-        self._passed: set[int] = set()  #: the unique numbers of the requests that libfuse has
+        self._passed: set[int] = set()  #: the unique numbers of the requests that were forwarded to libfuse
         self._idle = trio.lowlevel.ParkingLot()
         self._forgetting = trio.CapacityLimiter(MOST_FORGETTING)
         self._tasks = 0
-        self._working = 0  #: tasks whose requests wait for something
-        self._turn = 0  #: grows when the turn is given away
-        self._taken = False  #: whether somebody has the turn
+        self._working = 0  #: how many tasks wait with a request
+        self._turn = 0  #: counts how often it was handed over
+        self._taken = False  #: whether a task has the turn
         self._ended = False
         self._patience = 0.0
-        self._crowded_until = 0.0  #: others want the processor
+        self._crowded_until = 0.0  #: until then other processes are taken to want the processor
         self._poll = select.poll()
         self._poll.register(kernel, select.POLLIN)
-        self._until = 0.0  #: when trio is to be visited
+        self._until = 0.0  #: when the next checkpoint is due
 
     async def serve(self) -> None:
         """Answer requests, and pass libfuse's answers back, until `end`."""
@@ -115,20 +118,20 @@ class FastPath:
                 self._pass_back()
 
     def end(self) -> None:
-        """Take no more requests; those that are worked on here are answered. libfuse must have answered its own."""
+        """Read no more requests. Those under way here are still answered; libfuse must have answered its own."""
         self._ended = True
         trio.lowlevel.notify_closing(self._kernel)
         trio.lowlevel.notify_closing(self._libfuse)
         self._idle.unpark_all()
 
     async def forget_cached(self, inode: int, offset: int, length: int) -> None:
-        """Have the kernel drop what it has cached of an extent of a file; the next read comes here.
+        """Have the kernel drop its cached pages of an extent of a file (length 0: to the end), so that reads come here.
 
-        With length 0 to the end. It waits for reads and writes of those pages, which need us: so in a thread, and none
-        that they might need. Cancelled, it goes on.
+        The kernel waits for reads and writes of those pages under way, which need us: so this is done in a thread, with
+        a limit of its own, because those requests may need threads, too. When cancelled, the thread goes on.
         """
         message = FORGET_CACHED.pack(FORGET_CACHED.size, FORGET_CACHED_CODE, 0, inode, offset, length)
-        with suppress(FileNotFoundError):  # it has nothing of that file
+        with suppress(FileNotFoundError):  # it has no pages of that file
             await trio.to_thread.run_sync(
                 os.write, self._kernel, message, limiter=self._forgetting, abandon_on_cancel=True
             )
@@ -160,7 +163,7 @@ class FastPath:
         return Memory(_pages(MOST_REQUEST_BYTES - DATA_AT), self._take_memory_back)
 
     def _free_memory(self) -> memoryview:
-        """For the next request: memory that nobody keeps."""
+        """Memory for the next request that nobody retains."""
         if self._memory.is_kept:
             self._memory = self._spare.pop() if self._spare else self._new_memory()
         return self._memory.view
@@ -170,14 +173,14 @@ class FastPath:
             self._spare.append(memory)
 
     async def _take_requests(self, turn: int) -> None:
-        """Answer requests until the turn was given away, or there are no more."""
+        """Answer requests until the turn is handed over, or the session ends."""
         while self._turn == turn and not self._ended:
             await self._answer_ready()
         if self._turn != turn:
             self._working -= 1
 
     def _answer_ready(self) -> Awaitable[object]:
-        """Answer the requests that are ready, and return what has to be awaited before the next."""
+        """Answer the requests that are ready. Returns what has to be awaited before the next one is read."""
         kernel, request = self._kernel, self._request
         into: list[bytearray | memoryview] = [request, self._free_memory()]
         monotonic, readv, unpack = time.monotonic, os.readv, REQUEST.unpack_from
@@ -197,7 +200,7 @@ class FastPath:
             except BlockingIOError:
                 if self._working or self._passed:
                     return self._sleep()
-                if impatient and now - looked > PATIENCE_SECONDS:  # the processor was taken from us meanwhile
+                if impatient and now - looked > PATIENCE_SECONDS:  # another process had the processor meanwhile
                     self._crowded_until = now + CROWDED_SECONDS
                     impatient = now
                 impatient, looked = impatient or now + self._patience, now
@@ -208,7 +211,7 @@ class FastPath:
                 continue
             except OSError as error:
                 if error.errno == errno.ENOENT:
-                    continue  # who had asked was interrupted meanwhile
+                    continue  # the process that had asked was interrupted
                 if error.errno not in _UNMOUNTED:
                     raise
                 length = 0
@@ -229,15 +232,17 @@ class FastPath:
                 self._passed.add(unique)
                 self._until = min(self._until, now + MOST_SECONDS_PASSED)
                 if not self._pass_on(length):
-                    return self._pass_on_later(length)  # the turn is kept, so that the buffer is ours
+                    return self._pass_on_later(
+                        length
+                    )  # without handing the turn over, so that the buffer stays as it is
 
     async def _visit(self) -> None:
-        """Have everything else run that can."""
+        """Let trio run all other tasks that are ready."""
         await trio.lowlevel.checkpoint()
         self._until = time.monotonic() + (MOST_SECONDS_PASSED if self._passed else MOST_SECONDS)
 
     def _doze(self) -> bool:
-        """Sleep until there is a request, for as long as others can do without trio; whether there is one."""
+        """Poll for a request for `DOZE_MILLISECONDS`, while no other task runs; whether there is one."""
         began = time.monotonic()
         if not self._poll.poll(DOZE_MILLISECONDS):
             return False
@@ -245,7 +250,7 @@ class FastPath:
         return True
 
     async def _sleep(self) -> None:
-        """Sleep until there is a request, while everything else runs."""
+        """Wait in trio until there is a request."""
         began = time.monotonic()
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._kernel)
@@ -254,7 +259,7 @@ class FastPath:
         self._until = now + MOST_SECONDS
 
     def _note_wait(self, began: float, ended: float) -> None:
-        """Whether to stay awake for the next request is seen from how long this one took to come."""
+        """Decide whether to spin for the next request, by how long this one took to come."""
         soon = ended - began < PATIENCE_SECONDS and ended >= self._crowded_until
         self._patience = PATIENCE_SECONDS if soon else 0.0
 
@@ -262,7 +267,7 @@ class FastPath:
         self._ended = True
         self._on_unmount()
 
-    # -- requests: each is answered at once, or by what is returned ------------------------------------------------
+    # -- requests: each is answered at once, or by the coroutine that is returned ----------------------------------
 
     def _read(self, unique: int, number: int, offset: int, size: int, _flags: int) -> Waits | None:
         try:
@@ -287,7 +292,7 @@ class FastPath:
         try:
             handle = self._handles[number]
             if flags & FROM_CACHE and isinstance(handle, Truncating):
-                handle = handle.image  # perhaps not written through this open file
+                handle = handle.image  # the kernel names any handle that may write
             written = handle.write_nowait(offset, data, memory)
         except Exception as error:
             self._fail("write", unique, error)
@@ -345,10 +350,10 @@ class FastPath:
                 self._take_back(answer, error)
 
     def _take_back(self, answer: Sequence[bytes | bytearray | memoryview], error: OSError) -> None:
-        """An answer is refused: have the request fail, and nothing else."""
+        """The kernel refuses an answer: fail that request, and go on."""
         _, _, unique = ANSWER.unpack_from(answer[0])
         log.error("a defect of hcpfs: the kernel refuses an answer of %d parts", len(answer), exc_info=error)
-        with suppress(OSError):  # perhaps the request has failed by that
+        with suppress(OSError):  # the request may have ended by that
             os.writev(self._kernel, (ANSWER.pack(ANSWER.size, -errno.EIO, unique),))
 
     # -- libfuse -------------------------------------------------------------------------------------------------
@@ -383,13 +388,13 @@ class FastPath:
 
 
 def _pages(length: int) -> memoryview:
-    """Memory that begins with a page: the kernel copies data by the page, and what lies across two it copies twice."""
+    """Memory aligned to a page: the kernel copies page by page, and copies what lies across two in two pieces."""
     return memoryview(mmap.mmap(-1, length))
 
 
 @coroutine
 def _telling(waits: Waits, before: Callable[[], None]) -> Generator[Any, Any, None]:
-    """Await something, and call `before` when it really waits, just before it does."""
+    """Await something, and call `before` just before it first has to wait, if ever."""
     try:
         wanted = waits.send(None)
     except StopIteration:

@@ -1,7 +1,8 @@
 """The daemon: opens the store, mounts the tree, serves until the umount, closes clean.
 
-Order matters. What can refuse comes first (refusals.py), so that a refusal leaves nothing; the freezer is a child, so it
-starts before there are requests; the store closes after the last request, and only then are the devices released.
+Order matters. The checks come first (refusals.py), so that a refusal leaves nothing behind; the freezer is
+a child process, so it is started before there are requests; the store is closed after the last request, and only then
+are the devices released.
 """
 
 import logging
@@ -34,24 +35,24 @@ from hcpfs.system.terminal import standard_error_diverted
 from hcpfs.system.threads import start_threads
 from hcpfs.tree.tree import Tree
 
-_AGAIN_SECONDS = 0.1  # until the service manager is told once more
+_AGAIN_SECONDS = 0.1  # until the service manager is told again, if it could not take the message
 
 log = logging.getLogger("hcpfs")
 
 
 class Start(NamedTuple):
-    """Whom the start of a mount tells what."""
+    """What is called at the start of a mount, and when."""
 
     on_ready: Callable[[], None]  #: the mount is usable
-    on_note: Callable[[str], None]  #: before that: what a person must know
-    on_open: Callable[[], None]  #: there is a store
+    on_note: Callable[[str], None]  #: before that, with what a person must know
+    on_open: Callable[[], None]  #: the store is open
 
 
 def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
-    """Mount and serve; returns after the umount, when all is durable and the devices are released.
+    """Mount and serve. Returns after the umount, when all is durable and the devices are released.
 
-    What `start` is told of before the mount is usable is in the log, too.
-    Raises RefusedError, CowError or OSError with a sentence when it cannot be mounted, or not be closed clean.
+    The notes for `start` are logged, too. Raises RefusedError, CowError or OSError, with a sentence, when it cannot be
+    mounted or not be closed clean.
     """
     keep_memory()
     refused = harden()
@@ -68,7 +69,7 @@ def serve(options: MountOptions, start: Start, supervisor: Supervisor) -> None:
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first plain exception of a group: they have one cause here."""
+    """The first plain exception of a group, because they all have one cause here."""
     first = group.exceptions[0]
     return _only(first) if isinstance(first, BaseExceptionGroup) else first
 
@@ -154,7 +155,7 @@ async def _serve(options: MountOptions, ending: Ending, supervisor: Supervisor, 
 
 
 def _to_be_known(opened: Opened, options: MountOptions) -> Iterator[str]:
-    """What a person must know of the store and of this mount. The store is remembered, for the next default one."""
+    """What a person must know of the store and of this mount. Remembers the store (see `stores.remember`)."""
     try:
         stores.remember(options.store_path)
     except OSError as error:
@@ -227,7 +228,7 @@ async def _get_ready(
     on_ready: Callable[[], None],
     ready: trio.Event,
 ) -> None:
-    await quiescer.write_back()  # goes through the mount, so it is usable
+    await quiescer.write_back()  # it goes through the mount, which is usable then
     _widen_read_ahead(options.mountpoint)
     try:
         paths = [source.path for source in options.sources]

@@ -1,6 +1,6 @@
-"""What a person must know at the mount, in sentences: what is worth less than it seems, and what an option does not do.
+"""What a person must know at the mount, in sentences: snapshots that are not whole, options that have no effect.
 
-They go to the terminal of who mounts, and to the log. Each says what, where, and what to do.
+They are printed for the person who mounts, and logged. Each says what, where, and what to do.
 """
 
 import os
@@ -13,7 +13,7 @@ from hcpfs.options import MountOptions
 from hcpfs.system.words import listed
 from hcpfs.tree.access import Access
 
-_OTHERS = 0o077  # the bits of a mode that are for others than the owner
+_OTHERS = 0o077  # the bits of a mode for all but the owner
 _WORTH = {
     State.DAMAGED: "what was lost of such a snapshot reads EIO, the rest is as it was: `lost` in it says which bytes",
     State.SUSPECT: "the disk was changed without hcpfs, so what such a snapshot reads from there may be wrong, and is "
@@ -23,7 +23,7 @@ _WORTH = {
 
 
 def of_snapshots(store: Store) -> Iterator[str]:
-    """Which snapshots are not whole."""
+    """Snapshots that are damaged, suspect or invalid."""
     for state, worth in _WORTH.items():
         found = [one for one in store.snapshots if one.row.state is state]
         if found:
@@ -33,7 +33,7 @@ def of_snapshots(store: Store) -> Iterator[str]:
 
 
 def of_mount(options: MountOptions) -> Iterator[str]:
-    """What the mount does that nobody may expect, from its options and from what is at the mount point."""
+    """Effects of the mount that may be unexpected, told by its options and by what is at the mount point."""
     yield from _hidden(options.mountpoint)
     yield from _of_access(options)
     if options.read_only:
@@ -70,7 +70,7 @@ def _of_access(options: MountOptions) -> Iterator[str]:
 
 
 def of_room(store: Store) -> Iterator[str]:
-    """Where the file system has less room than the quota."""
+    """A quota that is more than the file system has room for."""
     quota, total = store.space.quota_bytes, store.space.total_bytes
     if quota is not None and total < quota:
         yield (

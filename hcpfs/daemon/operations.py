@@ -1,18 +1,18 @@
-"""The adapter between pyfuse3 and the tree. A protocol adapter only: what the file system is stands in tree.py.
+"""The adapter between pyfuse3 and the tree. It translates requests, and decides nothing: see hcpfs/tree/tree.py.
 
-Extended attributes answer ENOSYS (pyfuse3's default), once, which spares a request for `security.capability` before
-every write.
+getxattr is answered with ENOSYS (pyfuse3's default), once; otherwise the kernel would ask for `security.capability`
+before every write.
 
 Reads, writes and syncs come here only where there is no fast path.
 
-What the kernel caches. Images change only through this mount, so it may keep what it has read of them for good
-(`keep_cache`): the second cp of an image that fits in memory does not come here. Files opened with O_DIRECT get FUSE's
-own direct I/O: 4 KiB reads at depth 16 are 1.3 times as many with it, one by one and writes the same.
+The kernel's cache. Images change only through this mount, so the kernel may keep the pages that it has read
+(`keep_cache`): the second cp of an image that fits in memory makes no requests. Files opened with O_DIRECT get FUSE's
+own direct I/O: it gives 1.3 times as many 4 KiB reads at depth 16, and the same at depth 1 and for writes.
 
-Its writeback cache stays off. Measured with it against without, medians of 3: small buffered writes gain (4 KiB in a
-row 5.5 times, at random 1.4; a loop device without direct I/O 1.5 to 1.9), large ones lose (1 MiB in a row 0.66 to
-0.71), a loop device with direct I/O gains nothing (0.97 to 1). For that, sizes and times would be the kernel's and not
-the image's, a partial write would read first, and whoever writes would not be told of a full store.
+FUSE's writeback cache stays off. Measured with it against without, medians of 3: small buffered writes gain (sequential
+4 KiB 5.5 times, random 1.4; a loop device without direct I/O 1.5 to 1.9), large ones lose (sequential 1 MiB 0.66 to
+0.71), a loop device with direct I/O gains nothing (0.97 to 1). And with it sizes and times would be the kernel's and
+not the image's, a partial write would read first, and a writer would not be told that the store is full.
 """
 
 import errno
@@ -44,8 +44,8 @@ from hcpfs.tree.tree import Tree
 
 ENTRY_SECONDS = 300.0  # names change through this mount only
 _RENAME_FLAGS = pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE
-# Of files in statfs(2): more than there can be, so that nobody finds too few left, and in 32 bits, as programs of 32
-# bits fail at more.
+# The number of files in statfs(2): more than there can be, so that programs never find too few left, and within 32
+# bits, because 32-bit programs fail at more.
 _MOST_FILES = 1 << 31
 
 log = logging.getLogger("hcpfs")
@@ -57,7 +57,7 @@ R = TypeVar("R")
 def _answered(
     handler: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
-    """Turn what a handler raises into the errno for the caller, and keep the sentence."""
+    """Turn an exception of a handler into the errno for the caller, and keep its sentence."""
 
     @functools.wraps(handler)
     async def answer(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
@@ -91,11 +91,11 @@ class Operations(pyfuse3.Operations):
         self._handles = tree.handles
 
     def answer(self, request: str, error: Exception) -> FUSEError:
-        """What pyfuse3 wants to be raised for what a handler raised."""
+        """The exception to be raised to pyfuse3 for one of a handler."""
         return error if isinstance(error, FUSEError) else FUSEError(self.errno_of(request, error))
 
     def errno_of(self, request: str, error: Exception) -> int:
-        """The errno for what a handler raised. Its sentence is kept."""
+        """The errno for an exception of a handler, whose sentence is kept for `status` and the log."""
         number, sentence = errno.EIO, f"a defect of hcpfs in {request}: {error!r}; please report it"
         if isinstance(error, NotFoundError):
             return error.errno
@@ -106,7 +106,7 @@ class Operations(pyfuse3.Operations):
         elif is_out_of_memory(error):
             number, sentence = errno.ENOMEM, f"{request}: {out_of_memory(error)}"
         else:
-            # It would end the session and take the origin away from its users.
+            # Passed on, it would end the session and take the device away from its users.
             log.error("a defect of hcpfs in %s", request, exc_info=error)
         self.tree.record_error(number, sentence)
         return number
@@ -130,7 +130,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(await self.tree.attributes(self.tree.lookup(parent_inode, name), ctx.pid))
 
     async def forget(self, inode_list: object) -> None:
-        """Nothing is remembered for the kernel."""
+        """Do nothing: no state is kept for the kernel's inodes."""
 
     @_answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -175,7 +175,7 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        if flags & ~_RENAME_FLAGS:  # RENAME_WHITEOUT, and what may come
+        if flags & ~_RENAME_FLAGS:  # RENAME_WHITEOUT, and future ones
             raise UnknownFlagsError(
                 "a snapshot is renamed without leaving anything behind: there are no whiteouts here"
             )
@@ -207,12 +207,12 @@ class Operations(pyfuse3.Operations):
     @_answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         opening = self.tree.open(inode, flags, ctx.pid)
-        # Images change only through this mount, so the kernel may keep what it has cached of them. On a file opened
-        # with O_DIRECT it would make EIO of the short write over an image's end, unless FUSE's own direct I/O is used.
+        # Images change only through this mount, so the kernel may keep their pages. On a file opened with O_DIRECT it
+        # would turn the short write across an image's end into EIO, unless FUSE's own direct I/O is used.
         direct_io = opening.is_text or bool(flags & os.O_DIRECT)
         return FileInfo(fh=opening.number, direct_io=direct_io, keep_cache=not opening.is_text)
 
-    # What may come very often tries first without waiting, and does without the decorator.
+    # Frequent requests are first tried without waiting, and do without the decorator.
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         try:
@@ -248,7 +248,7 @@ class Operations(pyfuse3.Operations):
             if entry.cookie <= start_id:
                 continue
             try:
-                is_dot = entry.name in (b".", b"..")  # of which the kernel takes the type and the number alone
+                is_dot = entry.name in (b".", b"..")  # the kernel uses their type and number alone
                 found = _directory(entry.inode) if is_dot else await self.tree.attributes(entry.inode)
             except NotFoundError:
                 continue  # removed while we listed
@@ -256,10 +256,10 @@ class Operations(pyfuse3.Operations):
                 return
 
     async def releasedir(self, fh: int) -> None:
-        """A directory's handle is its inode."""
+        """Do nothing: a directory's handle is its inode."""
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Names are durable already when mkdir, rmdir and rename return. # I5"""
+        """Do nothing: names are durable already when mkdir, rmdir and rename return. # I5"""
 
     @_answered
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

@@ -1,7 +1,8 @@
-"""How a mount was made, left in /run/hcpfs (of root) while the daemon lives, for `hcpfs recover` after its death.
+"""Records of how mounts were made, in /run/hcpfs (for root), for `hcpfs recover` after the death of their daemon.
 
-One small JSON file for each mount point, removed at a clean umount. It is a convenience: whoever cannot write it says
-so and goes on without. What is left of a mount that is long gone: see hcpfs/recover/leftovers.py.
+One small JSON file for each mount point, written when it is mounted and removed at a clean umount. It is a convenience:
+a daemon that cannot write it says so and goes on. For records of mounts that are long gone see
+hcpfs/recover/leftovers.py.
 """
 
 import fcntl
@@ -21,7 +22,7 @@ from hcpfs.system import beneath, blocks
 
 
 def _place() -> str:
-    """A user who is not root has a place of his own: where his session keeps such things, or in his home."""
+    """Root's directory, or that of the user: in the runtime directory of his session, or in his home."""
     if os.geteuid() == 0:
         return "/run/hcpfs"
     session = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
@@ -34,19 +35,19 @@ _DEAD = ("X", "Z")
 
 @dataclass
 class Record:
-    """A mount: its daemon, and the words for `hcpfs` that make it again."""
+    """A mount: its daemon, and the words for `hcpfs` that mount it again."""
 
     mountpoint: str
     arguments: list[str]
     images: list[str]  #: the names in live/
     pid: int = 0
-    started: int = 0  #: when the daemon began, in clock ticks since the boot: a pid alone may be somebody else's by now
+    started: int = 0  #: when the daemon was started, in clock ticks since the boot, because its pid may be used again
     above: dict[str, Any] = field(default_factory=dict)  #: what a recovery took down and has not put back
-    # What an older version does not write:
-    boot: str = ""  #: the kernel's boot_id then
+    # Older versions do not write these:
+    boot: str = ""  #: the kernel's boot_id
     device: int = 0  #: the device number of the mount, whose minor is the number of its FUSE connection
     source: str = ""  #: what mountinfo shows as its source
-    mounted_ns: int = 0  #: when that was seen, on the monotonic clock
+    mounted_ns: int = 0  #: when the mount was seen, on the monotonic clock
     store: str = ""
     sources: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)  #: of the images, in bytes, in their order
@@ -59,7 +60,7 @@ class Record:
 
     @property
     def lingers(self) -> bool:
-        """Whether the daemon or a thread of it is still there: one that waits in the kernel outlives a SIGKILL."""
+        """Whether a thread of the daemon is still there: one that waits in the kernel outlives a SIGKILL."""
         if _state(f"/proc/{self.pid}")[1] != self.started:
             return False
         with suppress(FileNotFoundError):
@@ -73,7 +74,7 @@ _FIELDS = {one.name for one in fields(Record)}
 def of_this_process(
     mountpoint: str, arguments: list[str], images: list[str], store: str = "", sources: Sequence[str] = ()
 ) -> Record:
-    """The record of a mount that this process serves, its images being those of the sources, paths. Raises OSError."""
+    """The record of a mount that this process serves; `sources` are paths, in the order of `images`. Raises OSError."""
     shown = [one for one in beneath.mounts() if one.mountpoint == mountpoint]
     return Record(
         *(mountpoint, arguments, images, os.getpid(), _state("/proc/self")[1]),
@@ -88,12 +89,12 @@ def of_this_process(
 
 
 def boot() -> str:
-    """The kernel's name for the time since it was started."""
+    """The kernel's random id of this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _state(process: str) -> tuple[str, int]:
-    """The state of a process or thread, and when it began; X and -1 when it is gone."""
+    """The state of a process or thread, and its start time in clock ticks; X and -1 when it is gone."""
     try:
         text = Path(process, "stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -103,7 +104,7 @@ def _state(process: str) -> tuple[str, int]:
 
 
 def write(record: Record) -> None:
-    """Leave the record, in place of an older one for the mount point. Raises OSError."""
+    """Write the record, in place of an older one for the mount point. Raises OSError."""
     name = _name(record.mountpoint)
     new = f"{name}.{os.getpid()}"
     with _directory(make=True) as directory:
@@ -114,14 +115,14 @@ def write(record: Record) -> None:
 
 
 def read(mountpoint: str) -> Record | None:
-    """The record for the mount point; None when there is none that can be trusted and read."""
+    """The record for the mount point; None when there is none, or it cannot be read or trusted."""
     with suppress(OSError), _directory() as directory:
         return _load(directory, _name(mountpoint))
     return None
 
 
 def others(mountpoint: str | None) -> list[Record]:
-    """The records for all other mount points; for all, when None."""
+    """The records for all other mount points; for all mount points with None."""
     own = "" if mountpoint is None else _name(mountpoint)
     with suppress(OSError), _directory() as directory:
         names = [name for name in os.listdir(directory) if name.endswith(".json") and name != own]
@@ -139,7 +140,7 @@ def remove(mountpoint: str, pid: int) -> None:
 
 @contextmanager
 def recovering() -> Iterator[None]:
-    """One recovery at a time: the second waits, and then finds nothing to do. Raises OSError."""
+    """Allow one recovery at a time. A second one waits, and finds nothing to do afterwards. Raises OSError."""
     with _directory(make=True) as directory:
         fcntl.flock(directory, fcntl.LOCK_EX)
         yield
@@ -151,9 +152,9 @@ def _name(mountpoint: str) -> str:
 
 @contextmanager
 def _directory(*, make: bool = False) -> Iterator[int]:
-    """The directory as a descriptor; with `make` it is made when missing.
+    """A descriptor of the directory; with `make` it is made when missing.
 
-    What is in it is run as root, so nobody else may write. Raises OSError.
+    Its records are run as commands, so nobody else may write there. Raises OSError.
     """
     with suppress(FileExistsError):
         if make:

@@ -11,7 +11,7 @@ from hcpfs.system import beneath, ground, mountpoint
 
 
 def check(options: MountOptions) -> None:
-    """Raise RefusedError for what can be seen to be wrong before anything is made or opened."""
+    """Raise RefusedError when the mount point, the store or a source cannot be used."""
     mountpoint.check(options.mountpoint)
     _check_store_place(options.store_path, options.mountpoint)
     _check_sources(options.sources)
@@ -34,7 +34,7 @@ def _check_store_place(store: str, mountpoint: str) -> None:
 
 
 def _check_sources(sources: Sequence[Source]) -> None:
-    """Refuse a source that is mounted, naming where. The engine's O_EXCL is what holds; this says it better. # I7"""
+    """Refuse a source that others write to. The engine's O_EXCL enforces it; this says who does, and where. # I7"""
     for source in sources:
         try:
             kind = os.stat(source.path)
@@ -43,7 +43,7 @@ def _check_sources(sources: Sequence[Source]) -> None:
         if stat.S_ISBLK(kind.st_mode):
             _refuse_mounted(source.path, beneath.mountpoints_of(kind.st_rdev))
         with ground.held([source.path]):
-            pass  # while it is served it is held for good
+            pass  # for a moment only; the daemon locks them while it serves
         _refuse_other_loops(source.path)
         if stat.S_ISREG(kind.st_mode) and ground.has_writer(source.path):
             raise RefusedError(
@@ -53,7 +53,7 @@ def _check_sources(sources: Sequence[Source]) -> None:
 
 
 def _refuse_other_loops(path: str) -> None:
-    """Refuse a source whose bytes can be written through a loop device beside it."""
+    """Refuse a source whose bytes can be written through another loop device."""
     own = ground.chain(path)
     extents = ground.extents(path)
     for loop in beneath.loops():

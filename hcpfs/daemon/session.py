@@ -1,9 +1,9 @@
 """The session with the kernel: mounted by pyfuse3, served by it and by the fast path.
 
-The seam: libfuse does nothing with its descriptor of /dev/fuse but read requests and write answers, whole ones. So once
-it has mounted, another descriptor takes its number: one end of a socket, at whose other end the fast path is. Before
-the unmount it gets its own back. Where that descriptor is not to be found, or a socket may not take the longest
-message, pyfuse3 serves alone, with its plain loop.
+The seam: all that libfuse does with its descriptor of /dev/fuse is to read whole requests and write whole answers. So
+after the mount its descriptor number is given to one end of a socket, and the fast path is at the other end. Before the
+unmount libfuse gets its descriptor back. Where that descriptor cannot be found, or the socket's buffers cannot hold the
+longest message, pyfuse3 serves alone, with its plain loop.
 """
 
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger("hcpfs")
 
 
 class Session:
-    """One mount, the process's only one."""
+    """The one mount of this process."""
 
     def __init__(self, operations: Operations, mountpoint: str, options: set[str]) -> None:
         """Mount. Raises RuntimeError when that fails."""
@@ -54,13 +54,13 @@ class Session:
                     fast_path.end()
 
     def close(self) -> None:
-        """Unmount, if nobody has."""
+        """Unmount, unless it is unmounted already."""
         pyfuse3.close(unmount=True)
 
 
 @contextmanager
 def _taken_over(descriptor: int, ours: socket.socket, theirs: socket.socket) -> Iterator[tuple[int, socket.socket]]:
-    """Within the block `descriptor` is one end of a socket. Gives what it was before, and the other end."""
+    """Make `descriptor` one end of a socket within the block. Yields what it was before, and the other end."""
     with ours, theirs:
         kernel = os.dup(descriptor)
         try:
@@ -73,7 +73,7 @@ def _taken_over(descriptor: int, ours: socket.socket, theirs: socket.socket) -> 
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket] | None:
-    """Two ends that keep messages whole and take the longest ones; None where that is not allowed."""
+    """A socket pair that keeps message boundaries and has room for the longest message; None where not permitted."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     for end in ends:
         try:
@@ -88,17 +88,17 @@ def _socket_pair() -> tuple[socket.socket, socket.socket] | None:
 
 
 def terminate() -> None:
-    """Have the session end, as an unmount does. Requests that are worked on are answered."""
+    """End the session, as an unmount does. Requests under way are answered."""
     pyfuse3.terminate()
 
 
 def _descriptors() -> set[int]:
-    """Those that this process has of the FUSE device."""
+    """The descriptors of the FUSE device that this process has."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{name}") == _DEVICE:
                 found.add(int(name))
         except FileNotFoundError:
-            pass  # the listing's own
+            pass  # that of the listing itself
     return found

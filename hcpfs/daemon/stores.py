@@ -1,8 +1,8 @@
-"""What can be told of stores without opening them: whether one stopped clean, and whose snapshots they have.
+"""What can be told of stores without opening them: whether one stopped clean, and of which disks they have snapshots.
 
-A default store is made for a set of paths, and the same disk may come under another one: by another kernel name, moved,
-as its partition, or through a loop device. What is written with a second store is not kept for the snapshots in the
-first. So before one is used, all others are asked. # I4 # I12
+A default store is made for a set of paths, and the same disk may come under another path: by another kernel name,
+moved, as its partition, or through a loop device. What is overwritten while it is served with a second store is not
+preserved for the snapshots in the first. So before a default store is used, all others are looked at. # I4 # I12
 """
 
 import os
@@ -26,12 +26,12 @@ from hcpfs.options import STORES, MountOptions
 from hcpfs.system import blocks, ground
 from hcpfs.system.superblock import superblock_of
 
-_LINK = "store."  #: and a hash of where it leads to
+_LINK = "store."  #: followed by a hash of the target
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A source of a store, as its catalog has it."""
+    """A source of a store, according to its catalog."""
 
     name: str
     path: str
@@ -42,7 +42,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Other:
-    """A store with snapshots that can be used."""
+    """A store that has snapshots that are not invalid."""
 
     path: str
     snapshots: int
@@ -51,7 +51,7 @@ class _Other:
 
 
 def stopped_clean(store: str) -> bool:
-    """Whether the last stop of a store is recorded as clean; not so when it is gone."""
+    """Whether a store's catalog says that the last stop was clean; False when the store is gone."""
     try:
         with closing(_catalog(store)) as catalog:
             return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
@@ -60,10 +60,10 @@ def stopped_clean(store: str) -> bool:
 
 
 def check_no_other(options: MountOptions) -> list[str]:
-    """Refuse a default store where another one has snapshots of the same disk, or of what lies on it or below it.
+    """Refuse a default store if another one has snapshots of the same disk, of a part of it, or of what it is part of.
 
-    Who names a store has chosen, and gets a sentence for each instead. Raises RefusedError, also when a store that is
-    known cannot be read.
+    For a store that was named explicitly, return a sentence on each such store instead. Raises RefusedError; for a
+    default store also when a known store cannot be read.
     """
     notes = []
     for store in map(os.path.realpath, _known_stores()):
@@ -91,9 +91,9 @@ def check_no_other(options: MountOptions) -> list[str]:
 
 
 def remember(store: str) -> None:
-    """Have a store that is somewhere else asked too, when a default store is to be used. Raises OSError.
+    """Leave a link to a store beside the default stores, so that `check_no_other` looks at it, too.
 
-    Leaves a link to it beside the default stores; links to stores whose directory is gone, with the one above it, go.
+    Removes links to stores whose directory is gone together with the one above it. Raises OSError.
     """
     target = os.path.realpath(store)
     if os.path.dirname(target) == os.path.realpath(STORES):
@@ -111,7 +111,7 @@ def _links() -> list[str]:
 
 
 def _known_stores() -> list[str]:
-    """The default stores, and those elsewhere that were ever used and are still there."""
+    """The default stores, and the stores elsewhere that were ever used and still exist."""
     with suppress(FileNotFoundError):
         return [entry.path for entry in sorted(os.scandir(STORES), key=lambda entry: entry.name) if entry.is_dir()]
     return []
@@ -122,11 +122,11 @@ def _catalog(store: str) -> sqlite3.Connection:
 
 
 def _read(store: str) -> _Other | None:
-    """What a store has; None when it has no snapshots. Raises sqlite3.Error and others when it cannot be read."""
+    """What a store has; None when it has no usable snapshots. Raises sqlite3.Error and others if it cannot be read."""
     if not os.path.exists(os.path.join(store, FILE_NAME)):
         if any(name == "layers" or name.startswith("journal.") for name in os.listdir(store)):
             raise FileNotFoundError(f"{FILE_NAME} is missing")
-        return None  # it was never one
+        return None  # it never was a store
     with closing(_catalog(store)) as catalog:
         (snapshots,) = catalog.execute("SELECT count(*) FROM snapshots WHERE state != ?", (State.INVALID,)).fetchone()
         if not snapshots:
@@ -143,7 +143,7 @@ def _read(store: str) -> _Other | None:
 
 
 class _Relation(StrEnum):
-    """What a source is to a disk that a store knows; the words go between the two."""
+    """The relation of a source to a disk that a store knows, in words between the two."""
 
     SAME = "is"
     ALIKE = "has on it what was on"
@@ -156,8 +156,8 @@ _VIEWS = {"": _Relation.ALIKE, "below": _Relation.PART, "part": _Relation.WHOLE}
 
 
 def _recognised(source: Source, known: _Known, other: _Other) -> _Relation | None:
-    """What the source is to a disk that a store knows; None when they have nothing to do with each other."""
-    with suppress(OSError):  # what cannot be opened is refused elsewhere, in its own words
+    """The relation of the source to a disk that a store knows; None when they are not related."""
+    with suppress(OSError):  # a source that cannot be opened is refused elsewhere
         if ground.is_on_an_image(source.path):
             return None  # what is written to it goes through the hcpfs that serves the image
         if _is_at(known, known.path) and ground.meet(source.path, known.path):
@@ -170,7 +170,7 @@ def _recognised(source: Source, known: _Known, other: _Other) -> _Relation | Non
 
 
 def _is_at(known: _Known, path: str) -> bool:
-    """Whether nothing speaks against it that the disk is still at the path."""
+    """Whether what is at the path may be the disk: its size is, and its UUID where both are known."""
     try:
         if blocks.size_of(path) != known.size_bytes:
             return False
@@ -185,7 +185,7 @@ def _is_at(known: _Known, path: str) -> bool:
 
 
 def _is_a_copy(source: Source, known: _Known, other: _Other) -> bool:
-    """Whether the disk itself is where it was, and the source is proved to be another one."""
+    """Whether the disk is still where it was, and the source is proved to be another one."""
     if not os.path.exists(known.path) or not ground.are_apart(source.path, known.path):
         return False
     itself = ground.View(known.path, 0, known.size_bytes, "")
@@ -193,18 +193,18 @@ def _is_a_copy(source: Source, known: _Known, other: _Other) -> bool:
 
 
 def _is_served(store: str) -> bool:
-    """Whether a daemon has the store open: it has recognised the disk, and holds it."""
+    """Whether a daemon has the store open, and so has recognised the disk, and holds it."""
     try:
         status = os.stat(os.path.join(store, "lock"))
     except OSError:
         return False
     lock = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    # To try the lock would be in the way of a daemon that is about to take it.
+    # Trying to lock it could make a daemon fail that locks it at the same time.
     return any(lock in line.split() for line in Path("/proc/locks").read_text().splitlines())
 
 
 def _matches(view: ground.View, known: _Known, *, is_clean: bool) -> bool:
-    """Whether an extent has on it what the store knows of its disk: the UUID, else most of the sample."""
+    """Whether the extent shows the disk's UUID or, where that is not known, most of the sample that the store has."""
     fd = os.open(view.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
 

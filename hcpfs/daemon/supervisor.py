@@ -1,6 +1,6 @@
 """What a service manager is told: that the mount is usable, what is going on, that it stops (sd_notify(3)).
 
-The address of its socket is taken out of the environment at the start, so that no child speaks in the daemon's name.
+The address of its socket is removed from the environment at the start, so that no child speaks in the daemon's name.
 """
 
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger("hcpfs")
 
 
 class Supervisor:
-    """The service manager, if one has started us. Never blocks, and whatever fails costs a line in the log only."""
+    """The service manager, if one started us. Never blocks; a failure is logged, and nothing is told from then on."""
 
     def __init__(self) -> None:
         """Take its address from the environment, for this process alone."""
@@ -31,7 +31,7 @@ class Supervisor:
             del os.environ[_VARIABLE]
 
     def tell(self, status: str | None = None, **values: object) -> bool:
-        """Send assignments such as READY=1, and a line for people, in one message. False when it should be repeated."""
+        """Send assignments such as READY=1, and a status line for people. False when it has to be sent again."""
         if self._notifier is None:
             return True
         lines = [f"{name}={value}" for name, value in values.items()]

@@ -1,8 +1,8 @@
-"""`hcpfs umount`: who is in the way is named before anything is unmounted, and every wait says what it is for.
+"""Unmounting: what is in the way is named before anything is unmounted, and every wait says what it waits for.
 
 A mount namespace that was copied from ours (unshare, a container, a service with private mounts) has a copy of the
-mount, which keeps the daemon. Where nobody uses it there, it is unmounted there too, which mount propagation does where
-it is on.
+mount, and the daemon lives as long as that does. Where nobody uses the copy, and mount propagation does not unmount it,
+it is unmounted here.
 """
 
 import os
@@ -17,18 +17,18 @@ from hcpfs.system import beneath, namespaces, users
 from hcpfs.system.namespaces import Survey
 from hcpfs.system.words import listed
 
-_PATIENCE_SECONDS = 2.0  # for what is about to let go: a loop device that was just detached, a scan by udev
+_PATIENCE_SECONDS = 2.0  # for users that are about to end: a loop device that was just detached, a scan by udev
 _FIRST_WORD_SECONDS, _WORD_SECONDS = 2.0, 5.0
 _KEPT_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 
 
 class StillAtWorkError(Exception):
-    """It is unmounted, and its daemon goes on. The text says why, and what to do."""
+    """The mount is unmounted, and its daemon has not ended. The text says why, and what to do."""
 
 
 def unmount(path: str, pid: int, store: str, say: Callable[[str], None], seconds: float) -> None:
-    """Unmount the hcpfs at `path`; returns when process `pid`, its daemon, has ended clean.
+    """Unmount the hcpfs at `path`. Returns when its daemon, process `pid`, has ended clean.
 
     Raises RefusedError when something is in the way, with nothing unmounted, or when the daemon did not end clean;
     StillAtWorkError when it has not ended within `seconds`; ProcessLookupError when the daemon is dead.
@@ -61,7 +61,7 @@ def _refuse_what_is_in_the_way(path: str, device: int) -> None:
 
 
 def in_the_way(path: str, device: int, survey: Survey) -> list[str]:
-    """What keeps the file system from ending, in words; a copy of it in another namespace does not."""
+    """What keeps the file system in use, in words. Copies of the mount in other namespaces are not named."""
     shown = survey.of_device(device)
     found = [users.loop_words(state) for state, _ in users.loops_of(device, {mount.mountpoint for mount in shown})]
     for mount in shown:
@@ -84,7 +84,7 @@ _HOW = {
 
 
 def _goes(mount: beneath.Mount, path: str, survey: Survey) -> bool:
-    """Whether it is the mount, or a copy of it: of all of it, as the copying of a namespace makes."""
+    """Whether it is the mount itself, or a copy that was made with a namespace, which shows all of it."""
     if mount.namespace in survey.others:
         return mount.root == "/"
     return mount.mountpoint == path
@@ -145,7 +145,7 @@ def _wait(daemon: int, pid: int, device: int, path: str, say: Callable[[str], No
 
 
 def _is_served(pid: int) -> bool:
-    """Whether the daemon still answers the kernel: it closes its /dev/fuse when the file system is gone."""
+    """Whether the file system still exists: the daemon closes its /dev/fuse when it is gone."""
     try:
         return any(os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/fuse" for number in os.listdir(f"/proc/{pid}/fd"))
     except OSError:
@@ -171,7 +171,7 @@ class _Waiting:
         return self.seconds >= self._next
 
     def say(self, words: Callable[[], str]) -> None:
-        """Say it, when it is time."""
+        """Say the words when they are due."""
         if self.is_time:
             self._say(f"waiting, {self.seconds:.0f} s so far: {words()}")
             self._next = self.seconds + _WORD_SECONDS

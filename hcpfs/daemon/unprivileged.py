@@ -1,4 +1,4 @@
-"""What somebody who is not root may not do, said before anything is made; and what he has to do without."""
+"""What a user other than root may not do, said before anything is made, and what does not work for him."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def check(options: MountOptions) -> None:
 
 def _check_source(path: str, *, read_only: bool) -> None:
     if not os.path.exists(path):
-        return  # of which it is told otherwise
+        return  # that is refused elsewhere
     wanted, words = (os.R_OK, "read") if read_only else (os.R_OK | os.W_OK, "read and write")
     if not os.access(path, wanted):
         raise RefusedError(f"you may not {words} {path}: be root, or have root give you the right to it")

@@ -1,4 +1,4 @@
-"""Writing back what sits on the images, before the daemon ends: a process of its own, which ends with the daemon.
+"""Writing back what sits on the images before the daemon ends: a process of its own, which ends with the daemon.
 
 All of it goes through the daemon's own mount, so the daemon cannot do it itself (see hcpfs/quiesce/freezer.py), and the
 freezer may be busy, stopped, or ended by the signal that ends the daemon. What sits there are devices in levels (see
@@ -9,7 +9,7 @@ time; what does not finish delays the rest by half of the time that is left, at 
 One request on standard input, a line for each thing on standard output, all of them JSON:
 
     {"mountpoint": PATH, "device": NUMBER, "images": [PATH, ...], "seconds": N}
-    ->  {"begun": [WHAT, ...]}    that a level has these
+    ->  {"begun": [WHAT, ...]}
         {"done": WHAT}   {"failed": WHAT, "reason": SENTENCE}
         {"end": true}
 """
@@ -90,7 +90,7 @@ def _file_systems(stack: Stack, own: str) -> list[_FileSystem]:
 
 
 def _hidden(stack: Stack, found: list[_FileSystem]) -> list[Step]:
-    """What has devices for itself and does not show: all that the kernel caches is written back for it."""
+    """Owners of devices that do not show. For them all that the kernel caches is written back: sync(2)."""
     owned = {device for one in found for device in one.devices}
     owned |= {device for device in stack.levels if stack.holders[device]}
     others = [one for one in stack.top_down() if one not in owned and not stack.is_decided_by_others(one, owned)]
@@ -99,7 +99,7 @@ def _hidden(stack: Stack, found: list[_FileSystem]) -> list[Step]:
 
 
 class _Nested(NamedTuple):
-    """Another hcpfs. `sources` has the device number of each, and that of its file system if it is a file."""
+    """Another hcpfs. `sources`: the device number of each source, or of its file system if it is a file."""
 
     mountpoint: str
     device: int
@@ -157,7 +157,7 @@ class _Reporter:
 
 
 def do_all(steps: list[Step], seconds: float, tell: Callable[..., None]) -> None:
-    """Do all of it at the same time; returns when all has ended, or after so long."""
+    """Do all steps at the same time. Returns when all have ended, or after `seconds`."""
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do(step: Step) -> None:
@@ -181,7 +181,7 @@ def do_all(steps: list[Step], seconds: float, tell: Callable[..., None]) -> None
 
 
 def main() -> None:
-    """Write back, and say of each thing what became of it."""
+    """Write back, and report on each thing."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())

@@ -1,4 +1,4 @@
-"""Has a helper process (hcpfs/quiesce/who.py) say who uses images, while the daemon serves on."""
+"""Asks a helper process (hcpfs/quiesce/who.py) who uses images, while the daemon goes on serving."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ _END_SECONDS = 1.0
 
 
 async def who(mountpoint: str, inodes: Collection[int]) -> list[str]:
-    """The words for each that uses one of the files; none when that cannot be told in time."""
+    """Each user of one of the files, in words; none when the helper does not answer in time."""
     try:
         process = await trio.lowlevel.open_process(
             [sys.executable, "-m", "hcpfs.quiesce.who", mountpoint, *map(str, inodes)],
@@ -32,7 +32,7 @@ async def who(mountpoint: str, inodes: Collection[int]) -> list[str]:
             process.kill()
         with trio.CancelScope(shield=True):
             await process.stdout.aclose()
-            with trio.move_on_after(_END_SECONDS):  # one that waits in the kernel is left to itself
+            with trio.move_on_after(_END_SECONDS):  # one that waits in the kernel is abandoned
                 await process.wait()
     if process.returncode != 0:
         return []

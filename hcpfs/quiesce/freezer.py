@@ -1,26 +1,28 @@
-"""The freezer: a small process that freezes file systems and is sure to thaw them.
+"""The freezer: a small process that freezes file systems, and thaws them whatever happens.
 
-FIFREEZE outlives the process that asked for it, and whoever writes meanwhile cannot even be killed. So it is not the
-daemon that freezes but this helper, its memory locked: it holds the file descriptors and thaws when told, when the
-time is over, and when its pipe to the daemon breaks. A file system that somebody else froze (EBUSY) stays frozen.
+A freeze (FIFREEZE) outlives the process that asked for it, and processes that write meanwhile cannot even be killed. So
+this helper freezes and not the daemon. Its memory is locked. It holds the file descriptors, and thaws when it is told
+to, when the time is over, and when its pipe to the daemon breaks. A file system that somebody else froze (EBUSY) stays
+frozen.
 
-It also does whatever else goes through the daemon's own mount. A thread of the daemon that waits for an answer of the
-daemon cannot be killed and keeps /dev/fuse open, so after a kill -9 the mount would hang for ever; here the wait ends
-with ENOTCONN.
+It also does everything else that goes through the daemon's own mount. A thread of the daemon that waits for an answer
+of the daemon cannot be killed and keeps /dev/fuse open, so after a kill -9 the mount would hang for ever. This process
+gets ENOTCONN then.
 
-One request a line on standard input, one answer a line on standard output, both JSON. IMAGES are the live images, as
-inodes by their paths below the mount point; a TARGET is a hcpfs.quiesce.reaching.Target:
+One request a line on standard input, one answer a line on standard output, both JSON. IMAGES are the inodes of the live
+images by their paths below the mount point; a TARGET is a hcpfs.quiesce.reaching.Target:
 
     {"write_back": IMAGES, "mountpoint": PATH}  ->  {"notes": [SENTENCE, ...]}
-        has cached writes to the images, and to the block devices on them, written back
+        have cached writes to the images, and to the block devices on them, written back
     {"look": IMAGES, "mountpoint": PATH, "writable": {IMAGE: COUNT}}  ->  a hcpfs.quiesce.usage.Usage
     {"freeze": [TARGET, ...], "seconds": N, "wanted": WANTED}
             ->  {"frozen": {NAME: PLACE, ...}, "refused": {NAME: REASON, ...}}
-        from the first to the last; meanwhile looks for the programs that have WANTED open: a
-        hcpfs.quiesce.writers.Wanted, or null
-    {"rescue": [TARGET, ...]}  ->  {"thawed": N}    after the death of a freezer before
+        freeze them in this order; and look for the programs that have WANTED open, a hcpfs.quiesce.writers.Wanted,
+        or null for none
+    {"rescue": [TARGET, ...]}  ->  {"thawed": N}
+        thaw what an earlier freezer had frozen when it was killed
     {"thaw": true}  ->  {"thawed": N, "late": BOOL, "writers": [SENTENCE, ...], "unseen": [SENTENCE, ...]}
-        late: the time was over before; the sentences: what was looked for
+        late: the time was over before; the sentences are those of hcpfs.quiesce.writers.Found
 """
 
 import errno
@@ -37,7 +39,7 @@ from typing import Any
 from hcpfs.quiesce import usage
 from hcpfs.quiesce.reaching import Target, open_target
 from hcpfs.quiesce.writers import Found, Search, Wanted
-from hcpfs.system.flushing import fsync
+from hcpfs.system.flushing import fsync, sync_file_system
 from hcpfs.system.memory import lock_memory
 
 _FIFREEZE = 0xC0045877
@@ -61,8 +63,8 @@ class _Frozen:
             try:
                 fcntl.ioctl(fd, _FIFREEZE, 0)
             except OSError as error:
+                refused[target.name] = "somebody else froze it" if error.errno == errno.EBUSY else _synced(fd, error)
                 os.close(fd)
-                refused[target.name] = "somebody else froze it" if error.errno == errno.EBUSY else str(error.strerror)
                 continue
             self.descriptors.append(fd)
             frozen[target.name] = place
@@ -71,7 +73,7 @@ class _Frozen:
     def thaw(self) -> int:
         thawed = 0
         while self.descriptors:
-            fd = self.descriptors.pop()  # the last one first: the others may stand on it
+            fd = self.descriptors.pop()  # the last one first: it is on the others, if anything
             try:
                 fcntl.ioctl(fd, _FITHAW, 0)
                 thawed += 1
@@ -82,8 +84,17 @@ class _Frozen:
         return thawed
 
 
+def _synced(fd: int, refusal: OSError) -> str:
+    """Why a file system was not frozen, such as vfat, which cannot be; what was written before is synced instead."""
+    try:
+        sync_file_system(fd)
+    except OSError as error:
+        return f"{refusal.strerror}; nor was it synced: {error.strerror}"
+    return f"{refusal.strerror}; it was synced before"
+
+
 def _rescue(targets: list[Target]) -> int:
-    """Thaw what a freezer froze that died of a SIGKILL: the freeze outlives it."""
+    """Thaw what a freezer had frozen that was killed, because the freeze outlives it."""
     thawed = 0
     for target in reversed(targets):
         try:
@@ -112,7 +123,7 @@ def _write_back(mountpoint: str, inodes: dict[str, int]) -> dict[str, Any]:
 
 
 def _lines(deadline: float | None) -> str | None:
-    """The next line from the daemon; "" when the pipe broke, None when the time is over."""
+    """The next line from the daemon; "" when the pipe is broken, None when the time is over."""
     remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
     ready, _, _ = select.select([sys.stdin], [], [], remaining)
     return sys.stdin.readline() if ready else None
@@ -135,7 +146,7 @@ def _targets(values: list[Any]) -> list[Target]:
 
 
 def main() -> None:
-    """Serve until the pipe breaks or a SIGTERM comes; nothing stays frozen."""
+    """Serve until the pipe breaks or a SIGTERM comes; then nothing is left frozen."""
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock_memory()

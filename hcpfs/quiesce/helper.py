@@ -1,7 +1,7 @@
-"""The daemon's end of the freezer process (hcpfs/quiesce/freezer.py): it is started, asked, and given up.
+"""The daemon's end of the freezer process (hcpfs/quiesce/freezer.py): starting it, asking it, giving it up.
 
-An answer that does not come in time costs a snapshot its `quiesced`, never the daemon: the process is left to itself,
-and another one is started for the next request.
+The daemon never depends on an answer. When one does not come in time the snapshot is not quiesced, the process is
+abandoned, and the next request starts another one.
 """
 
 import json
@@ -23,7 +23,7 @@ _DIED = "the freezer process died"
 
 
 class _NoAnswerError(Exception):
-    """The freezer process gave no answer; why."""
+    """The freezer process did not answer; the text says why."""
 
 
 class Freezer:
@@ -37,7 +37,7 @@ class Freezer:
         self._asking = trio.CancelScope()
 
     async def start(self) -> None:
-        """Have the process running."""
+        """Start the process, unless it runs."""
         if self._process is None or self._process.poll() is not None:
             self._received = b""
             self._process = await trio.lowlevel.open_process(
@@ -45,7 +45,7 @@ class Freezer:
             )
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of the process that was started. Raises BrokenResourceError when it died."""
+        """The answer of the running process. Raises BrokenResourceError when it has died."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -73,7 +73,7 @@ class Freezer:
         return notes
 
     async def look(self, mountpoint: str, inodes: dict[str, int], writable: dict[str, int]) -> Usage:
-        """Who uses the images, of which so many handles can write to each."""
+        """Who uses the images. `writable`: how many open handles can write to each."""
         request = {"look": inodes, "mountpoint": mountpoint, "writable": writable}
         try:
             return Usage.from_json(await self._ask_in_time(request))
@@ -95,7 +95,7 @@ class Freezer:
                 raise _NoAnswerError(f"no answer {within}") from error
 
     def give_up(self) -> None:
-        """The mount will answer nobody any more, and so the process neither: nothing is asked from now on."""
+        """Ask nothing from now on: when the mount stops answering, the process waits for it in vain."""
         self._given_up = True
         self._asking.cancel()
 
@@ -105,10 +105,10 @@ class Freezer:
     ) -> AsyncIterator[dict[str, Any]]:
         """Freeze the file systems around the block, for at most `seconds`; meanwhile look for programs with `wanted`.
 
-        Yields the freezer's answer. After the block its `late` says, in a sentence, when it may have ended before, and
-        `writers` and `unseen` what was found. When the answer does not come in time nothing counts as frozen, and
-        whatever it froze is thawed as soon as the kernel lets go of it. When the freezer dies what it froze is thawed
-        by another one, which cannot tell whether somebody else had frozen it before: that ends too.
+        Yields the freezer's answer. After the block its `late` is a sentence if the freeze may have ended before the
+        block did, and `writers` and `unseen` are what the search found. When the answer does not come in time nothing
+        counts as frozen, and what was frozen is thawed as soon as the kernel returns from it. When the freezer dies
+        another one thaws what it froze; it cannot tell a freeze by somebody else, and ends that, too.
         """
         targets = list(targets)
         async with self._turn:
@@ -146,7 +146,7 @@ class Freezer:
             await self._rescue([target for target in targets if target.name in answer["frozen"]], seconds)
 
     async def _rescue(self, targets: list[Target], seconds: float) -> None:
-        """Have another freezer thaw what the one that died had frozen."""
+        """Start another freezer, and have it thaw what the dead one had frozen."""
         await self.stop()
         try:
             with trio.move_on_after(seconds, shield=True) as waiting:
@@ -163,7 +163,7 @@ class Freezer:
             await process.stdin.aclose()
 
     async def end(self) -> None:
-        """Stop, and wait for the process to be gone."""
+        """Stop, and wait until the process has ended, for at most `FREEZE_SECONDS`."""
         process = self._process
         await self.stop()
         if process is not None:

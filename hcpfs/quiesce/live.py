@@ -1,8 +1,8 @@
-"""The ledger of who has the live images open.
+"""The ledger of open handles of the live images.
 
-The kernel tells of an open file that it is closed when its last descriptor, mapping and loop device are gone, in
-whatever namespace (FUSE's RELEASE). So the handles that were opened for writing and not closed are all who can write to
-an image: the truth that what is found elsewhere is held against.
+The kernel sends RELEASE for an open file when its last descriptor, mapping and loop device are gone, in any namespace.
+So nobody can write to an image but through a handle that was opened for writing and not released. What is found by
+other means must account for all of these.
 """
 
 import os
@@ -27,13 +27,13 @@ class LiveImages:
         self.openings = 0  #: how often one was opened for writing
 
     def opened(self, number: int, inode: int, flags: int) -> None:
-        """A file of the mount was opened: its handle, and the flags as in <fcntl.h>."""
+        """A file of the mount was opened as handle `number`; the flags are those of open(2)."""
         if inode in self._paths and flags & os.O_ACCMODE != os.O_RDONLY:
             self._writable[number] = self._paths[inode]
             self.openings += 1
 
     def closed(self, number: int) -> None:
-        """A handle is gone."""
+        """A handle was released."""
         self._writable.pop(number, None)
 
     @property

@@ -1,16 +1,16 @@
-"""Quiescing: what is done on the outside so that an image needs no journal recovery, and the evidence of it.
+"""Quiescing: what is done outside of the engine so that an image needs no journal recovery, and the evidence of it.
 
-Before the engine holds writes: have the kernel write back what it caches of `live/` and of what is on it, find
-out who uses it, and freeze the file systems, which makes them write out and pause. After the hold they are thawed, in
-every outcome (see hcpfs/quiesce/freezer.py). A failure here never fails the snapshot: it is then crash-consistent, as
-after a power cut, and its `info` says so and why.
+Before the engine holds writes, the kernel is made to write back what it caches of `live/` and of the devices on it, the
+users of the images are found, and their file systems are frozen: they write out what they cache, and pause. After the
+hold they are thawed, whatever happens (see hcpfs/quiesce/freezer.py). A failure here never fails the snapshot: it is
+crash-consistent then, as after a power cut, and its `info` says so and why.
 
-`quiesced` is, the first that holds:
+`quiesced` is the first of these that is true:
 
-    no               something that can write to it was not paused
-    unknown          there may be something; quiesce_note says why that is not known
-    yes              all that can write to it are file systems, and they were frozen at the instant
-    nothing-mounted  nothing can write to it, but loop devices that nobody uses
+    no               something that can write to a live image was not paused
+    unknown          there may be such a thing; quiesce_note says why that cannot be told
+    yes              only file systems can write to it, and they were frozen at the instant
+    nothing-mounted  nothing can write to it but loop devices that nobody uses
 
 The last two are proved: each handle that the daemon counts as able to write (hcpfs/quiesce/live.py) belongs to a loop
 device, and the kernel tells what uses those (hcpfs/quiesce/usage.py). Between the look and the instant no such handle
@@ -47,7 +47,7 @@ class Quiescer:
 
     @asynccontextmanager
     async def quiesce(self) -> AsyncIterator[Evidence]:
-        """Around the hold. Yields the evidence for `info`, which is complete when the block has ended."""
+        """Quiesce around the block. Yields the evidence for `info`, which is complete when the block has ended."""
         notes = await self.write_back()
         openings, written_ns = self._live.openings, self._live.written_ns
         usage = await self._look()
@@ -65,7 +65,7 @@ class Quiescer:
         _conclude(evidence, usage)
 
     async def _look(self) -> Usage:
-        """Who uses the images. When nobody is found whose handle it may be, it may be closed in a moment."""
+        """Who uses the images. Handles whose user does not show are given a moment to be released."""
         deadline = trio.current_time() + _RELEASE_SECONDS
         while True:
             usage = await self._freezer.look(self._mountpoint, self._live.inodes, self._live.writable)

@@ -1,9 +1,9 @@
-"""Reaching the file system that is on a device, and no other: a descriptor of it, to freeze it.
+"""Opening the file system that is mounted from a device, and no other, to freeze it.
 
-By one of its mounts, of whatever mount namespace, when what is found there is that mount: another file system may hide
-it. Else by a mount of its own that is attached nowhere: mounting a device again gives the file system that is mounted
-already (fsopen(2), fsmount(2)). That must never mount what was not mounted, so it is asked for with an option that
-fails every first mount before anything is written, and that means nothing when there is a file system already.
+Through one of its mounts, in any mount namespace, if that mount is what is found at the path: another one may hide it.
+Else through a new mount that is attached nowhere, because mounting a device again gives the file system that is mounted
+already (fsopen(2), fsmount(2)). It must never mount one that was not mounted, so an option is added with which every
+first mount fails before anything is written, and which has no effect on a file system that is mounted already.
 
 In the freezer process: the paths may lead through the daemon's own mount.
 """
@@ -21,8 +21,8 @@ _BTRFS_FS_INFO = 0x8400941F
 _BTRFS_FS_INFO_BYTES = 1024
 _FSID_AT = 16
 
-# No first mount can succeed with these: a superblock beyond the end of the device; a log on no device; and what btrfs
-# takes of a read-only mount alone (so it is asked for read-write only).
+# No first mount can succeed with these: a superblock beyond the end of the device; a log that is no device; and what
+# btrfs accepts for a read-only mount only (so it is mounted read-write).
 _IMPOSSIBLE = {
     "ext4": ("sb", "2147483647"),
     "ext3": ("sb", "2147483647"),
@@ -33,7 +33,7 @@ _IMPOSSIBLE = {
 
 
 class Place(NamedTuple):
-    """A mount of the file system: its id, a process that sees it (0: ourselves), the path there, and that in words."""
+    """A mount of the file system: its id, a process in its namespace (0: ours), its path there, and that in words."""
 
     id: int
     pid: int
@@ -52,7 +52,7 @@ class Target(NamedTuple):
 
     @classmethod
     def from_json(cls, values: list[Any]) -> "Target":
-        """Back from the list that JSON makes of it."""
+        """The target from the list that JSON makes of one."""
         name, device, filesystem, fsid, places = values
         return cls(name, device, filesystem, fsid, [Place(*place) for place in places])
 
@@ -63,7 +63,7 @@ class Target(NamedTuple):
 
 
 def open_target(target: Target) -> tuple[int, str]:
-    """A descriptor of something in the file system, and where it is mounted, in words. Raises OSError."""
+    """A descriptor of a file or directory in the file system, and where it is mounted, in words. Raises OSError."""
     for place in target.places:
         fd = _open_place(target, place)
         if fd is not None:
@@ -82,7 +82,7 @@ def _open_place(target: Target, place: Place) -> int | None:
     except OSError:
         return None  # gone, or not to be reached
     try:
-        # Other files, when one is mounted there, would do something at an open.
+        # To open another kind of file may have an effect.
         kind = os.fstat(found).st_mode
         if _mount_id(found) != place.id or not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
             return None
@@ -103,14 +103,14 @@ def _mount_id(fd: int) -> int:
 
 
 def is_on(fd: int, target: Target) -> bool:
-    """Whether what is open is in the file system on the device."""
+    """Whether an open file is in the file system on the device."""
     if target.fsid:
         return fsid_of(fd) == target.fsid
     return os.fstat(fd).st_dev == target.device
 
 
 def fsid_of(fd: int) -> str:
-    """The UUID of a btrfs as in /sys/fs/btrfs; "" of anything else."""
+    """The UUID of the btrfs that an open file is in, as in /sys/fs/btrfs; "" for other file systems."""
     try:
         info = fcntl.ioctl(fd, _BTRFS_FS_INFO, bytes(_BTRFS_FS_INFO_BYTES))
     except OSError:
@@ -120,9 +120,9 @@ def fsid_of(fd: int) -> str:
 
 
 def open_mounted(device: str, filesystem: str) -> int:
-    """A descriptor of the root of the file system, of that type, that is mounted from the device somewhere.
+    """A descriptor of the root of the file system of that type that is mounted somewhere from the device.
 
-    Raises OSError: when none is, when it is of another type, or where the kernel or this type does not allow it.
+    Raises OSError when there is none, when it is of another type, or where the kernel or the type does not allow it.
     """
     if filesystem not in _IMPOSSIBLE:
         raise OSError(errno.EOPNOTSUPP, f"{filesystem} can only be reached where it is mounted")

@@ -1,8 +1,8 @@
-"""What is built on the images: loop devices, their partitions, and what stands on those.
+"""The block devices above the images: loop devices, their partitions, and what is built on those.
 
-Each device has a level: its writes go to devices of lower levels. So caches are flushed, file systems frozen, and all
-of it written back, from the highest level down. It flushes through the daemon's own mount, so not in the daemon (see
-hcpfs/quiesce/freezer.py).
+Each device has a level, and its writes go to devices of lower levels. So caches are flushed, file systems frozen, and
+all of it written back, from the highest level down. Flushing goes through the daemon's own mount, so the daemon must
+not do it itself (see hcpfs/quiesce/freezer.py).
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -16,7 +16,7 @@ class Stack:
     """The block devices above some files. `levels` has the level of each by its number."""
 
     def __init__(self, file_device: int, file_inodes: Collection[int] | None, loops: Iterable[beneath.Loop]) -> None:
-        """The files are those of the file system with the number `file_device` that have these inodes, or all of it."""
+        """`file_inodes` are files of the file system with the device number `file_device`; None for all its files."""
         self._loops = list(loops)
         self.on_files = [
             loop
@@ -25,14 +25,16 @@ class Stack:
         ]  #: the loop devices that show one of the files
         self.levels: dict[int, int] = {}
         self.partitions: dict[int, list[int]] = {}  #: of each device
-        self.holders: dict[int, list[int]] = {}  #: what device-mapper, RAID or bcache built on each: it is theirs alone
+        self.holders: dict[
+            int, list[int]
+        ] = {}  #: what device-mapper, RAID or bcache built on each: they hold it exclusively
         self.add((loop.device for loop in self.on_files if not loop.read_only), 0)
         written = set(self.levels)
         self.add((loop.device for loop in self.on_files if loop.read_only), 0)
-        self.read_only = self.levels.keys() - written  #: nothing comes through those
+        self.read_only = self.levels.keys() - written  #: nothing is written through these
 
     def add(self, devices: Iterable[int], level: int) -> None:
-        """Take in devices at that level, and all that is built on them."""
+        """Add devices at that level, and all that is built on them at higher levels."""
         todo = [(device, level) for device in devices]
         while todo:
             device, level = todo.pop()
@@ -41,7 +43,7 @@ class Stack:
                 todo += [(above, level + 1) for above in self._on(device)]
 
     def add_files_of(self, file_device: int, level: int) -> None:
-        """Take in the loop devices on files with that device number: of a file system at that level."""
+        """Add the loop devices on files of the file system with that device number, which is at that level."""
         self.add((loop.device for loop in self._loops if loop.backing_device == file_device), level + 1)
 
     def _on(self, device: int) -> Iterator[int]:
@@ -50,7 +52,7 @@ class Stack:
         yield from self.partitions[device]
         yield from self.holders[device]
         for loop in self._loops:
-            # The files of a file system on the device have its number, save with btrfs.
+            # The files of a file system on the device have its number, except with btrfs.
             if device in (loop.backing_block, loop.backing_device):
                 yield loop.device
 
@@ -59,7 +61,7 @@ class Stack:
         return sorted(self.levels, key=lambda device: (-self.levels[device], device))
 
     def found(self) -> Iterator[list[int]]:
-        """The devices, the highest level first; then those that were added meanwhile, and so on: each device once."""
+        """Each device once, in batches, the highest level first; the next batch has what was added meanwhile."""
         seen = set[int]()
         while devices := [device for device in self.top_down() if device not in seen]:
             seen.update(devices)
@@ -71,9 +73,9 @@ class Stack:
         return not set(owned).isdisjoint(parts[device]) or any(device in parts[one] for one in owned)
 
     def write_back(self) -> list[str]:
-        """Have what programs wrote to the devices themselves reach the images; sentences on what did not.
+        """Have the devices' page caches written to the images. Returns sentences on those that were not.
 
-        Not made durable: the engine does that for all that reached it.
+        It is not durable then: the engine makes durable what has reached it.
         """
         return [note for device in self.top_down() for note in _write_back(device)]
 

@@ -1,11 +1,11 @@
 """Who uses the live images, as far as the kernel tells: what is to be frozen, what cannot be, and what is not known.
 
-A block device has one owner at a time: a file system, swap, device-mapper or RAID, a program with O_EXCL. One that can
-be opened with O_EXCL has none. Only for one that has, and of which our own mount namespace shows nothing, the other
-namespaces are searched, and then its file system is looked for on the device itself (a lazily unmounted one).
+A block device has one owner at a time: a file system, swap, device-mapper or RAID, a program with O_EXCL. A device that
+can be opened with O_EXCL has no owner. Where it has one that our own mount namespace does not show, the other
+namespaces are searched, and then the device itself is asked for its file system, which may be lazily unmounted.
 
-Programs that merely have a device open have to be looked for one by one. Where every device has a file system to freeze
-that is left to the time of the freeze. In the freezer process.
+Programs that merely have a device open are found by a look at all processes. Where every device has a file system to
+freeze, that is left until they are frozen. In the freezer process.
 """
 
 import os
@@ -25,10 +25,10 @@ _WITHOUT_RECOVERY = {"norecovery", "noload", "rescue=nologreplay", "rescue=all"}
 
 @dataclass
 class Usage:
-    """What was found. `targets` are to be frozen in this order; the rest are sentences.
+    """What was found. `targets` are to be frozen, in this order.
 
-    `writers`: who uses it and cannot be frozen. `unknown`: what cannot be told. `notes`: what is as well.
-    `handles` counts, by image, the open handles that loop devices account for. `idle` are devices that nobody owns.
+    In sentences: `writers` that cannot be frozen, what is `unknown`, and `notes` that change nothing. `handles` counts
+    the open handles of each image that belong to loop devices. `idle` are the paths of devices without an owner.
     """
 
     targets: list[Target] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Usage:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Usage":
-        """Back from what JSON makes of its fields."""
+        """From what JSON makes of the fields."""
         wanted = values["wanted"]
         targets = [Target.from_json(target) for target in values["targets"]]
         return cls(**values | {"targets": targets, "wanted": Wanted(*wanted) if wanted else None})
 
 
 def own_mount(mountpoint: str) -> beneath.Mount | None:
-    """The mount whose images these are, unless another hides it."""
+    """The mount of the hcpfs at the path; None when another mount hides it, or there is none."""
     own = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
     return own[-1] if own and own[-1].filesystem == beneath.FILESYSTEM_TYPE else None
 
@@ -59,7 +59,7 @@ def stack_on(mount: beneath.Mount, inodes: dict[str, int]) -> Stack:
 
 
 def look(mountpoint: str, inodes: dict[str, int], writable: dict[str, int]) -> Usage:
-    """Find out. `writable` has the handles that can write to each image, as the daemon counts them."""
+    """Who uses the images. `writable` has how many handles can write to each, as the daemon counts them."""
     mount = own_mount(mountpoint)
     if mount is None:
         return Usage(unknown=[f"{mountpoint} does not show this mount any more, so its users are not known"])
@@ -75,7 +75,7 @@ def look(mountpoint: str, inodes: dict[str, int], writable: dict[str, int]) -> U
     if found.idle or found.unknown or more:
         search = Search(wanted, mappings=True).found()
         found.writers += search.writers
-        if stack.levels:  # without, the count of handles is all there is to know
+        if stack.levels:  # without a device the count of handles says it all
             found.unknown += search.unseen
     elif found.targets:
         found.wanted = wanted
@@ -83,7 +83,7 @@ def look(mountpoint: str, inodes: dict[str, int], writable: dict[str, int]) -> U
 
 
 class _Owners:
-    """Goes through the devices of the stack, for their owners."""
+    """The search for the owners of the devices of the stack."""
 
     def __init__(self, stack: Stack, found: Usage) -> None:
         self._stack = stack
@@ -160,7 +160,7 @@ class _Owners:
         if target.fsid:
             below = set(self._members[target.fsid])
             level = max(self._stack.levels.get(member, 0) for member in below)
-            # A file there has the number of its subvolume. (Of the other subvolumes' nothing is known.)
+            # A file there has the number of its subvolume. (Files of other subvolumes are not found.)
             for number in _file_device_of(target):
                 self._stack.add_files_of(number, level)
         self._levels[target.name] = level

@@ -1,8 +1,8 @@
 """A helper process that says who uses images, in words.
 
 `python -m hcpfs.quiesce.who MOUNTPOINT INODE...` prints one JSON list of strings.
-Like the freezer it stands between the daemon and its own mount: a loop device's file is asked for through it, and a
-thread of the daemon that waited there could not be killed and would keep /dev/fuse open (I10).
+The kernel asks the daemon for the attributes of a loop device's file. A thread of the daemon that waited for that could
+not be killed and would keep /dev/fuse open, so this process asks in its place, as the freezer does (I10).
 """
 
 import json
@@ -12,7 +12,7 @@ from hcpfs.system import beneath, namespaces, users
 
 
 def words(mountpoint: str, inodes: set[int]) -> list[str]:
-    """Each loop device on one of the files, with what is on that, and each program that has one open."""
+    """Each loop device on one of the files, with its users, and each program that has one of the files open."""
     own = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
     ours = [mount for mount in own if mount.filesystem == beneath.FILESYSTEM_TYPE]
     if not ours:

@@ -1,10 +1,10 @@
-"""Programs that have our images or what is built on them open for writing, and whether there can be others.
+"""Programs that have our images, or devices above them, open for writing, and whether there can be others.
 
-Of block devices the kernel does not count who has them open, so all processes are looked at: their descriptors, and
-when asked for, what they have mapped of files that are closed. That takes some 5 us a descriptor. Asks no file system.
+The kernel does not tell who has a block device open, so all processes are looked at: their descriptors, and if wanted
+their mappings, which outlive the descriptor. That takes some 5 us a descriptor. No request goes to a file system.
 
-As in hcpfs/system/users.py, descriptors in flight over a socket or registered with an io_uring alone, and descriptor
-tables that single threads have for themselves, do not show.
+As in hcpfs/system/users.py, files that are only in flight over a socket or registered with an io_uring, and descriptor
+tables of single threads, do not show.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hcpfs.system import users
 
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO
-_INIT = "1"  # may have capabilities that we lack, and be closed to us; it writes to no disk itself
+_INIT = "1"  # it may have capabilities that we lack, so that we may not look; it writes to no disk itself
 _MOST_NAMED = 4
 _AGAIN_SECONDS = 0.02  # until a process that could not be looked at is looked at once more
 _SECONDS = 3.0  # to look at all processes; one whose memory is locked may take for ever
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Sentences: programs that have something of it open for writing, and why others may be overlooked."""
+    """Sentences: which programs have something of it open for writing, and why some may be overlooked."""
 
     writers: list[str]
     unseen: list[str]
@@ -51,7 +51,7 @@ class Search:
         self._thread.start()
 
     def found(self) -> Found:
-        """What was found; waits for it, within limits."""
+        """What was found; waits for the end of the look, for a limited time."""
         self._thread.join(_SECONDS)
         unseen = list(self._unseen)
         if self._thread.is_alive():
@@ -71,12 +71,12 @@ class Search:
             self._unseen.append(f"hcpfs may not see what {len(refused)} processes have open: {who}")
 
     def _stays_closed(self, name: str) -> bool:
-        """Whether a process that could not be looked at is still there and closed: one that begins or ends is so."""
+        """Whether a process still may not be looked at: one that just begins or ends may not, for a moment."""
         time.sleep(_AGAIN_SECONDS)
         return bool(self._look_at([name]))
 
     def _look_at(self, names: Iterable[str] | None = None) -> list[str]:
-        """Look at these processes, else at all. Those of them that may not be looked at."""
+        """Look at these processes, or at all. Returns those that we may not look at."""
         refused = []
         own = str(os.getpid())
         for name in os.listdir("/proc") if names is None else names:

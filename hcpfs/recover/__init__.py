@@ -1,1 +1,1 @@
-"""After the death of a daemon: what sat on its mount is taken down, and put back once it is served again."""
+"""Recovery after the death of a daemon: what sat on its mount is taken down, and put back once it is served again."""

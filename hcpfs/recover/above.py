@@ -1,6 +1,6 @@
 """What sits on a dead mount: loop devices on its images, file systems on those, loop devices on files there, and so on.
 
-Found without touching any of it: mountinfo and sysfs answer also when the file systems themselves never would.
+Found without a request to any of them: mountinfo and sysfs answer also when the file systems themselves never would.
 """
 
 import os
@@ -15,7 +15,7 @@ from hcpfs.system import beneath, blocks, loops, users
 
 @dataclass
 class LoopAbove:
-    """A loop device; level 0 sits on an image, level 1 on a file of a file system from level 0."""
+    """A loop device. On level 0 it is on an image, on level 1 on a file of a file system that is on level 0."""
 
     level: int
     state: loops.LoopState
@@ -23,7 +23,7 @@ class LoopAbove:
 
 @dataclass
 class MountAbove:
-    """A mount of a device, `source`, named as in /dev. `depth` counts the mounts that it is mounted in."""
+    """A mount of the device `source`, named as in /dev. `depth` counts the mounts above it in the tree of mounts."""
 
     level: int
     depth: int
@@ -39,13 +39,13 @@ class MountAbove:
 
     @property
     def read_only(self) -> bool:
-        """Whether it was mounted read-only. A file system that failed turns itself read-only, but not the mount."""
+        """Whether the mount is read-only. A file system that fails makes itself read-only, not its mounts."""
         return "ro" in self.options.split(",")
 
 
 @dataclass
 class SwapAbove:
-    """Swap space on a device, `source`, named as in /dev, or on the file `path` of a file system there (no source)."""
+    """Swap space on the device `source`, named as in /dev, or, with no source, on the file `path` of a file system."""
 
     source: str
     path: str
@@ -54,7 +54,7 @@ class SwapAbove:
 
 @dataclass
 class Above:
-    """All that sits on the mount, and the other mounts of itself: mount --bind, and copies in other namespaces."""
+    """All that sits on the mount, and its other mounts: bind mounts, and copies in other namespaces."""
 
     loops: list[LoopAbove] = field(default_factory=list)
     mounts: list[MountAbove] = field(default_factory=list)
@@ -62,12 +62,12 @@ class Above:
     swaps: list[SwapAbove] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The fields as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Above":
-        """Back from plain values. Raises TypeError or KeyError for what `to_json` did not make."""
+        """From plain values. Raises TypeError or KeyError for what `to_json` did not make."""
         if not values:
             return cls()
         return cls(
@@ -78,7 +78,7 @@ class Above:
         )
 
     def add(self, older: "Above") -> None:
-        """Take over what an earlier recovery took down and did not put back."""
+        """Add what an earlier recovery took down and did not put back."""
         names = {loop.state.name for loop in self.loops}
         self.loops += [loop for loop in older.loops if loop.state.name not in names]
         for mine, others in ((self.mounts, older.mounts), (self.binds, older.binds)):
@@ -89,9 +89,9 @@ class Above:
 
 
 def find(mounts: list[beneath.Mount], image_of: Callable[[loops.LoopState], str | None]) -> Above:
-    """What sits on the images. `image_of` has the path that the image of a loop device will be at again.
+    """What sits on the images. `image_of` gives the path of a loop device's image, or None if it is on none.
 
-    `mounts` are those of all namespaces, our own with the number 0. The dead mount's own binds are not looked for (see
+    `mounts` are those of all namespaces, our own with the number 0. The dead mount's other mounts are not included (see
     `binds_of`).
     """
     found = Above()
@@ -147,14 +147,14 @@ def binds_of(mounts: list[beneath.Mount], dead: beneath.Mount) -> list[MountAbov
 
 
 def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str], str | None]:
-    """Of a mount that is dead and still there: the image for the path that sysfs shows of a loop device's file."""
+    """For a dead mount that is still there: the image for the path of a loop device's file as sysfs shows it."""
 
     def image_of(shown: str) -> str | None:
         path = shown.removesuffix(loops.DELETED)
         owner = owner_of(mounts, path)
         if owner is None or owner.device != dead.device:
             return None
-        # Through a bind mount it is another path than below the mount point.
+        # Through a bind mount the path does not begin with the mount point.
         inside = os.path.relpath(path, owner.mountpoint)
         return os.path.normpath(os.path.join(dead.mountpoint, owner.root.lstrip("/"), inside))
 
@@ -162,7 +162,7 @@ def images_on(mounts: list[beneath.Mount], dead: beneath.Mount) -> Callable[[str
 
 
 def images_of_detached(mountpoint: str, names: Iterable[str]) -> Callable[[str], str | None]:
-    """The same of a mount that was unmounted lazily, of whose images the kernel shows the paths within the mount."""
+    """The same for a lazily unmounted mount: the kernel shows the paths of its files from its root on."""
     pattern = re.compile(rf"/(live|snaps/[^/]+)/({'|'.join(map(re.escape, names))})")
 
     def image_of(shown: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What dies with a mount and cannot be put back, in words: what programs have open there stays dead."""
+"""What a recovery cannot put back, in words: files that programs have open on the dead mount, and overlays."""
 
 import time
 from collections.abc import Collection
@@ -6,13 +6,13 @@ from collections.abc import Collection
 from hcpfs.daemon import record
 from hcpfs.system import beneath, users
 
-_PATIENCE_SECONDS = 1.0  # for programs that end by themselves, having got their error
+_PATIENCE_SECONDS = 1.0  # for programs that end by themselves once they get an error
 _POLL_SECONDS = 0.05
 _OVERLAY_DIRECTORIES = ("lowerdir", "upperdir", "workdir", "lowerdir+", "datadir+")
 
 
 def programs(devices: Collection[int]) -> list[str]:
-    """Those that after a moment still have something of the file systems, or block devices, with these numbers."""
+    """The programs that after a moment still use one of the file systems or block devices with these numbers."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while (found := users.of_any(devices)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -27,7 +27,7 @@ def _remedy(pid: int) -> str:
 
 
 def overlays(mounts: list[beneath.Mount], victims: Collection[int]) -> list[beneath.Mount]:
-    """The overlay mounts with a layer on one of the mounts, given by their ids; they keep the dead file system."""
+    """The overlay mounts with a layer on one of the mounts with these ids; they keep the dead file system."""
     found = []
     for mount in mounts:
         if mount.filesystem != "overlay":
@@ -45,6 +45,6 @@ def _layers(overlay: beneath.Mount) -> list[str]:
 
 
 def owner_of(mounts: list[beneath.Mount], path: str) -> beneath.Mount | None:
-    """The mount that a path lies on, told from the names alone."""
+    """The mount that a path is on, told by the names alone; None when no mount has it."""
     fitting = [mount for mount in mounts if f"{path}/".startswith(f"{mount.mountpoint.rstrip('/')}/")]
     return max(reversed(fitting), key=lambda mount: len(mount.mountpoint), default=None)

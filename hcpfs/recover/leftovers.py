@@ -1,9 +1,9 @@
-"""Records of mounts that are long gone: whether anything of such a mount can be left, and the records that can go.
+"""Records of mounts that are long gone: whether anything of such a mount can be left, and which records can be removed.
 
-A file system lives on after its unmounting as long as something uses it: a loop device, say, whose file the kernel then
-shows by its path within the mount, which does not tell whose it is. Its FUSE connection goes with it, and so proves
-that nothing is left. The number of a connection is used again; a later record or what is mounted with it
-tells.
+A file system exists after its unmounting as long as something uses it, a loop device for example. The kernel shows that
+device's file by its path within the mount, which does not tell which mount it was. But the FUSE connection ends with
+the file system, so when it is gone nothing is left. The number of a connection is used again; a later record, or what
+is mounted with that number, shows it.
 """
 
 import os
@@ -15,7 +15,7 @@ from hcpfs.system import beneath, loops, probe
 
 _LOOK_SECONDS = 5.0
 _SOME_GONE = 9
-# Asked in a child, as the paths may lead through a file system that hangs. It is gone only when the system says that.
+# Run in a child, because the paths may lead through a file system that hangs. Only ENOENT and ENOTDIR mean "gone".
 _LOOK = f"""import os, sys
 for path in sys.argv[1:]:
     try:
@@ -30,7 +30,7 @@ for path in sys.argv[1:]:
 def is_gone(one: Record, mounts: list[beneath.Mount]) -> bool:
     """Whether it is proved that nothing of the mount is left. `mounts`: those of all namespaces.
 
-    False also where it cannot be told: the record of an older version, or the kernel does not show the connections.
+    False also where it cannot be told: for the record of an older version, or if the connections cannot be listed.
     """
     if one.is_alive or one.lingers:
         return False
@@ -52,7 +52,7 @@ def is_gone(one: Record, mounts: list[beneath.Mount]) -> bool:
 
 
 def can_be_of(one: Record, state: loops.LoopState) -> bool:
-    """Whether the loop device can be on an image of the mount: by name, and by size where the record has it."""
+    """Whether the loop device may be on an image of the mount: by its name, and its size if the record has one."""
     name = state.file.removesuffix(loops.DELETED).rpartition("/")[2]
     if name not in one.images:
         return False
@@ -62,10 +62,10 @@ def can_be_of(one: Record, state: loops.LoopState) -> bool:
 
 
 def tidy(*, but: str | None = None) -> None:
-    """Remove the records, `but` that for one mount point, of which nothing is left and that no recovery could use.
+    """Remove the records that no recovery could use, except that for the mount point `but`.
 
-    Their daemon is dead, nothing of the mount is left, no recovery has noted what it took down, and the mount point,
-    the store or a source does not exist any more. Raises OSError.
+    Their daemon is dead, nothing of the mount is left, no recovery has noted there what it took down, and the mount
+    point, the store or a source does not exist any more. Raises OSError.
     """
     dead = [one for one in record.others(but) if not (one.is_alive or one.above) and _lacks_something(one)]
     mounts = beneath.all_mounts() if dead else []

@@ -1,7 +1,7 @@
-"""Taking down what sits on a dead mount, and putting it back once that is served again.
+"""Taking down what sits on a dead mount, and putting it back once the mount is served again.
 
-Each step is said in a sentence. One that fails is said too, and the rest goes on. What was taken down is kept in the
-record, so that a recovery whose daemon does not start can be repeated later.
+Each step, and each failure, is said in a sentence, and the other steps are done all the same. What was taken down is
+kept in the record, so that a recovery whose daemon does not start can be repeated.
 """
 
 import os
@@ -30,7 +30,7 @@ _FAILED = {"emergency_ro", "shutdown"}
 
 
 class Voice(NamedTuple):
-    """Where the sentences go: what was done, and what failed."""
+    """Where the sentences go: those on what was done, and those on what failed."""
 
     say: Callable[[str], None]
     complain: Callable[[str], None]
@@ -40,9 +40,9 @@ class Rebuild:
     """The steps of one recovery; the caller has the mount served between `clear` and `put_back`."""
 
     def __init__(self, dead: beneath.Mount | None, wanted: Record, known: Record | None, voice: Voice) -> None:
-        """`dead` is None when the mount was unmounted lazily; `wanted` is how it will be made again.
+        """`dead` is None when the mount was unmounted lazily; `wanted` says how it is mounted again.
 
-        `known` is the record of how it was, whose `above` has what a recovery took down that did not come to its end.
+        `known` is the record of the dead mount; its `above` has what an unfinished recovery took down.
         """
         self._dead = dead
         self._wanted = wanted
@@ -52,7 +52,7 @@ class Rebuild:
         self._above = Above()
         self._aside: list[tuple[int, str, int]] = []  #: the id of the mount that it was mounted in, path, descriptor
         self._lost = False
-        self._survey = namespaces.Survey([], {})  #: of the time before anything was taken down
+        self._survey = namespaces.Survey([], {})  #: before anything was taken down
 
     def _lose(self, sentence: str) -> None:
         self._lost = True
@@ -61,7 +61,7 @@ class Rebuild:
     # -- down ----------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Take down what sits on the dead mount, innermost first, and the mount itself. What dies with it is named."""
+        """Take down what sits on the dead mount, the innermost first, and the mount. Name what cannot be put back."""
         self._survey = namespaces.survey()
         mounts = [
             one._replace(namespace=one.namespace * (one.namespace in self._survey.others))
@@ -93,7 +93,7 @@ class Rebuild:
         self._name_the_programs()
 
     def _name_the_programs(self) -> None:
-        """Who has files of the dead mount itself open: programs, and other servers."""
+        """Name the programs that have files of the dead mount itself open."""
         known = self._known
         if self._dead is not None:
             device = self._dead.device
@@ -113,7 +113,7 @@ class Rebuild:
         return found
 
     def _detached_image(self, state: loops.LoopState) -> str | None:
-        """The image of a loop device whose mount was unmounted lazily, if it is sure to have been ours."""
+        """The image that a loop device is on whose mount was unmounted lazily, if that mount certainly was ours."""
         image = images_of_detached(self._mountpoint, self._wanted.images)(state.file)
         if image is None or (self._known is not None and not leftovers.can_be_of(self._known, state)):
             return None
@@ -151,7 +151,7 @@ class Rebuild:
             self._complain(f"what is taken down could not be noted for a second attempt: {error}")
 
     def _put_aside(self, parent: int, victims: set[int]) -> None:
-        """Keep what is mounted in the mount and has nothing to do with us."""
+        """Keep the mounts in a mount that are not on our images."""
         for child in self._current_mounts():
             if child.parent != parent or child.id in victims:
                 continue
@@ -166,7 +166,7 @@ class Rebuild:
 
     def _unmount(self, mount: MountAbove) -> None:
         if all(one.id != mount.id for one in self._current_mounts()):
-            return  # it went with another one, to which it was propagated
+            return  # the unmounting of another one was propagated to it
         device = next((one.device for one in self._survey.mounts if one.id == mount.id), 0)
         what = f"{self._where(mount)} ({mount.filesystem} on /dev/{mount.source})"
         if mount.namespace:
@@ -247,7 +247,7 @@ class Rebuild:
     # -- up ------------------------------------------------------------------------------------------------------
 
     def put_back(self, *, mount_again: bool) -> bool:
-        """Set up and mount again what sat on the mount. Whether all of it is back."""
+        """Set up and mount again what sat on the mount; whether all of it is back."""
         with ExitStack() as stack:
             names: dict[str, str] = {}
             if self._dead is not None:
@@ -304,7 +304,7 @@ class Rebuild:
             self._lose(f"{self._where(mount)} is not mounted again, as /dev/{mount.source} is not back")
             return
         if self._is_there(mount, source):
-            return  # it came with another one, from which it was propagated
+            return  # it was propagated from another one
         options = mount.super_options.split(",")
         shown = next((option[7:] for option in options if option.startswith("subvol=")), "/")  # of btrfs
         if mount.root == shown and not mount.namespace:
@@ -328,9 +328,9 @@ class Rebuild:
             os.rmdir(place)  # and never what is in it
 
     def _mount_device(self, mount: MountAbove, source: str, place: str) -> str | None:
-        """Mount the device with the options that it had. None when done, else what mount(8) says."""
+        """Mount the device with the options that it had. None when it succeeded, else what mount(8) said."""
         alike = [one for one in self._above.mounts if one.source == mount.source]
-        # The file system has one flag for all its mounts. One mount alone is made read-only afterwards.
+        # The file system has one read-only flag for all its mounts; a single mount is made read-only afterwards.
         read_only = all(one.read_only for one in alike)
         options = [*mount.options.split(","), *mount.super_options.split(",")]
         options = ["ro" if read_only else "rw", *(one for one in options if one not in {"ro", "rw", *_FAILED})]
@@ -357,7 +357,7 @@ class Rebuild:
         )
 
     def _new_device(self, source: str, names: dict[str, str]) -> str | None:
-        """The path of the device that is called `source` in /dev, once it is there; None when its loop is not back."""
+        """The path of the device that was called `source`, once it is there; None if its loop device is not back."""
         path = f"/dev/{source}"
         match = re.fullmatch(r"(loop[0-9]+)(p[0-9]+)?", source)
         if match is not None and any(loop.state.name == match[1] for loop in self._above.loops):

@@ -1,4 +1,4 @@
-"""Recovery after the daemon's death: whether there is anything to recover, the order of the steps, who serves then."""
+"""Recovery after the daemon's death: whether there is anything to recover, and the steps in their order."""
 
 import os
 import select
@@ -22,11 +22,11 @@ _END_SECONDS = 10.0
 
 
 class NothingToRecoverError(RefusedError):
-    """The daemon answers, or nothing is known of one."""
+    """The daemon answers, or no mount is known there."""
 
 
 class Trouble(NamedTuple):
-    """A mount in trouble. `dead` is None when it was unmounted lazily; `hangs` when it is to be aborted."""
+    """A mount to recover. `dead` is None when it was unmounted lazily; `hangs`: its connection is to be aborted."""
 
     dead: beneath.Mount | None
     known: Record | None
@@ -36,7 +36,8 @@ class Trouble(NamedTuple):
 def examine(mountpoint: str, *, force: bool) -> Trouble:
     """What is wrong at the mount point.
 
-    Raises NothingToRecoverError; and RefusedError when the daemon is alive but does not answer, unless `force`.
+    Raises NothingToRecoverError when nothing is, and RefusedError when the daemon is alive and does not answer, unless
+    `force` is given.
     """
     known = record.read(mountpoint)
     mounted = [mount for mount in beneath.mounts() if mount.mountpoint == mountpoint]
@@ -65,7 +66,7 @@ def examine(mountpoint: str, *, force: bool) -> Trouble:
 
 
 def _end_the_daemon(trouble: Trouble, voice: Voice) -> None:
-    """Free those who wait for a daemon that hangs, and see to it that it holds the devices no longer."""
+    """Abort the connection of a daemon that hangs, and wait until the daemon holds the devices no longer."""
     dead, known = trouble.dead, trouble.known
     if trouble.hangs and dead is not None:
         try:
@@ -98,7 +99,7 @@ def _kill(known: Record) -> None:
 
 
 def recover(mountpoint: str, accept: Iterable[Accept], voice: Voice, *, force: bool, mount_again: bool) -> int:
-    """`hcpfs recover`: the exit code. Raises RefusedError or OSError when the mount point is not served afterwards."""
+    """`hcpfs recover`; its exit code. Raises RefusedError or OSError when the mount point is not served afterwards."""
     with record.recovering():
         trouble = examine(mountpoint, force=force)
         leftovers.tidy(but=mountpoint)
@@ -112,11 +113,11 @@ def recover(mountpoint: str, accept: Iterable[Accept], voice: Voice, *, force: b
 
 
 def recover_and_mount(wanted: Record, accept: Iterable[Accept], voice: Voice, *, foreground: bool) -> int | None:
-    """`hcpfs mount --recover`: None when there is nothing to recover, so that it is a plain mount.
+    """`hcpfs mount --recover`. Returns None when there is nothing to recover, so that it is a plain mount.
 
-    In the background it is all done then, and the answer is the exit code. In the foreground it is the descriptor for
-    `background.Caller`: this process is to serve, and another one then puts back what sat on the mount. To be called
-    before there are threads. Raises RefusedError and OSError.
+    In the background all is done on return, and the result is the exit code. In the foreground this process has to
+    serve, and the result is the descriptor for `background.Caller`: another process puts back what sat on the mount
+    once it is told there. Call before there are threads. Raises RefusedError and OSError.
     """
     with record.recovering():
         try:

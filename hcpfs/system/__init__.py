@@ -1,1 +1,1 @@
-"""What the kernel and the machine tell, and do for us: mounts, loop devices, namespaces, processes, the terminal."""
+"""What the kernel and the machine tell us and do for us: mounts, block devices, namespaces, processes, the terminal."""

@@ -1,6 +1,6 @@
 """Mounts that are attached nowhere: copied, taken away, or made anew; each is kept alive by a descriptor.
 
-So what is mounted in a directory of a file system that has to go lives on, and returns with it.
+A file system that is mounted in a directory of one that has to be unmounted is kept in this way, and put back later.
 """
 
 import os
@@ -17,14 +17,15 @@ _CLOEXEC_CONTEXT = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
 
 
 def copy(path: str) -> int:
-    """A descriptor of another mount of what is mounted at the path, or of a directory in it. Raises OSError."""
+    """Another mount, attached nowhere, of the file or directory at the path: its descriptor. Raises OSError."""
     return syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _CLONE | _CLOEXEC | _AT_NO_AUTOMOUNT)
 
 
 def put_aside(path: str) -> int:
-    """Take away the mount at `path` and all that is mounted in it. Raises OSError.
+    """Detach the mount at `path` and all mounts in it.
 
-    Returns a descriptor that keeps it alive: with a tmpfs its files too.
+    Returns a descriptor that keeps them alive, with the files where it is a tmpfs. Raises OSError, with nothing
+    detached.
     """
     flags = _CLONE | _CLOEXEC | _AT_RECURSIVE | _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
     fd = syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), flags)
@@ -37,15 +38,16 @@ def put_aside(path: str) -> int:
 
 
 def put_back(fd: int, path: str) -> None:
-    """Mount at `path` what was put aside. Raises OSError. The descriptor stays open."""
+    """Attach at `path` what was put aside. The descriptor stays open. Raises OSError."""
     syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(path), _FROM_EMPTY_PATH)
 
 
 def mount(filesystem: str, settings: Iterable[tuple[str, str | None]] = (), attributes: int = 0) -> int:
-    """Mount a file system for ourselves alone, where nobody can hide or unmount it. Raises OSError.
+    """Mount a file system that no path leads to, so that nobody can hide or unmount it.
 
-    `settings` are names with values, or with None for one without; `attributes` are those of the mount (fsmount(2)).
-    Returns a descriptor of its root; the mount goes with the last descriptor of something in it.
+    `settings` are its options with their values, None for one without a value; `attributes` those of fsmount(2).
+    Returns a descriptor of its root. It is unmounted when the last descriptor of something in it is closed. Raises
+    OSError.
     """
     context = syscall(_FSOPEN, filesystem.encode(), _CLOEXEC_CONTEXT)
     try:
@@ -53,7 +55,7 @@ def mount(filesystem: str, settings: Iterable[tuple[str, str | None]] = (), attr
             kind = _SET_FLAG if value is None else _SET_STRING
             syscall(_FSCONFIG, context, kind, name.encode(), None if value is None else os.fsencode(value), 0)
         syscall(_FSCONFIG, context, _CREATE, None, None, 0)
-        tree = syscall(_FSMOUNT, context, _CLOEXEC_CONTEXT, attributes)  # which can only be walked from
+        tree = syscall(_FSMOUNT, context, _CLOEXEC_CONTEXT, attributes)  # an O_PATH descriptor
     finally:
         os.close(context)
     try:

@@ -1,11 +1,12 @@
-"""What sits on what: mounts, loop devices, partitions and holders, as the kernel tells them.
+"""Mounts and loop devices as the kernel tells them, and what file systems sit on which devices.
 
 Used to find the file systems mounted from our images, to say who uses a device, and to refuse a store that sits on one
-of our own images. Reads /proc and /sys only, plus LOOP_GET_STATUS64. Calls block, and may come back to our own daemon
-(the kernel asks it for the attributes of a loop device's file), so once it serves they are made in the freezer process.
+of our own images. Reads /proc and /sys, and asks loop devices with LOOP_GET_STATUS64. Calls block, and may need an
+answer of our own daemon (the kernel asks it for the attributes of a loop device's file), so the daemon has the freezer
+process make them while it serves.
 
-A mount namespace is seen through a process (or thread) that is in it. One that is kept by a descriptor or a bind mount
-of its nsfs file alone has none: see hcpfs/system/users.py.
+A mount namespace is seen through a process or thread in it. For one that only a descriptor or a bind mount of its nsfs
+file keeps, see hcpfs/system/namespaces.py.
 """
 
 import fcntl
@@ -28,10 +29,10 @@ FILESYSTEM_TYPE = "fuse.hcpfs"
 
 
 class Mount(NamedTuple):
-    """A line of mountinfo. `root` is the directory of the file system that is shown; options are comma-separated.
+    """A line of mountinfo. `root` is the directory of the file system that is mounted; options are comma-separated.
 
-    `mountpoint` is the path in its mount namespace, whose inode is `namespace`; `pid` is a process in there, so that
-    /proc/PID/root leads to it. The namespace of `mounts()` is left 0, as is the pid: it is our own.
+    `mountpoint` is the path in the mount namespace with the inode `namespace`; `pid` is a process there, so that
+    /proc/PID/root leads into it. `mounts()` leaves both 0: they are our own.
     """
 
     device: int
@@ -48,9 +49,10 @@ class Mount(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop device and the file it shows.
+    """A loop device and its backing file.
 
-    `backing_block` is the number of the block device that the file is, or 0; `read_only` tells how the file was opened.
+    `backing_block` is the device number of the file if that is a block device, else 0; `read_only` tells how the file
+    was opened.
     """
 
     path: str
@@ -67,10 +69,11 @@ def mounts() -> list[Mount]:
 
 
 def all_mounts() -> list[Mount]:
-    """The mounts of every mount namespace that has a process which we may look at; those of our own come first.
+    """The mounts of every mount namespace that has a process we may look at; those of our own come first.
 
-    One look at each thread, and one mountinfo for each namespace: of a process that has the root of the namespace for
-    its own where there is one, as mountinfo shows only what is below the root. Who ends meanwhile is passed over.
+    Looks at each thread once and reads one mountinfo for each namespace, preferably of a process whose root is that of
+    the namespace, because mountinfo leaves out what is not below the reader's root. Processes that end meanwhile are
+    skipped.
     """
     own = namespace_of(os.getpid())
     found = [mount._replace(namespace=own, pid=os.getpid()) for mount in mounts()]
@@ -90,7 +93,7 @@ def all_mounts() -> list[Mount]:
 
 
 def namespace_of(pid: int) -> int:
-    """The inode of the mount namespace that the process is in; 0 when it is gone, or not ours to look at."""
+    """The inode of a process's mount namespace; 0 when the process is gone, or we may not look at it."""
     try:
         return os.stat(f"/proc/{pid}/ns/mnt").st_ino
     except OSError:
@@ -98,7 +101,7 @@ def namespace_of(pid: int) -> int:
 
 
 def _namespaces(own: int) -> dict[int, list[int]]:
-    """The mount namespaces but our own, with the threads that show them, the best first."""
+    """The other mount namespaces, each with threads whose mountinfo shows it, the best first."""
     whole, parts = dict[int, list[int]](), dict[int, list[int]]()
     for process in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -144,10 +147,9 @@ def _unescape(field: bytes) -> str:
 
 
 def real_path(mountpoint: str) -> str:
-    """The path as the kernel tells it of a mount: absolute, and without symbolic links.
+    """The path as mountinfo shows it: absolute, without symbolic links, from the current directory.
 
-    What is mounted there is asked nothing, as os.path.realpath would: its daemon may hang. Relative to the current
-    directory.
+    Unlike os.path.realpath it makes no request to what is mounted there, whose daemon may hang.
     """
     path = os.path.join(os.getcwd(), mountpoint)
     for _ in range(_MOST_LINKS):
@@ -157,13 +159,13 @@ def real_path(mountpoint: str) -> str:
         path = os.path.join(os.path.realpath(above), name)
         try:
             path = os.path.join(os.path.dirname(path), os.readlink(path))
-        except OSError:  # it is no link, or is not there
+        except OSError:  # not a link, or not there
             break
     return path
 
 
 def loops() -> Iterator[Loop]:
-    """All loop devices that have a file, save those whose file system is dead."""
+    """All loop devices that have a backing file, except those on a file system that is dead."""
     for entry in sorted(Path("/sys/block").glob("loop*")):
         if not (entry / "loop/backing_file").exists():
             continue
@@ -184,7 +186,7 @@ def loops() -> Iterator[Loop]:
 
 
 def mountpoints_of(device: int) -> list[str]:
-    """Where file systems from the device, or from what sits on it, are mounted; each file system once."""
+    """Where the file systems on the device, or on devices built on it, are mounted; one place for each."""
     above = blocks.devices_above(device)
     names = set(map(blocks.node_of, above))
     found: dict[object, str] = {}
@@ -196,7 +198,7 @@ def mountpoints_of(device: int) -> list[str]:
 
 
 def hcpfs_under(path: str) -> str | None:
-    """The mount point of the hcpfs whose image carries the file system of `path`, through any number of layers."""
+    """The mount point of the hcpfs that has the file system of `path` on one of its images, at any height; None."""
     by_device = {mount.device: mount for mount in mounts()}
     backing = {loop.device: loop.backing_device for loop in loops()}
 

@@ -15,7 +15,7 @@ _BLKGETSIZE64 = 0x80081272
 
 
 def entry_of(device: int) -> Path:
-    """The device's directory in sysfs: a link, to one within that of its disk if it is a partition."""
+    """The device's directory in sysfs, as a link. That of a partition is within that of its disk."""
     return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
 
 
@@ -56,7 +56,7 @@ def size_of(path: str) -> int:
 
 
 def is_held(path: str) -> bool:
-    """Whether somebody has the block device for himself: a mount, swap, RAID, ZFS, or a program with O_EXCL."""
+    """Whether the block device is open exclusively: by a mount, swap, RAID, ZFS, or a program with O_EXCL."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
@@ -87,7 +87,7 @@ def slaves(device: int) -> list[int]:
 
 
 def reached(device: int, onward: Callable[[int], Iterable[int]]) -> set[int]:
-    """The device, those that `onward` gives for it, those that it gives for these, and so on."""
+    """The device and all that are reached from it: `onward` gives the next ones of each."""
     found: set[int] = set()
     todo = [device]
     while todo:

@@ -29,10 +29,10 @@ class Extent(NamedTuple):
     base: tuple[int, int]
     offset: int
     length: int
-    is_exact: bool = True  #: else it is somewhere within, as a logical volume is on its disk
+    is_exact: bool = True  #: False: somewhere within that extent, as a logical volume is on its disk
 
     def meets(self, other: "Extent") -> bool:
-        """Whether they have bytes in common. Two that are somewhere within, as two logical volumes, have none."""
+        """Whether they have bytes in common. Two at unknown places of one disk, as two logical volumes, have none."""
         overlap = min(self.offset + self.length, other.offset + other.length) - max(self.offset, other.offset)
         return self.base == other.base and overlap > 0 and (self.is_exact or other.is_exact)
 
@@ -47,7 +47,7 @@ class View(NamedTuple):
 
 
 def extents(path: str) -> list[Extent]:
-    """What a source lies on, in the end; several where a device is built of others. Raises OSError."""
+    """The parts of disks or image files that a source lies on. Raises OSError."""
     status = os.stat(path)
     if not stat.S_ISBLK(status.st_mode):
         return [Extent((status.st_dev, status.st_ino), 0, status.st_size)]
@@ -144,10 +144,10 @@ def is_on_an_image(path: str) -> bool:
 
 
 def has_writer(path: str) -> bool:
-    """Whether somebody has the file open for writing, in whatever namespace, or mapped, and has not locked it.
+    """Whether a process in any namespace has the file open for writing, or mapped so, and has not locked it.
 
-    The kernel grants no lease for reading then (fcntl(2)). Where there are no leases, as on some network file systems,
-    it is not known, and the answer is no. Raises OSError when it cannot be opened.
+    The kernel grants no read lease then (fcntl(2)). False also where it cannot be told because the file system has no
+    leases, as some network file systems. Raises OSError when the file cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -212,9 +212,9 @@ def _partitions(path: str, length: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def held(paths: list[str]) -> Iterator[None]:
-    """Hold the image files below loop devices, so that no other hcpfs serves such a file, or a part of it. # I7
+    """Lock the image files below loop devices, so that no other hcpfs serves such a file, or a part of it. # I7
 
-    Raises RefusedError when one does already.
+    Raises RefusedError when another process has one locked.
     """
     descriptors = []
     try:

@@ -10,7 +10,7 @@ _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
 
 def checked(result: int) -> int:
-    """What a call returned. Raises the OSError that errno says when it is negative."""
+    """The result of a call of libc. Raises the OSError for errno when it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -28,5 +28,5 @@ def enter(namespace: int, kind: int) -> None:
 
 
 def unmount(path: str, *, lazily: bool = False) -> None:
-    """Unmount what is mounted at the path last. Raises OSError."""
+    """Unmount the topmost mount at the path, without following a symbolic link. Raises OSError."""
     checked(libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)))

@@ -1,6 +1,6 @@
-"""Loop devices by number: what they show, their detaching, and setting them up the same again.
+"""Loop devices as sysfs shows them; detaching them, and setting them up again as they were.
 
-What sysfs tells does not depend on the file system of the file, which may be dead or hang; LOOP_GET_STATUS64 does.
+sysfs answers also when the file system of the backing file is dead or hangs; LOOP_GET_STATUS64 does not.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ _TRIES = 16
 
 
 class LoopState(NamedTuple):
-    """How a loop device is set up. Sizes in bytes; a size limit of 0 is none."""
+    """How a loop device is set up. Offset and sizes in bytes; a size limit of 0 means none."""
 
     name: str  #: such as loop0
     file: str
@@ -65,7 +65,7 @@ class LoopState(NamedTuple):
 
 
 def states() -> list[LoopState]:
-    """All loop devices that have a file."""
+    """All loop devices that have a backing file."""
     found = []
     for entry in sorted(Path("/sys/block").glob("loop*")):
         with suppress(OSError):  # not set up, or gone meanwhile
@@ -100,7 +100,7 @@ def _partitions(entry: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def detach(state: LoopState) -> bool:
-    """Detach the device. False when it is still used, and goes when its last user does. Raises OSError."""
+    """Detach the device. False when it is still in use: it is detached when its last user closes it. Raises OSError."""
     try:
         fd = os.open(state.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -120,9 +120,10 @@ def detach(state: LoopState) -> bool:
 
 
 def attach(state: LoopState) -> tuple[str, int]:
-    """Set a device up like this, the one of that name when it is free. Raises OSError.
+    """Set a loop device up in this way, under the same name if that is free.
 
-    Returns its name and a descriptor of it; one with autoclear is detached when its last descriptor or mount goes.
+    Returns its name and a descriptor of it. With autoclear it is detached when its last descriptor and mount are gone.
+    Raises OSError.
     """
     flags = os.O_RDONLY if state.read_only else os.O_RDWR
     file = os.open(state.file, flags | os.O_CLOEXEC)
@@ -142,7 +143,7 @@ def attach(state: LoopState) -> tuple[str, int]:
 
 
 def _configure(device: int, state: LoopState, file: int) -> bool:
-    """Give the device its file. False, and closed, when it has one already."""
+    """Give the device its backing file. When it has one already, close it and return False."""
     try:
         fcntl.ioctl(device, _CONFIGURE, _config(state, file))
     except OSError as error:
@@ -157,7 +158,7 @@ def _configure(device: int, state: LoopState, file: int) -> bool:
 
 
 def _add_partitions(device: int, state: LoopState) -> None:
-    """Add the partitions that the kernel did not find, as somebody else had added them (partx)."""
+    """Add the partitions that the kernel did not find because somebody had added them by hand (partx)."""
     entry = entry_of(os.fstat(device).st_rdev)
     there = {number for number, _, _ in _partitions(entry)}
     for number, start, length in state.partitions:

@@ -1,4 +1,4 @@
-"""The process's memory: locked against being paged out (I10), and kept by malloc. Loads nothing of the engine."""
+"""The process's memory: locked, so that it is never paged out (I10), and kept by malloc."""
 
 import resource
 from pathlib import Path
@@ -14,9 +14,9 @@ _MOST_HEAP_BYTES = 4 << 20  # of one allocation; a request has 1 MiB
 
 
 def keep_memory() -> None:
-    """Have malloc keep what is freed of buffers, which are filled again at once, and one heap for all threads.
+    """Have malloc keep the memory of freed buffers, because they are filled again at once, and use one heap.
 
-    Else each filling is fetched from the kernel anew, page by page. Call before the first thread starts.
+    Otherwise the kernel gives each buffer's pages anew, one fault at a time. Call before the first thread starts.
     """
     if hasattr(libc, "mallopt"):  # glibc's
         libc.mallopt(_M_ARENA_MAX, 1)
@@ -25,9 +25,9 @@ def keep_memory() -> None:
 
 
 def lock_memory(flags: int = 0) -> bool:
-    """Lock memory, with more flags of mlockall(2), where that is permitted without a limit. Whether it was.
+    """Lock present and future memory, with further flags of mlockall(2); whether that was permitted.
 
-    With a limit (RLIMIT_MEMLOCK) all memory and threads that come later would be refused as soon as it is reached.
+    Not done under a limit (RLIMIT_MEMLOCK): once it is reached, every allocation and every new thread would fail.
     """
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY and not _has_capability(_CAP_IPC_LOCK):
         return False

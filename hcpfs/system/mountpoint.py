@@ -1,6 +1,6 @@
 """The directory to mount on: whether a file system can be mounted there, and what to do when not.
 
-What is mounted there now may hang, so that it is looked at in a thread that may be left behind.
+What is mounted there now may hang, so it is looked at in a thread that can be abandoned.
 """
 
 import errno

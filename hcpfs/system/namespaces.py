@@ -1,7 +1,7 @@
-"""Other mount namespaces: all that can be seen, what is mounted in there, and mounting and unmounting in there.
+"""Other mount namespaces: finding them, what is mounted in them, mounting and unmounting there.
 
-A child enters one (setns(2)) and makes the system calls itself, so that no program of a container is run. A namespace
-needs no process: a descriptor or a bind mount of its nsfs file keeps it, too, and leads into it.
+A child enters one (setns(2)) and makes the system calls itself, so no program of a container is run. A namespace may
+have no process: a descriptor or a bind mount of its nsfs file keeps it, too, and leads into it.
 """
 
 import errno
@@ -18,7 +18,7 @@ _SECONDS = 10.0
 
 
 class Namespace(NamedTuple):
-    """A mount namespace. `handle` is a path that leads to it, `words` say who keeps it."""
+    """A mount namespace. `handle` is a path of its nsfs file, `words` say who keeps it."""
 
     inode: int
     handle: str
@@ -62,7 +62,7 @@ def survey() -> Survey:
 
 
 def _kept(mounts: list[beneath.Mount]) -> Iterator[Namespace]:
-    """The namespaces that a mount of their nsfs file or a descriptor keeps."""
+    """The namespaces that are kept by a bind mount or a descriptor of their nsfs file."""
     for mount in mounts:
         if mount.filesystem == "nsfs" and (inode := _inode(mount.root)) is not None:
             handle = f"/proc/{mount.pid}/root{mount.mountpoint}"
@@ -94,7 +94,7 @@ def _own_mountinfo(proc: int) -> bytes:
 
 
 def unmount(namespace: Namespace, mountpoint: str, device: int, *, lazily: bool = False) -> None:
-    """Unmount the file system in there, unless it is gone. Raises OSError: EBUSY when it is in use or hidden."""
+    """Unmount the file system in the namespace, if it is there. Raises OSError: EBUSY when in use, or not on top."""
 
     def act(proc: int) -> bytes:
         there = [one for one in beneath.parse_mounts(_own_mountinfo(proc)) if one.mountpoint == mountpoint]
@@ -109,7 +109,7 @@ def unmount(namespace: Namespace, mountpoint: str, device: int, *, lazily: bool 
 
 
 def move_into(namespace: Namespace, tree: int, mountpoint: str) -> None:
-    """Mount at the path in there what the descriptor of a detached mount shows (open_tree(2)). Raises OSError."""
+    """Attach a detached mount (open_tree(2)), given by its descriptor, at a path in the namespace. Raises OSError."""
 
     def act(proc: int) -> bytes:
         aside.put_back(tree, mountpoint)
@@ -119,9 +119,9 @@ def move_into(namespace: Namespace, tree: int, mountpoint: str) -> None:
 
 
 def enter(handle: str, action: Callable[[int], bytes]) -> bytes:
-    """What the action answers, called in a child that is in the namespace, with a descriptor of our own /proc.
+    """Call the action in a child in the namespace, with a descriptor of our own /proc; what it returned.
 
-    Raises OSError, also the action's; ETIMEDOUT when it takes too long.
+    Raises OSError: the action's, or ETIMEDOUT when it takes too long.
     """
     namespace = os.open(handle, os.O_RDONLY | os.O_CLOEXEC)
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
 """Asking what may never answer: a mount whose daemon is dead or hangs, and loop devices on it.
 
-A process that waits for a FUSE daemon may be unkillable until the connection is aborted, so the asking is done by a
-child, with a time limit. The abort goes through the kernel's fusectl file system and frees all who wait.
+A process that waits for a FUSE daemon may be unkillable until the connection is aborted, so a child asks, with a time
+limit. The abort goes through the kernel's fusectl file system and fails all requests that wait.
 """
 
 import enum
@@ -48,7 +48,7 @@ def ask_loop(path: str, seconds: float) -> Answer:
 
 
 def loop_file(path: str, seconds: float) -> tuple[int, int] | None:
-    """The device and inode of a loop device's file; None when its file system does not tell within `seconds`."""
+    """Device and inode number of a loop device's file; None when its file system does not answer within `seconds`."""
     code, said = attempt([sys.executable, "-I", "-S", "-c", _LOOP_FILE, path], seconds)
     numbers = said.split()
     return (int(numbers[0]), int(numbers[1])) if code == 0 and len(numbers) == 2 else None
@@ -64,8 +64,8 @@ def _in_a_child(program: str, path: str, seconds: float) -> Answer:
 def attempt(command: Sequence[str], seconds: float | None) -> tuple[int | None, str]:
     """Run a command, for at most `seconds` if given.
 
-    Returns its exit code, None when it did not end, and what it said on standard error. One that waits in the kernel
-    and cannot even be killed is left to itself.
+    Returns its exit code, or None when it did not end, and what it wrote to standard error. One that waits in the
+    kernel and cannot be killed is abandoned.
     """
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
@@ -83,10 +83,7 @@ def attempt(command: Sequence[str], seconds: float | None) -> tuple[int | None, 
 
 
 def abort(device: int) -> None:
-    """Abort the FUSE connection of the mount with that device number: whoever waits for it gets an error.
-
-    Raises OSError.
-    """
+    """Abort the FUSE connection of the mount with that device number: waiting requests fail. Raises OSError."""
     with _fusectl() as directory, suppress(FileNotFoundError):  # it is gone already
         fd = os.open(f"{os.minor(device)}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
         with os.fdopen(fd, "w") as file:
@@ -94,9 +91,9 @@ def abort(device: int) -> None:
 
 
 def connections() -> set[int]:
-    """The minor numbers of the FUSE file systems that there are, also of those that are mounted nowhere any more.
+    """The minor numbers of all FUSE file systems, also of those that are mounted nowhere any more.
 
-    A connection's directory goes with its file system (fuse_ctl_remove_conn in the kernel). Raises OSError.
+    A connection's directory exists as long as its file system (fuse_ctl_remove_conn in the kernel). Raises OSError.
     """
     with _fusectl() as directory:
         return {int(name) for name in os.listdir(directory)}
@@ -104,7 +101,7 @@ def connections() -> set[int]:
 
 @contextmanager
 def _fusectl() -> Iterator[int]:
-    """The kernel's fusectl file system, as a descriptor: mounted for us alone, where nobody can hide or unmount it."""
+    """A descriptor of the kernel's fusectl file system, whether or not it is mounted somewhere."""
     directory = aside.mount("fusectl")
     try:
         yield directory

@@ -17,7 +17,7 @@ def harden() -> list[str]:
     """Lock memory, become an I/O flusher, avoid the OOM killer, allow many files.
 
     Call before the first thread starts: the flusher flag is per thread and inherited. Returns what was not permitted,
-    as sentences; none of it is needed for correctness, only against deadlock and death when memory is short.
+    in words; it is not needed for correctness, but prevents deadlock and death when memory is short.
     """
     refused = []
     for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK):

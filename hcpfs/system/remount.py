@@ -1,4 +1,4 @@
-"""Mounting what is there already at another place, also in another mount namespace."""
+"""Mounting again: devices with mount(8), and file systems that are mounted already at another place or namespace."""
 
 import os
 import tempfile
@@ -9,27 +9,27 @@ _UNMOUNT_SECONDS = 30.0
 
 
 def mounted(*words: str) -> str | None:
-    """Run mount(8). None when done, else what it says."""
+    """Run mount(8). None when it succeeded, else what it said."""
     code, said = probe.attempt(["mount", *words], None)
     return None if code == 0 else said or f"mount failed with {code}"
 
 
 def bind(source: str, place: str, options: str) -> str | None:
-    """Mount what is at `source` at `place`, with options of that mount alone. None when done, else why not."""
+    """Bind the directory `source` to `place`, with options of that mount alone. None when done, else why not."""
     return mounted("--bind", source, place) or mounted("-o", f"remount,bind,{options}", place)
 
 
 def mount_elsewhere(source: str, namespace: int, mountpoint: str, options: str) -> str | None:
-    """The same at a path in another mount namespace, given by its inode; nothing is done when something is there.
+    """The same at a path in another mount namespace, given by its inode; nothing is done if a mount is there already.
 
-    No device and no program is needed in there: a detached mount is moved in (move_mount(2)).
+    The namespace needs no device and no program for it: a detached mount is moved in (move_mount(2)).
     """
     survey = namespaces.survey()
     space = survey.others.get(namespace)
     if space is None:
         return "its mount namespace is gone"
     if any((one.namespace, one.mountpoint) == (namespace, mountpoint) for one in survey.mounts):
-        return None  # it came with another one, from which it was propagated
+        return None  # it was propagated from another one
     place = tempfile.mkdtemp(prefix="hcpfs-", dir="/run")
     try:
         words = bind(source, place, options)

@@ -1,4 +1,4 @@
-"""The UUID of a file system, read by blkid(8), which knows them all: of a descriptor, or of an extent of one."""
+"""The UUID of a file system, found by blkid(8), in an open device or file or in a part of it."""
 
 import subprocess
 
@@ -8,9 +8,9 @@ _SECONDS = 5.0
 
 
 def superblock_of(fd: int, offset: int = 0, size: int = 0) -> Superblock:
-    """What is at `offset` of the open device or file, for `size` bytes (0: to its end). Blocks; does not raise.
+    """The superblock in `size` bytes from `offset` on (0: to the end); of a disk with partitions that of the table.
 
-    Of a disk with a partition table the UUID of that table.
+    Empty where none is found, or blkid does not answer. Blocks.
     """
     place = [f"/dev/fd/{fd}"] if not offset and not size else ["-O", str(offset), "-S", str(size), f"/dev/fd/{fd}"]
     try:

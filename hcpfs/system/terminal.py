@@ -1,6 +1,6 @@
-"""What is printed for people: no name steers their terminal, and no locale lacks a letter so that we fail.
+"""What is printed for people: escaped, so that no name can control their terminal and no locale makes us fail.
 
-And which descriptor standard error is: libraries write to 2 as they please, so a log has one of its own.
+And the descriptor of standard error: libraries write to 2 as they please, so the log has a descriptor of its own.
 """
 
 import os
@@ -13,10 +13,10 @@ from cow.errors import WAY
 
 
 def prepare() -> None:
-    """Have what the encoding of standard output and standard error lacks escaped.
+    """Have characters escaped that the encoding of standard output and standard error lacks.
 
-    A standard stream that the caller closed is /dev/null: else the next file that is opened takes its number, and
-    what a library writes there goes into a store.
+    A standard stream that the caller closed becomes /dev/null. Otherwise the next file that is opened would get its
+    number, and what a library writes there would go into a store.
     """
     for number in range(3):
         try:
@@ -30,13 +30,13 @@ def prepare() -> None:
 
 
 def own_standard_error() -> TextIOWrapper:
-    """Standard error by a descriptor that `standard_error_diverted` leaves alone, for the rest of the process."""
+    """Standard error by a descriptor of its own, which `standard_error_diverted` leaves alone."""
     return open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
 
 
 @contextmanager
 def standard_error_diverted() -> Iterator[Callable[[], str]]:
-    """Within the block, what is written to descriptor 2: all that libfuse and fusermount3 tell of a failure.
+    """Collect what is written to descriptor 2 within the block: libfuse and fusermount3 tell a failure nowhere else.
 
     Yields a function that returns it, the lines joined by semicolons.
     """
@@ -51,9 +51,9 @@ def standard_error_diverted() -> Iterator[Callable[[], str]]:
 
 
 def plain(text: str) -> str:
-    """The text with everything escaped that is no visible character: line breaks, escape sequences, marks of direction.
+    """The text with all that is not printable escaped: line breaks, escape sequences, marks of direction.
 
-    What is not UTF-8 in a path (os.fsdecode) is escaped as well.
+    Bytes of a path that are not UTF-8 (os.fsdecode) are escaped, too.
     """
     return "".join(one if one.isprintable() else _escaped(one) for one in text)
 
@@ -68,6 +68,6 @@ def say(sentence: str) -> None:
 
 
 def complain(sentence: str) -> None:
-    """One line on standard error, by this program; and the ways to go on, where it has some, on lines of their own."""
+    """One line on standard error, after the program's name; each way to go on that it names on a line of its own."""
     lines = [plain(part) for part in sentence.split(WAY)]
     print(f"hcpfs: {WAY.join(lines)}", file=sys.stderr, flush=True)

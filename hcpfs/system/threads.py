@@ -1,7 +1,7 @@
-"""The threads that blocking calls are made on, all of them started before they are needed.
+"""The threads for blocking calls, all started at the beginning and kept.
 
-Trio starts one when there is no idle one, and lets it end after ten idle seconds. In the middle of a write there may be
-none to be had (RLIMIT_NPROC, the pids of a control group, address space), and old bytes could not be kept.
+Trio starts one when none is idle, and ends it after ten idle seconds. In the middle of a write it may be impossible to
+start one (RLIMIT_NPROC, the pids of a control group, address space), and old bytes could not be kept.
 """
 
 import threading
@@ -18,10 +18,10 @@ _FOR_EVER_SECONDS = 1 << 30
 
 
 def start_threads() -> int:
-    """Start the threads that blocking calls are made on, and keep them: later there may be none to be had.
+    """Start as many threads as trio's limiter has tokens, and keep them. Within `trio.run`.
 
-    Within `trio.run`. Returns how many there are: not more will work at once. Raises RefusedError when there are too
-    few. Where trio has no such cache as is known here, they end after a while, as its own.
+    Returns how many could be started; the limiter is lowered to that. Raises RefusedError when they are too few. With a
+    trio whose thread cache differs from the one known here, idle ones end after a while as usual.
     """
     limiter = trio.to_thread.current_default_thread_limiter()
     wanted, started, go_on = int(limiter.total_tokens), 0, threading.Event()

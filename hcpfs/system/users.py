@@ -1,12 +1,12 @@
-"""Who uses something: processes with files open, and what the kernel itself built on a device.
+"""Who uses a file system or a device: processes with files open, and what the kernel itself built on it.
 
-Told without asking the file system, which may be dead or hang: a descriptor's file is looked at with AT_STATX_DONT_SYNC
-through /proc/PID/fd, a magic link that walks no path, so no request reaches the daemon of a FUSE mount (statx(2);
-fuse_update_get_attr in the kernel). Mappings come from /proc/PID/maps, which waits for the process's memory lock, hence
-in a thread that may be left behind.
+No request goes to the file system, which may be dead or hang: a descriptor's file is looked at through /proc/PID/fd, a
+magic link that walks no path, with AT_STATX_DONT_SYNC, which does not ask the daemon of a FUSE mount (statx(2);
+fuse_update_get_attr in the kernel). Mappings are read from /proc/PID/maps, which waits for the process's memory lock,
+so in a thread that can be abandoned.
 
-Not seen: files in flight over a socket or registered with an io_uring alone, descriptor tables that single threads have
-for themselves, and processes of pid namespaces beside ours.
+Not seen: files that are only in flight over a socket or registered with an io_uring, descriptor tables of single
+threads, and processes of pid namespaces that are not below ours.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from hcpfs.system.words import listed
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _AT_NO_AUTOMOUNT = -100, 0x4000, 0x800
 _MAPS_SECONDS = 3.0
 _LOOP_SECONDS = 5.0
-_DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a mount that is unmounted lazily
+_DETACHED = re.compile(r"/(live|snaps/[^/]+)/[^/]+")  # an image of a lazily unmounted mount
 
 
 class _Statx(ctypes.Structure):
@@ -53,7 +53,7 @@ class _Statx(ctypes.Structure):
 
 
 class Known(NamedTuple):
-    """What the kernel remembers of a file. `block_device` is the number of the device that the file is, or 0."""
+    """What the kernel has cached about a file. `block_device` is the device number if the file is one, else 0."""
 
     device: int
     inode: int
@@ -63,8 +63,8 @@ class Known(NamedTuple):
 class User(NamedTuple):
     """A process that uses something.
 
-    `how`: writing, reading (a descriptor that is open for it), cwd, root, exe or mapping; `namespace` is the inode of
-    its mount namespace, or 0 when that is ours.
+    `how`: writing or reading (it has a descriptor open for that), cwd, root, exe or mapping. `namespace` is the inode
+    of its mount namespace, 0 when that is ours.
     """
 
     pid: int
@@ -80,7 +80,7 @@ class User(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """Swap space in use: the device's or file's path as the kernel shows it, its device number (0: a file)."""
+    """Swap space in use: the path of the device or file as the kernel shows it, and the device number (0: a file)."""
 
     path: str
     device: int
@@ -88,10 +88,10 @@ class Swap(NamedTuple):
 
 
 def known_of(path: str) -> Known:
-    """What the kernel remembers of the file that a magic link leads to. Raises OSError. Asks no file system."""
+    """What the kernel has cached about the file that a magic link leads to. Asks no file system. Raises OSError."""
     found = _Statx()
     flags = _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT
-    # With an empty mask the kernel tells the device also of a FUSE mount that is closed to us.
+    # With an empty mask the kernel tells the device even of a FUSE mount that we may not enter.
     checked(libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)))
     is_device = stat.S_ISBLK(found.mode)
     block_device = os.makedev(found.rdev_major, found.rdev_minor) if is_device else 0
@@ -102,7 +102,7 @@ def known_of(path: str) -> Known:
 
 
 def of_file_system(device: int, inodes: Collection[int] | None = None) -> list[User]:
-    """The processes that have something of the file system with that device number in use, each once; we do not count.
+    """The processes, except ourselves, that use a file of the file system with that device number, each once.
 
     `inodes`: only these files. On btrfs a file has the device number of its subvolume, not that of the mount.
     """
@@ -110,17 +110,17 @@ def of_file_system(device: int, inodes: Collection[int] | None = None) -> list[U
 
 
 def of_block_devices(devices: Collection[int]) -> list[User]:
-    """The processes that have one of the block devices open, each once; we do not count."""
+    """The processes, except ourselves, that have one of the block devices open, each once."""
     return _processes(frozenset(), None, devices)
 
 
 def of_any(devices: Collection[int]) -> list[User]:
-    """The processes that have one of the block devices open, or something of a file system with such a number."""
+    """The processes that have one of the block devices open, or use a file of a file system with such a number."""
     return _processes(devices, None, devices)
 
 
 def below(mountpoint: str) -> list[User]:
-    """The processes that have something below a path open, by its name alone: for btrfs (see `of_file_system`)."""
+    """The processes that have a file below the path open, told by its name alone: for btrfs (see `of_file_system`)."""
     found = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
         links = [f"/proc/{pid}/{link}" for link in ("cwd", "root", "exe")]
@@ -197,7 +197,7 @@ def _mode_of(pid: int, number: str) -> str:
 
 
 def _with_mappings(pids: list[int], devices: Collection[int], inodes: Collection[int] | None) -> list[int]:
-    """Those that map a file there. A process whose memory is locked for longer ends the search."""
+    """Those that map such a file. The search ends at a process whose memory lock is not released in time."""
     found: list[int] = []
 
     def look() -> None:
@@ -239,7 +239,7 @@ def swaps() -> list[Swap]:
 
 
 def btrfs_members() -> dict[str, set[int]]:
-    """The mounted btrfs file systems by UUID, with the numbers of all their devices, of which mountinfo shows one."""
+    """All device numbers of each mounted btrfs, by its UUID; mountinfo shows one of its devices only."""
     found = {}
     for entry in Path("/sys/fs/btrfs").glob("*/devices"):
         found[entry.parent.name] = set(blocks.numbers_in(entry))
@@ -247,7 +247,7 @@ def btrfs_members() -> dict[str, set[int]]:
 
 
 def holders(device: int) -> list[str]:
-    """The names of what device-mapper, RAID or bcache built on the device or its partitions, such as dm-0."""
+    """The names of device-mapper, RAID and bcache devices built on the device or its partitions, such as dm-0."""
     entry = blocks.entry_of(device)
     found = {one.name for one in (*entry.glob("holders/*"), *entry.glob("*/holders/*"))}
     found |= {one.resolve().name for one in (*entry.glob("bcache/dev"), *entry.glob("*/bcache/dev"))}
@@ -255,12 +255,12 @@ def holders(device: int) -> list[str]:
 
 
 def mounts_from(mounts: Iterable[beneath.Mount], device: int) -> list[beneath.Mount]:
-    """The mounts of file systems on the device, or on what sits on it; of btrfs also where it is not the first."""
+    """The mounts of file systems on the device, or on devices above it."""
     return mounts_on(mounts, blocks.devices_above(device))
 
 
 def mounts_on(mounts: Iterable[beneath.Mount], devices: Collection[int]) -> list[beneath.Mount]:
-    """The mounts of file systems on one of the devices themselves; of btrfs also where it is not the first."""
+    """The mounts of file systems on one of the devices. Of a btrfs of several devices each counts."""
     found = set(devices)
     for members in btrfs_members().values():
         found |= members if members & found else set()
@@ -269,7 +269,7 @@ def mounts_on(mounts: Iterable[beneath.Mount], devices: Collection[int]) -> list
 
 
 def exports(below: str) -> list[str]:
-    """The directories below the path that the kernel's NFS server has handed out."""
+    """The directories below the path that the kernel's NFS server exports to a client at present."""
     try:
         lines = Path("/proc/net/rpc/nfsd.export/content").read_text(errors="replace").splitlines()
     except OSError:
@@ -289,9 +289,9 @@ def mount_words(mount: beneath.Mount) -> str:
 
 
 def device_words(device: int, path: str) -> list[str]:
-    """All that uses a block device, one by one: mounts in every namespace, swap, holders, programs.
+    """All users of a block device, in words: mounts in every namespace, swap, holders, programs.
 
-    When none is seen and yet somebody has it for himself, that is said. Asks no file system.
+    When none is seen and yet the device is held exclusively, that is said. Asks no file system.
     """
     above = blocks.devices_above(device)
     mounted = mounts_from(beneath.all_mounts(), device)
@@ -305,9 +305,9 @@ def device_words(device: int, path: str) -> list[str]:
 
 
 def loops_of(device: int, mountpoints: Iterable[str]) -> list[tuple[loops.LoopState, int]]:
-    """The loop devices on files of the hcpfs with that device number, with the inode of the file of each.
+    """The loop devices on files of the hcpfs with that device number, each with the inode of its file.
 
-    `mountpoints`: where it is mounted, in any namespace. Its daemon is asked, in a child and not for long.
+    `mountpoints`: where it is mounted, in any namespace. A child asks its daemon, with a time limit.
     """
     places = tuple(f"{place.rstrip('/')}/" for place in mountpoints)
     found = []

@@ -1,4 +1,4 @@
-"""Open files, as the requests of the kernel use them."""
+"""Open files, as the kernel's requests use them."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ READ_ONLY_TEXT = "status, info and lost can only be read"
 
 
 class NotPermittedError(CowError):
-    """The tree has a fixed shape: only mkdir, rmdir and rename in snaps/, and writes to images."""
+    """The shape of the tree is fixed: there are mkdir, rmdir and rename in snaps/, and writes to images."""
 
     errno = errno.EPERM
 
@@ -23,36 +23,36 @@ class Handle(Protocol):
     """An open file."""
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
-        """Read, where that needs no waiting, else None; short only at the end.
+        """Read without waiting, or return None where that is impossible. Short only at the end of the file.
 
-        What is returned may be a view of `into`, which is best as long as the engine's `covering_bytes(length)`.
+        The result may be a view of `into`, which should have the engine's `covering_bytes(length)`.
         """
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """Read what could not be had without waiting."""
+        """Read, also what has to be waited for."""
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        """Write, where that needs no waiting, else None; short only at the end.
+        """Write without waiting, or return None where that is impossible. Short only at the end of the file.
 
-        `data` may be a view of `memory`, which may be kept for longer; other views are not.
+        `data` is copied before the return, unless it is a view of `memory`: that may be retained instead.
         """
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """Write what could not be written without waiting. A view's memory stays as it is until the return."""
+        """Write, also what has to be waited for. The caller leaves the memory of a view unchanged until the return."""
 
     async def sync(self) -> None:
         """Make writes durable."""
 
 
 class ReadOnly:
-    """An open file that is no image."""
+    """An open file that is not an image."""
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:
-        """Nothing is had without waiting."""
+        """None: nothing is read without waiting."""
         return None
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        """Nothing is written."""
+        """None: nothing is written."""
         return None
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
@@ -60,11 +60,11 @@ class ReadOnly:
         raise NotPermittedError(READ_ONLY_TEXT)
 
     async def sync(self) -> None:
-        """There is nothing to be made durable."""
+        """Do nothing: there is nothing to be made durable."""
 
 
 class Text(ReadOnly):
-    """An open `status`, `info` or `lost`: the text as it was at the open. `modified_ns` is when it became so."""
+    """An open text file: the text as it was at the open. `modified_ns` is when it last changed."""
 
     def __init__(self, content: bytes, modified_ns: int) -> None:
         self.content = content
@@ -78,9 +78,10 @@ class Text(ReadOnly):
 
 
 class Scrub(ReadOnly):
-    """An open `.verify` or `.repair`: reading it does the work, and gives a line of JSON for each finding and so often.
+    """An open `.verify` or `.repair`. Reading it does the check, and gives lines of JSON.
 
-    `{"done": bytes, "total": bytes}`, `{"finding": sentence, "repaired": bool}`, and at last `{"end": true}`.
+    `{"finding": sentence, "repaired": bool}` for each finding, `{"done": bytes, "total": bytes}` every
+    `_SCRUB_LINE_SECONDS`, and at last `{"end": true}`.
     """
 
     def __init__(self, scrub: OpenScrub) -> None:
@@ -89,7 +90,7 @@ class Scrub(ReadOnly):
         self._ended = False
 
     async def read_waiting(self, offset: int, length: int) -> bytes:
-        """The next lines, when all before them was read."""
+        """The next lines, once all before them has been read."""
         if offset == len(self._text) and not self._ended:
             self._text += await self._more()
         return self._text[offset : offset + length]

@@ -17,11 +17,11 @@ def _one_line(value: str) -> str:
 
 
 def path_in(value: str) -> str:
-    """The path that stands in a line as its value, for the system calls: what `lines` escaped is as it was."""
+    """The path that a line has as its value, with the escapes of `lines` undone."""
     return _ESCAPED.sub(lambda match: _ESCAPES.get(match[1]) or chr(int(match[1][1:], 16)), value)
 
 
 def pairs(text: bytes) -> dict[str, str]:
-    """The values of `key value` lines; of a key that stands there more than once the last."""
+    """The values of `key value` lines, by key; the last one of a key that stands there more than once."""
     found = (line.partition(" ") for line in text.decode("utf-8", "backslashreplace").splitlines())
     return {key: value for key, _, value in found}

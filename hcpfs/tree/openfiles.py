@@ -1,7 +1,7 @@
-"""The table of open files: who has opened what, for the few answers that depend on it.
+"""The table of open files: which process has opened what, for the few answers that depend on it.
 
-Processes are known by the number that the kernel sends with a request, which is that of the thread. It sends none with
-reads and writes, and no handle with fstat(2).
+A process is known by the number that the kernel sends with a request, which is that of the thread. Reads and writes
+have none, and fstat(2) has no handle.
 """
 
 import time
@@ -14,12 +14,12 @@ from cow.clock import after
 from hcpfs.tree.handles import Handle, Text
 from hcpfs.tree.truncating import Truncating, position_in
 
-HELD_SECONDS = 10.0  # who does nothing with an open text for so long is told of the present one
+HELD_SECONDS = 10.0  # a process that has not read its open text for so long is shown the present one
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """Who opened it, and whether for writing."""
+    """An open file: its handle, the process that opened it, and whether for writing."""
 
     number: int
     inode: int
@@ -37,7 +37,7 @@ class OpenFiles:
         self._next = 1
 
     def add(self, inode: int, handle: Handle, process: int, *, writable: bool) -> int:
-        """An open file more; its number."""
+        """Add an open file; returns its handle, a new number."""
         number = self._next
         self._next += 1
         self.handles[number] = handle
@@ -46,7 +46,7 @@ class OpenFiles:
         return number
 
     def remove(self, number: int) -> Handle:
-        """It was closed."""
+        """The file with that handle was closed."""
         inode = self._files.pop(number).inode
         del self._of_inode[inode][number]
         if not self._of_inode[inode]:
@@ -54,16 +54,16 @@ class OpenFiles:
         return self.handles.pop(number)
 
     def _by(self, inode: int, process: int) -> Iterator[OpenFile]:
-        """The files of that inode that a process opened, the latest first."""
+        """The open files of that inode that a process opened, the latest first."""
         files = reversed(self._of_inode.get(inode, {}).values())
         return (file for file in files if file.process == process)
 
     def just_opened(self, inode: int, process: int) -> OpenFile | None:
-        """What a process opened last of the inode. None also where it is not known which process asks."""
+        """The file of the inode that a process opened last. None also where the process is not known."""
         return next(self._by(inode, process), None) if process else None
 
     def text_shown(self, inode: int, process: int) -> Text | None:
-        """The text that a process is reading, which its fstat(2) has to show: tar would say that the file changed."""
+        """The text that a process is reading. Its fstat(2) has to show that one, or tar says that the file changed."""
         file = self.just_opened(inode, process)
         handle = self.handles[file.number] if file is not None else None
         return handle if isinstance(handle, Text) and time.monotonic() - handle.used < HELD_SECONDS else None
@@ -73,9 +73,10 @@ class OpenFiles:
         return any(isinstance(self.handles[number], Truncating) for number in self._of_inode.get(inode, ()))
 
     def note_look(self, inode: int, name: bytes, process: int) -> None:
-        """A process looks at the size of an image which is open with O_TRUNC; `name` is that of the file.
+        """A process asks for the size of an image that is open with O_TRUNC; `name` is that of the file.
 
-        Where it has gone by then is known where it is the one who opened it, or when there is only one who could write.
+        Its file position is a claim (see `Truncating.claim`), if the open file can be told: because the process opened
+        it, or because it is the only one for writing.
         """
         writers = [file for file in self._of_inode[inode].values() if file.writable]
         own = writers if len(writers) == 1 else [file for file in writers if file.process == process]
@@ -87,13 +88,13 @@ class OpenFiles:
 
 
 class TextTimes:
-    """When the texts last changed, as far as anybody has seen: a backup program skips what has its old time."""
+    """When the texts last changed as far as anybody has seen, because backup programs skip a file with its old time."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, int]] = {}  #: by inode: the content's hash, and the time
 
     def modified_ns(self, inode: int, content: bytes, since_ns: int) -> int:
-        """The time of the file's content. `since_ns` is when it may have become so, where nobody has looked before."""
+        """The time of the content. `since_ns` is that of a content that nobody has seen before."""
         digest = xxh3_64_intdigest(content)
         seen = self._seen.get(inode)
         if seen is None:
@@ -103,6 +104,6 @@ class TextTimes:
         return self._seen[inode][1]
 
     def forget(self, inodes: range) -> None:
-        """These files are gone."""
+        """These files do not exist any more."""
         for inode in inodes:
             self._seen.pop(inode, None)

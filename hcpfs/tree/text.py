@@ -1,4 +1,4 @@
-"""The files `status` and `info`: `key value` lines, flat-keyed as in cgroup v2. Pure functions of what is there."""
+"""The texts of `status`, `info` and `lost`: lines of `key value`, flat-keyed as in cgroup v2, or of extents."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from hcpfs.tree.lines import lines
 
 @dataclass
 class LastError:
-    """The last error that somebody was told by an errno alone, or by nobody."""
+    """The last error of which a caller got the errno alone, or of which nobody was told."""
 
     time_ns: int
     errno: int
@@ -34,7 +34,7 @@ def _key(name: bytes) -> str:
 
 
 def _frozen(value: str) -> list[str]:
-    """The places of the file systems that were frozen: a list in JSON; before that, paths between spaces."""
+    """Where the frozen file systems were mounted: a JSON list; in older stores, paths separated by spaces."""
     if not value.startswith("["):
         return [path.replace("\\040", " ") for path in value.split(" ")]
     places: list[str] = json.loads(value)
@@ -79,9 +79,9 @@ def lost(snapshot: Snapshot) -> bytes:
 
 
 def _available_bytes(space: Space) -> int:
-    """What is available; where the file system is what bounds it, to a sixteenth, rounded down.
+    """The space that is available; rounded down to a sixteenth where the file system bounds it and not the quota.
 
-    Others write to that too, and with all digits the text would be another one whenever a backup program looks.
+    Others write to that file system, too, and with all digits a backup program would find a changed text each time.
     """
     available = space.available_bytes
     if space.quota_bytes is not None and space.total_bytes == space.quota_bytes:

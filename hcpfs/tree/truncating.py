@@ -1,16 +1,16 @@
 """An image that was opened with O_TRUNC: what a tool skips reads as zeroes afterwards, as in a file that was empty.
 
-An image cannot get shorter, so an open with O_TRUNC changes nothing by itself, as on a block device. But to a tool it
-is a regular file, and in one that was just truncated many seek over zeroes (cp of a sparse file, dd conv=sparse,
-tar -S). Ignored, that would leave old bytes where the tool means zeroes. So what lies below a write and was not written
-through this open file is zeroed before the write, and all the rest when the tool sets the size. What lies above and is
-not claimed in one of these ways stays, as on a block device.
+An image cannot get shorter, so an open with O_TRUNC changes nothing by itself, as on a block device. But a tool takes
+it for a regular file that is empty now, and many tools seek over zeroes in such a file (cp of a sparse file, dd
+conv=sparse, tar -S). That must not leave old bytes where the tool means zeroes. So before a write, whatever is below it
+and was not written through this open file is zeroed; and all the rest when the tool sets the size. What is above the
+last write and not claimed in one of these ways stays, as on a block device.
 
-The kernel drops what it has cached of the image before the tool goes on, as in a truncation. Else a page that the tool
-maps and stores into would go on to show, and write back, the old bytes beside.
+The kernel drops its cached pages of the image before the open returns, as in a truncation. Otherwise a page that the
+tool maps and stores into would still show, and write back, the old bytes beside the new ones.
 
-dd sets no size when the file has it already: it looks (fstat) after its last seek. What is below the file's position at
-that look is zeroed at the close, or at an fsync.
+dd does not set a size that the file has already: it asks for the size (fstat) after its last seek. What is below the
+file position at that time is zeroed at the close, or at an fsync.
 """
 
 import os
@@ -25,18 +25,18 @@ from cow.geometry import covering_bytes
 from cow.images.image import Image
 from cow.images.origin import Origin
 
-PIECE_BYTES = 128 << 10  # zeroed at a time: others are served between two
-# For the kernel to drop what it has cached while it waits for our answer to a truncation, without which it writes back
-# no mapped pages: those of others it drops after the answer.
+PIECE_BYTES = 128 << 10  # zeroed at a time; other requests are served in between
+# For the kernel to drop its cached pages before our answer to the truncation. It cannot drop pages that another process
+# has mapped and stored into until that answer, because it writes them back only then: it goes on after it.
 FORGETTING_SECONDS = 1.0
 _ZEROES = bytes(PIECE_BYTES)
 
 
 class Truncating:
-    """The open file. `forget_cached(offset, length)` has the kernel drop what it has cached of the image, to the end
-    with length 0; it can be cancelled, and goes on then.
+    """The open file. Trio thread only. Raises what the image's reads and writes raise.
 
-    Trio thread only. Raises what the image's reads and writes raise.
+    `forget_cached(offset, length)` has the kernel drop its cached pages of that extent of the image, of length 0: to
+    the end. When it is cancelled the kernel goes on with it.
     """
 
     def __init__(self, image: Image | Origin, forget_cached: Callable[[int, int], Awaitable[None]]) -> None:
@@ -48,7 +48,7 @@ class Truncating:
         self._zeroing = trio.Lock()
 
     async def begin(self) -> None:
-        """Before the answer to the truncation, and before the first use."""
+        """To be called before the truncation is answered, and before the first use."""
         with trio.move_on_after(FORGETTING_SECONDS):
             await self._forget_cached(0, 0)
 
@@ -61,7 +61,7 @@ class Truncating:
         return await self.image.read_waiting(offset, length)
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        """As of the image, where nothing was skipped."""
+        """As of the image, unless something below was skipped: then None."""
         if offset > self._end or self._zeroing.locked():
             return None
         written = self.image.write_nowait(offset, data, memory)
@@ -70,12 +70,12 @@ class Truncating:
         return written
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """As of the image, after what was skipped is zeroed."""
+        """As of the image, after zeroing what was skipped below."""
         await self.make_way(offset, len(data))
         return await self.image.write_waiting(offset, data, memory)
 
     async def make_way(self, offset: int, length: int) -> None:
-        """Before such an extent is written through this file: zero what was skipped below it."""
+        """Zero what was skipped below an extent that is about to be written through this file."""
         async with self._zeroing:
             if offset < self.image.size_bytes:  # else the write will be refused
                 await self._zero_to(offset)
@@ -87,7 +87,7 @@ class Truncating:
         self._claimed = 0
 
     def claim(self, position: int) -> None:
-        """The tool looks at the file from this position, perhaps to see whether it must still be made longer."""
+        """The tool asked for the size at this file position, perhaps to see whether it has to extend the file."""
         self._claimed = position
 
     async def extend(self) -> None:
@@ -103,13 +103,13 @@ class Truncating:
         await self.image.sync()
 
     async def flush(self) -> None:
-        """At a close: finish what the tool has claimed. Nobody sees older bytes in its place from then on."""
+        """Zero what the tool has claimed, at a close. From then on nobody sees older bytes there."""
         async with self._zeroing:
             await self._zero_to(min(self._claimed, self.image.size_bytes))
         await self._forget_zeroed()
 
     async def _forget_zeroed(self) -> None:
-        """Without the lock: a write may hold a page that is to be dropped."""
+        """Drop cached pages of what was zeroed. Not under the lock: a waiting write may hold such a page."""
         zeroed, self._zeroed = self._zeroed, None
         if zeroed is not None:
             await self._forget_cached(zeroed[0], zeroed[1] - zeroed[0])
@@ -124,7 +124,7 @@ class Truncating:
             self._end = offset + length
 
     async def _is_zero(self, offset: int, length: int) -> bool:
-        """Where there are zeroes already, nothing need be kept for the snapshots, and written."""
+        """Whether it reads as zeroes already, so that nothing has to be preserved and written."""
         with suppress(CowError, OSError):  # what cannot be read can be written over
             at_once = self.image.read_nowait(offset, length, memoryview(bytearray(covering_bytes(length))))
             found = at_once if at_once is not None else await self.image.read_waiting(offset, length)
@@ -140,9 +140,9 @@ class Truncating:
 
 
 def position_in(process: int, inode: int, name: bytes) -> int | None:
-    """Where in a file of that inode and name, open for writing, a process (or thread) is. None where it has none.
+    """The position of a process (or thread) in a file of that inode and name that it has open for writing, or None.
 
-    From /proc/PID/fdinfo, which says `pos`, `flags` in octal, and, since Linux 5.14, `ino`. None also where it ends.
+    From /proc/PID/fdinfo, which has `pos`, `flags` in octal, and, since Linux 5.14, `ino`.
     """
     with suppress(OSError):
         for number in os.listdir(f"/proc/{process}/fd"):

@@ -44,7 +44,7 @@ async def _tree(place: Path) -> AsyncIterator[Tree]:
     disk = place / "disk.img"
     disk.write_bytes(os.urandom(1 << 20))
     sources = [Source(b"disk.img", str(disk))]
-    async with open_store(str(place / "store"), sources, on_trouble=print) as opened:
+    async with open_store(str(place / "store"), sources) as opened:
         yield Tree(opened, "/mnt", _undisturbed, Access(), LiveImages(opened.store.origins))
 
 
