@@ -5,20 +5,19 @@ before anything is written: a store in use, of a newer format, made for other de
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import trio
 
+from cow.config import OnFull, Source
 from cow.disk import trial
 from cow.disk.directory import Directory
 from cow.disk.io import FULL, SYSTEM, Io
 from cow.disk.source import OriginDevice
 from cow.disk.superblock import SuperblockOf, no_superblock
 from cow.durable.inodes import is_spare
-from cow.durable.preserver import OnFull
 from cow.durable.recovery import open_journal, recover
 from cow.durable.space import (
     RESERVE_BYTES,
@@ -34,17 +33,11 @@ from cow.entry.footing import WHY_NOT_MADE, check_file_system, check_open_files,
 from cow.entry.forecast import check_quota
 from cow.entry.secondplace import open_second_place
 from cow.errors import CowError, RefusedError, StoreFullError, printable
+from cow.events import Tell, nobody
 from cow.layers.layer import Layer
 from cow.records.catalog import FILE_NAME, Catalog, OriginRow
 from cow.records.journal import is_journal
-from cow.store.store import Store
-
-
-class Source(NamedTuple):
-    """What to take snapshots of: the image's name and the path of the device or file."""
-
-    name: bytes
-    path: str
+from cow.store.store import OnDisk, Settings, Store
 
 
 @dataclass
@@ -71,13 +64,13 @@ async def open_store(
     superblock_of: SuperblockOf = no_superblock,
     accept_quota: bool = False,
     elsewhere: str | None = None,
-    on_trouble: Callable[[str], None] = lambda sentence: None,
+    tell: Tell = nobody,
     io: Io = SYSTEM,
 ) -> AsyncIterator[Opened]:
     """Open the store at `path`, made when missing, with its sources, and recover it.
 
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
-    only the files are closed, as after a kill. `on_trouble` gets a sentence for what nobody is told by an errno.
+    only the files are closed, as after a kill. `tell` hears of what nobody is told by an errno.
     `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (elsewhere.py).
     Where it is unknown after a crash whether some were, as that is another one than before, the store is refused, or,
     with `read_suspect`, its snapshots become suspect.
@@ -100,7 +93,7 @@ async def open_store(
         stack.callback(layers_directory.close)
         check_open_files(layers_directory, (device.size_bytes for device in devices))
         await trio.to_thread.run_sync(layers_directory.sync)  # entries that a killed process made are there to stay
-        space = Space(directory, layers_directory, quota_bytes, on_trouble)
+        space = Space(directory, layers_directory, quota_bytes, tell)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
         second_place = await trio.to_thread.run_sync(
@@ -108,11 +101,9 @@ async def open_store(
         )
         recovered = await trio.to_thread.run_sync(recover, catalog, journal, layers_directory, second_place.elsewhere)
         recovered.findings += second_place.findings
-        store = Store(
-            catalog, journal, directory, layers_directory, space, second_place.elsewhere,
-            on_full=on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect,
-            on_trouble=on_trouble,
-        )  # fmt: skip
+        on_disk = OnDisk(directory, layers_directory, catalog, journal, second_place.elsewhere)
+        settings = Settings(on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect)
+        store = Store(on_disk, space, settings, tell)
         stack.callback(store.close_files)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
@@ -121,7 +112,7 @@ async def open_store(
         if not read_only:
             await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
-        await store.housekeeping.hold_back()
+        await space.refill()
         await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)

@@ -134,7 +134,7 @@ class OpenScrub:
         origin, layer, image, run = step
         found: list[Progress | Finding] = []
         async with image.settled() if image is not None else nullcontext():  # until what is bad is recorded as lost
-            if self._store.is_in_use(layer):
+            if self._store.inventory.has(layer):
                 found += await self._check(origin, layer, run)
         self._done_bytes += run.length
         return [*found, Progress(self._done_bytes, max(self._total_bytes, self._done_bytes))]
@@ -144,7 +144,7 @@ class OpenScrub:
         with pinned([layer]):
             bad = await trio.to_thread.run_sync(bad_chunks, layer, run, {})
         bad &= layer.held  # what was dropped meanwhile may be punched out already
-        if bad and self._store.is_in_use(layer):
+        if bad and self._store.inventory.has(layer):
             chains: list[Chain] = [
                 (snapshot.name, one.layers())
                 for snapshot in self._store.snapshots

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from hcpfs import beneath, record
+from hcpfs.daemon import record
+from hcpfs.system import beneath
 from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
 
 RUN_VARIABLE = "HCPFS_TEST_RUN"

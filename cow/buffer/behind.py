@@ -17,6 +17,7 @@ from cow.buffer.contents import Contents, Row
 from cow.buffer.memory import Memory
 from cow.disk.file import File
 from cow.errors import CowError
+from cow.events import Tell, Trouble, nobody
 from cow.geometry import CHUNK_BYTES, Run, covering
 from cow.offload import MOST_CHUNKS_HERE
 
@@ -54,22 +55,22 @@ class Behind:
 
     `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
     OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
-    full empties it, unless there are extents, which are worth a thread. `on_trouble` is told, with a sentence, when
-    what was acknowledged is not taken, and `on_change` by how many chunks there are more in memory.
+    full empties it, unless there are extents, which are worth a thread. `tell` hears when what was acknowledged is not
+    taken, and `on_change` by how many chunks there are more in memory.
     """
 
     def __init__(
         self,
         label: str,
         take: Callable[[Contents], Awaitable[Untaken]],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
         on_change: Callable[[int], None] = lambda chunks: None,
         *,
         is_in_memory: bool = False,
     ) -> None:
         self._label = label
         self._take = take
-        self._on_trouble = on_trouble
+        self._tell = tell
         self._on_change = on_change
         self._is_in_memory = is_in_memory
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
@@ -151,7 +152,7 @@ class Behind:
         """Nobody wants what is in memory any more, nor will put anything there."""
         self._on_change(-self._weight)
         self._on_change = lambda chunks: None  # of what is on its way yet
-        self._on_trouble = lambda sentence: None
+        self._tell = nobody
         self._gathering.contents.release()
         self._gathering, self._leaving = _Generation(), _NOTHING
 
@@ -226,13 +227,16 @@ class Behind:
             taken.contents.release()
             self._on_change(self._weight - before)
             taken.done.set()
-        self._tell(taken.error if taken.is_kept else None)
+        self._note(taken.error if taken.is_kept else None)
 
-    def _tell(self, error: Exception | None) -> None:
+    def _note(self, error: Exception | None) -> None:
+        """Whether the last flush left something here, and why."""
         if error is not None and not self._failing:
-            self._on_trouble(
-                f"writes to {self._label} that were acknowledged are still in memory ({error}); every sync of it fails "
-                f"until they are taken"
+            self._tell(
+                Trouble(
+                    f"writes to {self._label} that were acknowledged are still in memory ({error}); every sync of it "
+                    f"fails until they are taken"
+                )
             )
         self._failing = error is not None
 

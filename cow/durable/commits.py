@@ -1,22 +1,26 @@
 """Commits: the one road from "written" to "durable", and the checkpoints that keep the journal short.
 
 A commit appends records and then, in the same critical section, updates the layers' sets, so that a checkpoint sees
-both or neither. A full journal file is followed by a new one at once; the old ones go when a checkpoint, made by the
-store's housekeeping, has saved the layers.
+both or neither. A full journal file is followed by a new one at once, and what the layers knew then is a checkpoint.
+It waits here until the store's housekeeping has it saved; then the older journal files go.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
 
 import trio
 
 from cow.disk.io import FULL
+from cow.durable.space import Space
 from cow.geometry import runs_of
 from cow.holding import holding
 from cow.layers.layer import Layer, pinned
 from cow.layers.layermap import MapImage
 from cow.offload import MOST_CHUNKS_HERE, offload
+from cow.records.catalog import Catalog
 from cow.records.journal import FILE_BYTES, Journal, Kind, Record
 
 MOST_INTENDED_CHUNKS = FILE_BYTES // 64  # of all layers: at 16 bytes a run at most a quarter of a journal file
@@ -28,7 +32,6 @@ class Checkpoint:
 
     maps: list[tuple[Layer, MapImage]]
     journals: list[int]
-    unsaved: Layer | None = None  #: at which saving it failed
 
     def merged(self, later: "Checkpoint") -> "Checkpoint":
         """One that does for both. A layer's later map has all that the earlier one had."""
@@ -36,35 +39,39 @@ class Checkpoint:
         return Checkpoint(list(maps.values()), sorted({*self.journals, *later.journals}))
 
 
+class LayersInUse(Protocol):
+    """The layers of a store, as far as commits ask for them."""
+
+    @property
+    def layers(self) -> Collection[Layer]:
+        """All of them."""
+
+    def settled(self, layer: Layer) -> AbstractAsyncContextManager[None]:
+        """While no image writes to the layer."""
+
+
 class Commits:
     """Serialises access to the journal. Trio thread only; the file work is done in threads.
 
-    `layers` gives all layers of the store; `on_checkpoint` is told what a new journal file left to be saved; within
-    `in_need()` the reserve can be let go when there is no room for one. `record_saved` puts the generations of maps, by
-    layer, into the catalog. Within `settled(layer)` nobody writes to that layer.
+    `wake` is called when there is a checkpoint to be saved.
     """
 
     def __init__(
-        self,
-        journal: Journal,
-        layers: Callable[[], Iterable[Layer]],
-        on_checkpoint: Callable[[Checkpoint], None],
-        in_need: Callable[[], AbstractContextManager[Callable[[], None]]],
-        record_saved: Callable[[Sequence[tuple[int, int]]], None],
-        settled: Callable[[Layer], AbstractAsyncContextManager[None]],
+        self, journal: Journal, inventory: LayersInUse, space: Space, catalog: Catalog, wake: Callable[[], None]
     ) -> None:
         self._journal = journal
-        self._layers = layers
-        self._on_checkpoint = on_checkpoint
-        self._in_need = in_need
-        self._record_saved = record_saved
-        self._settled = settled
+        self._inventory = inventory
+        self._space = space
+        self._catalog = catalog
+        self._wake = wake
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
+        self._checkpoints: list[Checkpoint] = []  #: not saved yet, oldest first
+        self.unsaved: Layer | None = None  #: at which the last save failed
 
     @property
     def intents_are_many(self) -> bool:
         """Whether images should commit what they overwrote in place, as a new journal file has to take all INTENTs."""
-        return sum(len(layer.intended) for layer in self._layers()) > MOST_INTENDED_CHUNKS
+        return sum(len(layer.intended) for layer in self._inventory.layers) > MOST_INTENDED_CHUNKS
 
     async def mend(self) -> None:
         """After a failed append that could not be made void: do so now, or raise OSError or CowError.
@@ -108,7 +115,7 @@ class Commits:
         # What may be half overwritten must still be known once the older files are gone.
         intents = [
             Record(Kind.INTENT, layer.id, layer.written_ns, list(runs_of(layer.intended)))
-            for layer in self._layers()
+            for layer in self._inventory.layers
             if layer.intended
         ]
         try:
@@ -116,32 +123,55 @@ class Commits:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            with self._in_need() as let_go:
+            with self._space.in_need() as let_go:
                 await trio.to_thread.run_sync(let_go)
                 older = await trio.to_thread.run_sync(self._journal.start_file, intents)
         maps = []
-        for layer in self._layers():
+        for layer in self._inventory.layers:
             if layer.dirty and layer.damage is None:
                 maps.append((layer, layer.encode_map()))
-        self._on_checkpoint(Checkpoint(maps, older))
+        self._checkpoints.append(Checkpoint(maps, older))
+        self._wake()
 
-    async def save(self, checkpoint: Checkpoint) -> None:
-        """Save the layers of a checkpoint and drop the journal files that it covers.
+    @property
+    def waiting_journals(self) -> int:
+        """How many journal files wait for the checkpoints that are not saved yet; 0 when all are saved."""
+        return len({number for checkpoint in self._checkpoints for number in checkpoint.journals})
 
-        After an error the files stay; the checkpoint, or a later one merged with it, can be saved again. Layers that
-        are gone meanwhile are passed over.
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there are checkpoints to be saved."""
+        return bool(self._checkpoints)
+
+    async def save(self) -> None:
+        """Save the checkpoints there are, as one, and drop the journal files that they cover.
+
+        Raises OSError or CowError. The files stay then, and the checkpoints are saved with the next ones; `unsaved`
+        is the layer that could not be saved, if it was one. One save at a time.
         """
+        if not self._checkpoints:
+            return
+        checkpoint = reduce(Checkpoint.merged, self._checkpoints)
+        self._checkpoints = []
+        try:
+            await self._save(checkpoint)
+        except BaseException:
+            self._checkpoints.insert(0, checkpoint)
+            raise
+
+    async def _save(self, checkpoint: Checkpoint) -> None:
+        """Layers that are gone meanwhile are left out."""
         saved = []
         try:
             for layer, image in checkpoint.maps:
-                if layer in self._layers():
-                    checkpoint.unsaved = layer
+                if layer in self._inventory.layers:
+                    self.unsaved = layer
                     with pinned([layer]):
                         await self._save_layer(layer, image)
                     saved.append((layer.id, image.generation))
-            checkpoint.unsaved = None
+            self.unsaved = None
             if saved:
-                await trio.to_thread.run_sync(self._record_saved, saved)
+                await trio.to_thread.run_sync(self._catalog.record_saved, saved)
         except BaseException:
             for layer, _ in checkpoint.maps:
                 layer.note_unsaved()
@@ -154,7 +184,7 @@ class Commits:
 
     async def _save_layer(self, layer: Layer, image: MapImage) -> None:
         if layer.sums.in_doubt:
-            async with self._settled(layer), self._lock:
+            async with self._inventory.settled(layer), self._lock:
                 in_use = layer.files.pins > 1
                 await trio.to_thread.run_sync(self._renew_sums, layer)
                 layer.sums.in_doubt = in_use  # what the preserver wrote and has not committed yet: the next time

@@ -11,10 +11,8 @@ policy decides. All of it is durable before any writer goes on. But where the or
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -23,8 +21,10 @@ import trio
 from pyroaring import BitMap64
 
 from cow.buffer.memory import is_out_of_memory, out_of_memory
+from cow.config import OnFull
 from cow.disk.io import FULL
 from cow.durable.commits import Commits
+from cow.durable.space import Space
 from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.holding import holding
@@ -37,14 +37,6 @@ from cow.records.journal import Kind, Record
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
 FEWEST_CHUNKS = 16  # tried when there is no room for more
-
-
-class OnFull(StrEnum):
-    """What happens when there is no room for the origin's old bytes."""
-
-    DROP_OLDEST = "drop-oldest"  # the oldest snapshot that is not open is given up, then the next
-    LOSE_CHUNKS = "lose-chunks"  # the chunks read EIO from then on, in the snapshots that need them
-    BLOCK_WRITES = "block-writes"  # the writer gets ENOSPC
 
 
 class PreservedOrigin(Protocol):
@@ -66,6 +58,26 @@ class PreservedOrigin(Protocol):
 
     def why_away(self, chunk: int, error: OSError) -> OSError | None:
         """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+
+
+class GivesUp(Protocol):
+    """What the preserver asks of the one who gives up snapshots."""
+
+    async def make_room(self) -> bool:
+        """Give up the least wanted snapshot, durably. Whether there was one. Raises as `give_up`."""
+
+    async def give_up(self, numbers: Sequence[int], reason: str) -> None:
+        """Make snapshots invalid, durably. Raises CowError or OSError when that can be recorded nowhere."""
+
+
+class NotesLosses(Protocol):
+    """Whom the preserver tells what became of old bytes."""
+
+    def lost(self, numbers: Sequence[int], sentence: str) -> None:
+        """Chunks were lost to these snapshots."""
+
+    def rescued(self) -> None:
+        """Chunks that were lost are kept after all."""
 
 
 class _Batch:
@@ -125,33 +137,14 @@ class _Job:
 
 
 class Preserver:
-    """Trio thread only. `run` must be running.
+    """Trio thread only. `run` must be running."""
 
-    `room(bytes)`, around a write, raises QuotaError or StoreFullError when there is none. `make_room()` gives up the
-    least wanted snapshot and tells whether there was one, and `let_inodes_go()` whether inodes were short and some were
-    held back. `give_up(snapshots, reason)` gives up those; `on_lost` is told, with a sentence, whose chunks were lost,
-    and `on_rescued` when some were kept after all.
-    """
-
-    def __init__(
-        self,
-        commits: Commits,
-        on_full: OnFull,
-        room: Callable[[int], AbstractAsyncContextManager[None]],
-        make_room: Callable[[], Awaitable[bool]],
-        let_inodes_go: Callable[[], Awaitable[bool]],
-        give_up: Callable[[Sequence[int], str], Awaitable[None]],
-        on_lost: Callable[[Sequence[int], str], None],
-        on_rescued: Callable[[], None],
-    ) -> None:
+    def __init__(self, commits: Commits, space: Space, removal: GivesUp, damage: NotesLosses, on_full: OnFull) -> None:
         self._commits = commits
+        self._space = space
+        self._removal = removal
+        self._damage = damage
         self._on_full = on_full
-        self._room = room
-        self._make_room = make_room
-        self._let_inodes_go = let_inodes_go
-        self._give_up = give_up
-        self._on_lost = on_lost
-        self._on_rescued = on_rescued
         self._next = _Batch()
         self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
         self._turn = trio.Lock()  #: of the one whose batch is taken
@@ -190,12 +183,12 @@ class Preserver:
         """
         one = BitMap64([chunk])
         with pinned([layer]):
-            async with self._room(layer.new_bytes(one)):
+            async with self._space.room(layer.new_bytes(one)):
                 sums = await offload(_write_late, layer, chunk, data, here=layer.is_in_memory)
                 if chunk in layer.lost:
                     record = Record(Kind.PRESERVED, layer.id, time.time_ns(), [Run(chunk, 1)], sums)
                     await self._commits.commit([record], lambda: layer.commit(one))
-        self._on_rescued()
+        self._damage.rescued()
 
     async def run(self) -> None:
         """Take the batches that gathered while another was taken, until cancelled."""
@@ -219,7 +212,7 @@ class Preserver:
         most = MOST_CHUNKS
         while jobs := self._jobs(batch, most):
             try:
-                async with self._room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
+                async with self._space.room(sum(job.layer.new_bytes(job.chunks) for job in jobs)):
                     await self._copy(jobs, _copy_durably)
                 for job in jobs:
                     if job.away is not None:
@@ -236,7 +229,7 @@ class Preserver:
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)
-                elif await self._let_inodes_go():
+                elif await self._space.let_inodes_go():
                     pass  # it was a file that could not be made, and now it can
                 elif most > FEWEST_CHUNKS:
                     most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
@@ -275,7 +268,7 @@ class Preserver:
             job.layer.lose(job.lost)
             job.layer.files.give_up_unsynced()
             job.origin.note_lost(job.layer, job.lost)
-            self._on_lost(
+            self._damage.lost(
                 affected,
                 f"{len(job.lost)} chunks could not be preserved when the origin overwrote them ({job.cause}), the "
                 f"first at offset {job.lost.min() * CHUNK_BYTES}; they read EIO, and the rest stays readable",
@@ -285,7 +278,7 @@ class Preserver:
         if self._on_full is OnFull.BLOCK_WRITES:
             raise StoreFullError(f"{error}; the policy on_full=block-writes stops the writer") from error
         if self._on_full is OnFull.DROP_OLDEST:
-            if not await self._make_room():
+            if not await self._removal.make_room():
                 await self._give_up_all(batch, error)
             return
 
@@ -300,7 +293,7 @@ class Preserver:
 
     async def _give_up_all(self, batch: _Batch, error: Exception) -> None:
         for origin, wanted in batch.wanted.items():
-            await self._give_up(
+            await self._removal.give_up(
                 origin.epochs.needing(wanted),
                 f"old bytes of the origin could not be preserved when they were overwritten: {error}",
             )

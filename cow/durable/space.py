@@ -26,6 +26,7 @@ from cow.disk.file import File
 from cow.disk.io import FULL
 from cow.durable.inodes import OPENING_SPARES, Inodes, fill_up, let_go
 from cow.errors import QuotaError, RefusedError, StoreFullError
+from cow.events import Filling, Tell, Trouble
 from cow.geometry import CHUNK_BYTES
 from cow.records.journal import FILE_BYTES
 
@@ -54,8 +55,8 @@ T = TypeVar("T")
 class Space:
     """The store's space. `quota_bytes` None means: whatever the file system has.
 
-    `layers_directory` is the one directory below `directory`. `on_warning` gets a sentence when the store fills up
-    beyond one of `WARNING_PERCENTS`.
+    `layers_directory` is the one directory below `directory`. `tell` hears when the store fills up beyond one of
+    `WARNING_PERCENTS`.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class Space:
         directory: Directory,
         layers_directory: Directory,
         quota_bytes: int | None,
-        on_warning: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         if quota_bytes is not None and quota_bytes < LEAST_QUOTA_BYTES:
             raise RefusedError(f"a quota of {quota_bytes} bytes is too small: give at least {LEAST_QUOTA_BYTES >> 20}M")
         self.quota_bytes = quota_bytes
         self._directory = directory
         self._layers_directory = layers_directory
-        self._on_warning = on_warning
+        self._tell = tell
         self._warned_percent = 0
         self.holding_back = False  #: whether the reserve is filled
         self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
@@ -206,9 +207,8 @@ class Space:
             self._warned_percent = reached
         if reached > self._warned_percent:
             self._warned_percent = reached
-            self._on_warning(
-                f"the store {self._directory.label} is {self._fullness}: {self._remedy}{_consequence(percent)}"
-            )
+            remedy = f"{self._remedy}{_consequence(percent)}"
+            self._tell(Filling(self._directory.label, percent, self._fullness, remedy))
 
     async def check_for_snapshot(self) -> None:
         """Raise StoreFullError when the store is too full for one more snapshot."""
@@ -310,9 +310,10 @@ class Space:
 
     @contextmanager
     def in_need(self) -> Iterator[Callable[[], None]]:
-        """Yields what lets the reserve go, which blocks; it is not filled up before the end.
+        """Within the block the reserve is not filled up again.
 
-        What the next opening needs is kept; half of that goes as well when it is called again.
+        Yields a blocking function that releases it: the first call all but what the next opening needs, the second
+        half of that, the third the rest.
         """
         levels = iter(((OPENING_BYTES, OPENING_SPARES), (OPENING_BYTES // 2, OPENING_SPARES // 2)))
         self._in_need += 1
@@ -357,6 +358,16 @@ class Space:
             went = self.inodes.let_go_for_write()
             self.holding_back &= not went
             return went
+
+    async def refill(self) -> None:
+        """Fill up the reserve, as far as there is room; where that is not enough it is told. Raises OSError."""
+        if not await trio.to_thread.run_sync(self.hold_back):
+            self._tell(
+                Trouble(
+                    f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
+                    f"(space, or inodes)"
+                )
+            )
 
     def hold_back(self) -> bool:
         """Fill the reserve up again, as far as there is room; False when that is not enough. Blocks."""

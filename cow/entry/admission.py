@@ -12,9 +12,10 @@ from cow.clock import after
 from cow.disk.superblock import Superblock
 from cow.errors import WAY, RefusedError, counted, printable
 from cow.images.origin import Origin
-from cow.images.recognition import Facts, Verdict, facts_key, gather, judge
+from cow.images.recognition import Verdict, gather, judge
 from cow.records.catalog import Catalog, OriginRow
-from cow.store.store import TRUSTED, Store
+from cow.records.facts import Facts, facts_key
+from cow.store.store import Store
 
 
 async def admit(
@@ -46,7 +47,7 @@ async def admit(
         if verdict.is_another:
             raise RefusedError(_another_device(store, origin, verdict, _known_as(catalog, rows, row, verdict.now)))
         in_doubt = bool(verdict.changed) or (verdict.is_written_to and not accept_unchanged)
-        if in_doubt and any(one.row.state in TRUSTED for one in store.snapshots):
+        if in_doubt and store.inventory.trusted:
             if not accept_changed:
                 raise RefusedError(_changed_device(store, origin, verdict, row))
             sentences.append(
@@ -68,7 +69,7 @@ def _another_device(store: Store, origin: Origin, verdict: Verdict, known_as: st
 
 
 def _changed_device(store: Store, origin: Origin, verdict: Verdict, row: OriginRow) -> str:
-    count = counted(sum(1 for one in store.snapshots if one.row.state in TRUSTED), "snapshot")
+    count = counted(len(store.inventory.trusted), "snapshot")
     path = os.fsdecode(row.path)
     was = f", which was {path} then" if path != origin.device.label else ""
     uuid = "" if verdict.has_other_uuid or not verdict.now.uuid else f" ({verdict.now})"

@@ -6,7 +6,7 @@ refused is a quota that is lower than the last one.
 
 from collections.abc import Iterator
 
-from cow.durable.preserver import OnFull
+from cow.config import OnFull
 from cow.durable.space import RESERVE_BYTES, UNPROMISED_BYTES
 from cow.errors import RefusedError, printable
 from cow.records.catalog import Catalog
@@ -44,9 +44,9 @@ def _mib(count: int) -> int:
 
 
 def _cost(store: Store, usable: list[Snapshot]) -> str:
-    if store.on_full is OnFull.BLOCK_WRITES:
+    if store.settings.on_full is OnFull.BLOCK_WRITES:
         return "the writer would get ENOSPC, at which a file system on it turns read-only (on_full=block-writes)"
-    if store.on_full is OnFull.LOSE_CHUNKS:
+    if store.settings.on_full is OnFull.LOSE_CHUNKS:
         return (
             f"what it overwrites would be lost to {len(usable)} snapshots, chunk by chunk, and read EIO there "
             f"(on_full=lose-chunks)"

@@ -33,6 +33,7 @@ from cow.errors import (
     SuspectError,
     printable,
 )
+from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, ragged, runs_of
 from cow.holding import holding
 from cow.images.origin import Origin
@@ -48,7 +49,7 @@ MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a
 class Image:
     """Trio thread only.
 
-    `on_damage(sentence)` records a mismatch; `on_trouble` is told when what was acknowledged cannot be written.
+    `on_damage(sentence)` records a mismatch; `tell` hears when what was acknowledged cannot be written.
     With `doubted_from` what is on the device may be wrong, and so what the layers from that id on have from it: reading
     it is refused.
     """
@@ -62,7 +63,7 @@ class Image:
         commits: Commits,
         space: Space,
         on_damage: Callable[[str], Awaitable[None]],
-        on_trouble: Callable[[str], None],
+        tell: Tell,
         *,
         doubted_from: int | None,
         write_behind: bool,
@@ -82,7 +83,7 @@ class Image:
         self._changing = trio.Lock()  #: guards the delta's sets and files against two writers
         self._write_behind = write_behind
         label = f"image {printable(origin.name)} of snapshot {snapshot}"
-        self._behind = Behind(label, self._take, on_trouble, self._wait_in_memory, is_in_memory=delta.is_in_memory)
+        self._behind = Behind(label, self._take, tell, self._wait_in_memory, is_in_memory=delta.is_in_memory)
         self._running = trio.CancelScope()
         self._epochs = origin.epochs
         self._layers: list[Layer] = []  #: as of `_version` of the epochs

@@ -7,7 +7,6 @@ Reads and writes are async and take any offset and length; what blocks is done i
 """
 
 import time
-from collections.abc import Callable
 
 import trio
 from pyroaring import BitMap64
@@ -22,6 +21,7 @@ from cow.disk.superblock import Superblock
 from cow.durable.preserver import Preserver
 from cow.durable.rescue import Losses
 from cow.errors import CowError, PastEndError, ReadOnlyError, printable
+from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.images.gate import Gate
 from cow.layers.epochs import Epochs
@@ -45,7 +45,7 @@ class Origin:
         device: OriginDevice,
         gate: Gate,
         preserver: Preserver,
-        on_trouble: Callable[[str], None],
+        tell: Tell,
         *,
         read_only: bool,
         write_behind: bool,
@@ -67,7 +67,7 @@ class Origin:
         self._look_again_ns = 0  #: at the size of a file
         is_in_memory = store_is_in_memory and device.is_in_memory
         self._losses = Losses()
-        self._behind = Behind(device.label, self._take, on_trouble, is_in_memory=is_in_memory)
+        self._behind = Behind(device.label, self._take, tell, is_in_memory=is_in_memory)
         self._is_preserved = self.epochs.is_preserved  # asked for every short write
 
     # -- the live image ------------------------------------------------------------------------------------------

@@ -6,46 +6,18 @@ writes (disk/witness.py), and the superblock's UUID. Where any of them speaks ag
 before the user has decided: it may be the wrong disk, and the right one may come back.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pyroaring import BitMap64
 
 from cow.disk.superblock import Superblock
-from cow.disk.witness import Witness
 from cow.geometry import Run, chunks_in, runs_of
 from cow.images.origin import Origin
+from cow.records.facts import Facts
 from cow.records.fingerprint import Comparison, compare, sampled
 
 _MOST_PLACES = 4  # that a sentence names
-
-
-class Facts(NamedTuple):
-    """What was known of a device at the last clean stop. `sample`: 8 bytes a chunk, as in records/fingerprint.py."""
-
-    sample: bytes = b""
-    witness: Witness | None = None
-    superblock: Superblock = Superblock()
-
-    def to_text(self) -> str:
-        """As the catalog keeps it (FORMAT.md)."""
-        return json.dumps({"sample": self.sample.hex(), "witness": self.witness, "superblock": self.superblock})
-
-    @classmethod
-    def from_text(cls, text: object) -> "Facts":
-        """Back from the catalog's text; nothing is known where there is none."""
-        if not isinstance(text, str):
-            return cls()
-        values = json.loads(text)
-        witness = Witness(*values["witness"]) if values["witness"] else None
-        return cls(bytes.fromhex(values["sample"]), witness, Superblock(*values["superblock"]))
-
-
-def facts_key(origin: int) -> str:
-    """Where the catalog's table `store` has the facts of an origin."""
-    return f"device.{origin}"
 
 
 def gather(origin: Origin) -> Facts:

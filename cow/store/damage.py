@@ -5,39 +5,32 @@ from it: the catalog is told later, by the housekeeping, and after a crash in be
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 import trio
 from pyroaring import BitMap64
 
+from cow.bell import Bell
 from cow.durable.commits import Commits
-from cow.errors import printable
+from cow.events import Damaged, Rescued, Tell
 from cow.geometry import runs_of
 from cow.layers.layer import Layer
 from cow.records.catalog import Catalog, State
 from cow.records.journal import Kind, Record
-from cow.store.housekeeping import Housekeeping
+from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot
 
 
 class Damage:
-    """Trio thread only. `snapshots` are the store's, by id; `layout` guards them."""
+    """Trio thread only. `due` is rung when there is something to `record`."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        commits: Commits,
-        housekeeping: Housekeeping,
-        layout: trio.Lock,
-        snapshots: Mapping[int, Snapshot],
-        on_trouble: Callable[[str], None],
-    ) -> None:
+    def __init__(self, catalog: Catalog, commits: Commits, inventory: Inventory, due: Bell, tell: Tell) -> None:
         self._catalog = catalog
         self._commits = commits
-        self._housekeeping = housekeeping
-        self._layout = layout
-        self._snapshots = snapshots
-        self._on_trouble = on_trouble
+        self._inventory = inventory
+        self._due = due
+        self._tell = tell
         self._by_loss: set[int] = set()  #: those that are damaged by nothing but what was lost to the origin's writers
         self._unrecorded: list[Snapshot] = []  #: whose state the catalog has to be told
 
@@ -46,7 +39,7 @@ class Damage:
 
         Raises OSError or CowError when that cannot be recorded; nothing is lost then.
         """
-        affected = [one.id for one in self._snapshots.values() if one.exists and one.reads(layer, lost)]
+        affected = [one.id for one in self._inventory.reading(layer, lost)]
         record = Record(Kind.LOST, layer.id, time.time_ns(), list(runs_of(lost)))
         await self._commits.commit([record], lambda: layer.lose(lost))
         self._by_loss -= set(affected)
@@ -57,44 +50,55 @@ class Damage:
     async def found(self, number: int, sentence: str) -> None:
         """A read of a snapshot found it damaged; the catalog has it on return. Raises OSError or CowError."""
         self._by_loss.discard(number)
-        if self._is_valid(number):
+        if self._valid(number) is not None:
             self.mark([number], sentence)
             await self.record()
 
     def lost(self, numbers: Sequence[int], sentence: str) -> None:
         """Chunks were lost when the origin overwrote them. As `mark`; `rescued` may take it back."""
-        self._by_loss |= {number for number in numbers if self._is_valid(number)}
+        self._by_loss |= {number for number in numbers if self._valid(number) is not None}
         self.mark(numbers, sentence)
 
     def rescued(self) -> None:
         """What was lost may be there again: those that lack nothing any more are valid."""
-        for snapshot in [self._snapshots[one] for one in self._by_loss & self._snapshots.keys()]:
+        for snapshot in [one for one in self._inventory.all_snapshots if one.id in self._by_loss]:
             if snapshot.row.state is State.DAMAGED and not any(image.lost() for image in snapshot.images):
                 snapshot.row.state, snapshot.row.reason = State.VALID, ""
                 self._by_loss.discard(snapshot.id)
-                self._on_trouble(
-                    f"snapshot {printable(snapshot.name)} lacks nothing any more: what was recorded as lost was never "
-                    f"overwritten, and has been read from the device after all"
-                )
+                self._tell(Rescued(snapshot.name))
                 self._unrecorded.append(snapshot)
-                self._housekeeping.wake()
+                self._due.ring()
+
+    def find_lost(self) -> None:
+        """Mark the snapshots for which chunks were lost, as their layers say."""
+        counts: Counter[int] = Counter()
+        for origin in self._inventory.origins:
+            for number, lost in origin.epochs.lost():
+                snapshot = self._inventory.get(number)
+                image = snapshot.image(origin.name) if snapshot is not None else None
+                counts[number] += len(image.lost_of(lost)) if image is not None else 0
+        for number, count in counts.items():
+            if count:
+                self.mark([number], f"{count} chunks were lost; they read EIO, and the rest stays readable")
 
     def mark(self, numbers: Sequence[int], sentence: str) -> None:
         """Make those that are valid damaged ones; the catalog is told by `record`."""
-        for snapshot in [self._snapshots[number] for number in numbers if self._is_valid(number)]:
+        for snapshot in [one for number in numbers if (one := self._valid(number)) is not None]:
             snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
-            self._on_trouble(f"snapshot {printable(snapshot.name)} is damaged: {sentence}")
+            self._tell(Damaged(snapshot.name, sentence))
             self._unrecorded.append(snapshot)
-            self._housekeeping.wake()
+            self._due.ring()
 
-    def _is_valid(self, number: int) -> bool:
-        return number in self._snapshots and self._snapshots[number].row.state is State.VALID
+    def _valid(self, number: int) -> Snapshot | None:
+        """The snapshot of that id, if it is valid."""
+        found = self._inventory.get(number)
+        return found if found is not None and found.row.state is State.VALID else None
 
     async def record(self) -> None:
         """Have the catalog told of what was marked; durable on return. Raises OSError or CowError; the rest waits."""
-        async with self._layout:
+        async with self._inventory.lock:
             while self._unrecorded:
                 row = self._unrecorded[0].row
-                if row.id in self._snapshots:
+                if self._inventory.get(row.id) is not None:
                     await trio.to_thread.run_sync(self._catalog.set_state, row.id, row.state, row.reason)
                 self._unrecorded.pop(0)  # others are put behind it meanwhile

@@ -9,7 +9,7 @@ never to a newer one, where what is punched out may be taken for it.
 """
 
 import time
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import trio
@@ -19,12 +19,14 @@ from cow.durable.commits import Commits
 from cow.durable.preserver import is_full
 from cow.durable.space import Space
 from cow.errors import CowError
+from cow.events import Tell, Trouble
 from cow.geometry import Run, runs_of
 from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer, pinned
 from cow.records.catalog import Catalog
 from cow.records.journal import Kind, Record
-from cow.store.housekeeping import Housekeeping
+from cow.store.disposal import Disposal
+from cow.store.inventory import Inventory
 
 MOST_LAYERS = 8  # of a group, before some are merged
 PIECE_CHUNKS = 256  # moved at a time: 1 MiB
@@ -33,41 +35,18 @@ REST = 4.0  # after each piece, as a multiple of the time that it took
 
 
 class Flattener:
-    """Trio thread only. `run` may be cancelled anywhere.
-
-    `all_epochs` gives those of each origin. `layout` guards them, and `layers`, the store's by id. Nothing is merged
-    while `is_doubted()`: then it counts which layers are older than the doubt.
-    """
+    """Trio thread only. `run` may be cancelled anywhere."""
 
     def __init__(
-        self,
-        catalog: Catalog,
-        commits: Commits,
-        space: Space,
-        housekeeping: Housekeeping,
-        layout: trio.Lock,
-        all_epochs: Callable[[], Iterable[Epochs]],
-        layers: MutableMapping[int, Layer],
-        is_doubted: Callable[[], bool],
-        on_trouble: Callable[[str], None],
+        self, catalog: Catalog, commits: Commits, inventory: Inventory, space: Space, disposal: Disposal, tell: Tell
     ) -> None:
         self._catalog = catalog
         self._commits = commits
+        self._inventory = inventory
         self._space = space
-        self._housekeeping = housekeeping
-        self._layout = layout
-        self._all_epochs = all_epochs
-        self._layers = layers
-        self._is_doubted = is_doubted
-        self._on_trouble = on_trouble
-        self.moving = trio.Lock()  #: held while a piece is moved, with the files of two layers in use
+        self._disposal = disposal
+        self._tell = tell
         self._failed: set[int] = set()  #: layers that are left as they are, until the next opening
-        self._due = trio.Event()
-        self.wake()
-
-    def wake(self) -> None:
-        """A snapshot came or went, so there may be something to merge."""
-        self._due.set()
 
     async def run(self) -> None:
         """Merge what is to be merged until cancelled.
@@ -76,9 +55,8 @@ class Flattener:
         until the next snapshot comes or goes.
         """
         while True:
-            await self._due.wait()
-            self._due = trio.Event()
-            for epochs in self._all_epochs():
+            await self._inventory.changed.wait()
+            for epochs in self._inventory.origins.epochs:
                 crowded: set[int] = set()  # the snapshots whose layers find no room
                 while (found := self._pair(epochs, crowded)) is not None:
                     snapshot, source, target = found
@@ -91,7 +69,7 @@ class Flattener:
         None when nothing is to be merged, save for the crowded snapshots.
         """
         for group in epochs.groups:
-            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._is_doubted():
+            if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._inventory.is_doubted:
                 # Old bytes go into the newest layer at any moment.
                 usable = [
                     one
@@ -115,7 +93,7 @@ class Flattener:
                 began = trio.current_time()
                 moved |= await self._move(epochs, source, target)
                 if len(moved) >= PUNCH_CHUNKS and source.known:
-                    self._housekeeping.punch_later([(source, moved)])
+                    self._disposal.punch_later([(source, moved)])
                     moved = BitMap64()
                 await trio.sleep(REST * (trio.current_time() - began))
             if not source.known:
@@ -124,17 +102,19 @@ class Flattener:
             if is_full(error):
                 return False
             self._failed |= {source.id, target.id}
-            self._on_trouble(
-                f"layers {source.name} and {target.name} of {self._housekeeping.label} could not be merged, and are "
-                f"left as they are: {error}"
+            self._tell(
+                Trouble(
+                    f"layers {source.name} and {target.name} of {self._inventory.label} could not be merged, and "
+                    f"are left as they are: {error}"
+                )
             )
         finally:
-            self._housekeeping.punch_later([(source, moved)] if source.known else [])
+            self._disposal.punch_later([(source, moved)] if source.known else [])
         return True
 
     async def _move(self, epochs: Epochs, source: Layer, target: Layer) -> BitMap64:
         """Move a piece: durable in `target` on return, and known to `source` no more. Returns what was held of it."""
-        async with self.moving:
+        async with self._disposal.moving:
             if epochs.group_with(source, target) is None:
                 return BitMap64()
             # atomic: no checkpoint until they are pinned, so that what is chosen is not punched out
@@ -165,13 +145,13 @@ class Flattener:
 
     async def _drop(self, epochs: Epochs, source: Layer, target: Layer) -> None:
         """Take a layer that knows nothing any more out of its group, durably."""
-        async with self._layout:
+        async with self._inventory.lock:
             if epochs.group_with(source, target) is None:
                 return  # its snapshot went, and was the last one that it served
             self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
             await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
             epochs.remove_layer(source)
-            self._housekeeping.drop(self._layers.pop(source.id))
+            self._disposal.drop(self._inventory.forget_layers([source.id]))
             self._failed.remove(source.id)
 
 

@@ -4,13 +4,11 @@ The daemon goes on with what it has open, and what it writes there is found by n
 it is said.
 """
 
-from collections.abc import Callable, Iterable
-
 from cow.disk.directory import Directory
 from cow.errors import StoreGoneError
-from cow.layers.layer import Layer
 from cow.records.catalog import FILE_NAME
 from cow.records.journal import Journal
+from cow.store.inventory import Inventory
 
 _COPY = (
     "its snapshots are gone, wholly or in part, when it is unmounted: copy what you need of them now, from their "
@@ -21,13 +19,10 @@ _COPY = (
 class Presence:
     """Of a store in `directory`. Calls ask the file system, and do not wait for a disk but for its directories."""
 
-    def __init__(
-        self, directory: Directory, layers_directory: Directory, journal: Journal, layers: Callable[[], Iterable[Layer]]
-    ) -> None:
+    def __init__(self, directory: Directory, journal: Journal, inventory: Inventory) -> None:
         self._directory = directory
-        self._layers_directory = layers_directory
         self._journal = journal
-        self._layers = layers
+        self._inventory = inventory
         self._catalog = directory.identity(FILE_NAME)
 
     def check(self) -> None:
@@ -56,10 +51,10 @@ class Presence:
         return ""
 
     def _removed(self) -> str:
-        if self._directory.identity("layers") != self._layers_directory.own_identity:
+        if self._directory.identity("layers") != self._inventory.layers_directory.own_identity:
             return "layers"
         if self._directory.identity(FILE_NAME) != self._catalog:
             return FILE_NAME
         if self._journal.is_removed:
             return "journal.*"
-        return next((f"layers/{layer.name}" for layer in self._layers() if layer.files.are_removed), "")
+        return next((f"layers/{layer.name}" for layer in list(self._inventory.layers) if layer.files.are_removed), "")

@@ -5,57 +5,47 @@ layer that cannot be saved, those whose old bytes cannot be kept, and all of the
 A snapshot that was given up stays listed as invalid, until its user deletes it.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
-from cow.durable.recovery import heir_of
 from cow.durable.space import Space
-from cow.errors import CowError, printable
+from cow.errors import CowError
+from cow.events import GivenUp, Tell, Trouble
 from cow.layers.layer import Layer
 from cow.records.catalog import Catalog, State
 from cow.records.elsewhere import Elsewhere
-from cow.store.flatten import Flattener
-from cow.store.housekeeping import Housekeeping
+from cow.store.disposal import Disposal
+from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot
 
 
 class Removal:
-    """Trio thread only.
-
-    `snapshots`, oldest first, and `layers` are the store's, by id; `layout` guards them. `elsewhere` is where it is
-    recorded that all snapshots were given up when the store takes no more writes.
-    """
+    """Trio thread only. `elsewhere` has the record that all snapshots were given up, when the store takes no writes."""
 
     def __init__(
         self,
         catalog: Catalog,
-        space: Space,
-        housekeeping: Housekeeping,
-        flattener: Flattener,
         elsewhere: Elsewhere | None,
-        layout: trio.Lock,
-        snapshots: Mapping[int, Snapshot],
-        layers: MutableMapping[int, Layer],
-        on_trouble: Callable[[str], None],
+        inventory: Inventory,
+        space: Space,
+        disposal: Disposal,
+        tell: Tell,
     ) -> None:
         self._catalog = catalog
-        self._space = space
-        self._housekeeping = housekeeping
-        self._flattener = flattener
         self._elsewhere = elsewhere
-        self._layout = layout
-        self._snapshots = snapshots
-        self._layers = layers
-        self._on_trouble = on_trouble
+        self._inventory = inventory
+        self._space = space
+        self._disposal = disposal
+        self._tell = tell
 
     async def delete(self, snapshot: Snapshot) -> None:
-        """Take a snapshot out of the catalog, durably. The caller has the layout lock, and drops it from the store's.
+        """Take a snapshot out of the store, durably. The caller holds the inventory's lock.
 
         Raises CowError or OSError when that cannot be recorded; nothing is changed then.
         """
         snapshot.leaving = True
-        heir = self._heir_of(snapshot)
+        heir = self._inventory.heir_of(snapshot)
         try:
             gone = await self._with_reserve(self._catalog.delete_snapshot, snapshot.id, heir)
         except BaseException:
@@ -64,33 +54,36 @@ class Removal:
         for image in snapshot.images:
             image.stop()
         self._release(snapshot, heir, gone)
+        self._inventory.remove(snapshot)
 
     async def make_room(self) -> bool:
         """Give up one snapshot, durably: the policy drop-oldest. Whether there was one.
 
-        The oldest that is not open goes first, then the oldest that is. One whose end would free nothing, as an older
-        one needs all that it has, is passed over: it would be lost for nothing. Raises as `give_up`.
+        Snapshots whose end frees no space, because an older one needs all that they have, are considered last: they
+        would be lost for nothing. Of the others the oldest that is not open goes, and if all are open the oldest.
+        Raises as `give_up`.
         """
-        usable = [one for one in self._snapshots.values() if one.usable and not one.leaving]
+        usable = [one for one in self._inventory.usable if not one.leaving]
         if not usable:
             return False
-        least_wanted = min(usable, key=lambda one: (not one.frees_something(self._heir_of(one)), one.is_open, one.id))
+        heir_of = self._inventory.heir_of
+        least_wanted = min(usable, key=lambda one: (not one.frees_something(heir_of(one)), one.is_open, one.id))
         why = (
             "no other made room without being in use too" if least_wanted.is_open else "this was the oldest not in use"
         )
         await self.give_up([least_wanted.id], f"the store was full, and of the snapshots {why}")
         try:
-            async with self._flattener.moving:  # no files are removed while they are in use
-                await self._housekeeping.sweep()
-            await self._housekeeping.hold_back()
+            async with self._disposal.moving:  # no files are removed while they are in use
+                await self._disposal.sweep()
+            await self._space.refill()
             await self._space.measure()
         except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
-            self._on_trouble(f"what the snapshot took could not be given back at once: {error}")
+            self._tell(Trouble(f"what the snapshot took could not be given back at once: {error}"))
         return True
 
     async def give_up_readers(self, layer: Layer, error: Exception) -> None:
         """Give up the snapshots that read a layer which cannot be saved: the journal must not grow for ever. # I6"""
-        readers = [one.id for one in self._snapshots.values() if one.usable and one.asks(layer)]
+        readers = [one.id for one in self._inventory.asking(layer)]
         await self.give_up(readers, f"what is known of its chunks could not be saved for long: {error}")
 
     async def give_up(self, numbers: Sequence[int], reason: str) -> None:
@@ -98,12 +91,12 @@ class Removal:
 
         Raises CowError or OSError when that can be recorded neither in the store nor elsewhere.
         """
-        async with self._layout:
+        async with self._inventory.lock:
             for number in numbers:
-                snapshot = self._snapshots.get(number)
+                snapshot = self._inventory.get(number)
                 if snapshot is None or not snapshot.usable:
                     continue
-                heir = self._heir_of(snapshot)
+                heir = self._inventory.heir_of(snapshot)
                 try:
                     gone = await self._with_reserve(self._catalog.give_up_snapshot, number, heir, reason)
                 except (CowError, OSError) as error:
@@ -115,31 +108,26 @@ class Removal:
         """The store takes no more writes: give up all snapshots, and record it in the second place."""
         if self._elsewhere is None:
             raise error
-        await trio.to_thread.run_sync(self._elsewhere.record, max(self._snapshots))
-        for snapshot in list(self._snapshots.values()):
-            if snapshot.usable:
-                self._gave_up(snapshot, None, [], reason)
+        newest = max(one.id for one in self._inventory.all_snapshots)
+        await trio.to_thread.run_sync(self._elsewhere.record, newest)
+        for snapshot in self._inventory.usable:
+            self._gave_up(snapshot, None, [], reason)
 
     def _gave_up(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int], reason: str) -> None:
         self._release(snapshot, heir, gone)
         snapshot.row.state, snapshot.row.reason = State.INVALID, reason
         for image in snapshot.images:
             image.give_up()
-        self._on_trouble(f"snapshot {printable(snapshot.name)} was given up: {reason}")
+        self._tell(GivenUp(snapshot.name, reason))
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""
         return await self._space.see_through(lambda: trio.to_thread.run_sync(change, *arguments))
 
-    def _heir_of(self, snapshot: Snapshot) -> int | None:
-        return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
-
     def _release(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int]) -> None:
         """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
         if snapshot.usable:
             for image in snapshot.images:
-                self._housekeeping.punch_later(image.origin.epochs.release(snapshot.id, heir))
-        for number in gone:
-            self._housekeeping.drop(self._layers.pop(number))
-        self._housekeeping.wake()
-        self._flattener.wake()
+                self._disposal.punch_later(image.origin.epochs.release(snapshot.id, heir))
+        self._disposal.drop(self._inventory.forget_layers(gone))
+        self._inventory.changed.ring()

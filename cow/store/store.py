@@ -1,33 +1,34 @@
-"""The store: what there is, taking, renaming and deleting snapshots, loading them, and the clean close.
+"""The store: how its parts are put together; taking, renaming and deleting snapshots; the clean close.
 
 It is opened by cow/opening.py. What it gives out (`Store.origins`, `Store.snapshots`, their images) is used on the
-trio thread of the caller.
+trio thread of the caller. Its parts know each other in one direction, in the order in which `Store` makes them.
 
 States of a snapshot, and who makes each step:
 
     (none) --create_snapshot--> pending --create_snapshot--> valid
     pending --recovery, or an error in create_snapshot--> (none)
     valid --read of a bad chunk, or chunks lost (store/damage.py)--> damaged
-    valid, damaged --the device was changed while nobody looked: suspect--> suspect
+    valid, damaged --the device was changed while nobody looked (store/loading.py)--> suspect
     valid, damaged, suspect --no room, or nothing can be recorded (store/removal.py)--> invalid
     all but pending --delete_snapshot--> (none)
 """
 
 import os
-import resource
 import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
-from cow.clock import after
+from cow.bell import Bell
+from cow.config import OnFull
 from cow.disk.directory import Directory
 from cow.disk.source import OriginDevice
 from cow.durable.commits import Commits
-from cow.durable.preserver import OnFull, Preserver, is_full
+from cow.durable.preserver import Preserver, is_full
 from cow.durable.space import Space
 from cow.errors import (
     CowError,
@@ -36,31 +37,33 @@ from cow.errors import (
     NameTakenError,
     NotFoundError,
     ReadOnlyError,
-    RefusedError,
     SnapshotBusyError,
     StoreFullError,
     printable,
 )
+from cow.events import Tell
 from cow.images.gate import Gate
 from cow.images.image import Image
 from cow.images.origin import Origin
 from cow.images.origins import Origins
-from cow.images.recognition import facts_key, gather
-from cow.layers.layer import OTHER_OPEN_FILES, Layer, inodes, open_files
+from cow.images.recognition import gather
+from cow.layers.layer import Layer, inodes
 from cow.offload import offload
-from cow.records.catalog import DOUBTED_FROM, Catalog, LayerRow, OriginRow, Role, SnapshotRow, State
+from cow.records.catalog import Catalog, OriginRow, Role, SnapshotRow, State
 from cow.records.elsewhere import Elsewhere
+from cow.records.facts import facts_key
 from cow.records.journal import Journal
+from cow.store import loading
 from cow.store.damage import Damage
+from cow.store.disposal import Disposal
 from cow.store.flatten import Flattener
 from cow.store.housekeeping import Housekeeping
+from cow.store.inventory import Inventory
 from cow.store.presence import Presence
 from cow.store.removal import Removal
 from cow.store.snapshot import Snapshot, check_name
 
 DRAIN_SECONDS = 30.0
-NO_LAYER = 0  # an id that the catalog never gives
-TRUSTED = (State.VALID, State.DAMAGED)
 
 Evidence = dict[str, str]
 Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
@@ -72,85 +75,69 @@ async def nothing_to_quiesce() -> AsyncIterator[Evidence]:
     yield {"quiesced": "no"}
 
 
+class OnDisk(NamedTuple):
+    """What a store has on disk. Its opener opens it and closes it."""
+
+    directory: Directory
+    layers_directory: Directory
+    catalog: Catalog
+    journal: Journal
+    elsewhere: Elsewhere | None  #: the second place, for what the store itself cannot record any more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a store is used, as `open_store` was told."""
+
+    on_full: OnFull
+    write_behind: bool
+    read_only: bool
+    read_suspect: bool
+
+
 class Store:
     """An open store. Made by `open_store`."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        journal: Journal,
-        directory: Directory,
-        layers_directory: Directory,
-        space: Space,
-        elsewhere: Elsewhere | None,
-        *,
-        on_full: OnFull,
-        write_behind: bool,
-        read_only: bool,
-        read_suspect: bool,
-        on_trouble: Callable[[str], None],
-    ) -> None:
+    def __init__(self, on_disk: OnDisk, space: Space, settings: Settings, tell: Tell) -> None:
         self.space = space
-        self.on_full = on_full
-        self.read_only = read_only
-        self._write_behind = write_behind
+        self.settings = settings
+        self.path = on_disk.directory.label
+        self._catalog = catalog = on_disk.catalog
+        self._tell = tell
         self._tasks: trio.Nursery | None = None  #: of `run`
-        self._read_suspect = read_suspect
-        self.origins = Origins()
-        self.path = directory.label
-        self._on_trouble = on_trouble
-        self._catalog = catalog
-        self._layers_directory = layers_directory
-        self._layers: dict[int, Layer] = {}  #: by id; guarded by `_layout`
-        self._snapshots: dict[int, Snapshot] = {}  #: by id, so oldest first; guarded by `_layout`
-        self._named: dict[bytes, Snapshot] = {}  #: the same by name
-        self._abandoned: set[Snapshot] = set()  #: those of them that could not be taken
-        self.presence = Presence(directory, layers_directory, journal, self._layers.values)
-        self._layout = trio.Lock()  #: guards snapshots, groups and layers against two changes at once
+        self._abandoned: set[Snapshot] = set()  #: those that could not be taken, and are to be taken back
         self._gate = Gate()
-        self.housekeeping = Housekeeping(layers_directory, space, self._layers, on_trouble)
-        self._commits = Commits(
-            journal, self._layers.values, self.housekeeping.keep_checkpoint, space.in_need, catalog.record_saved,
-            self._settled,
-        )  # fmt: skip
-        self._flattener = Flattener(
-            catalog, self._commits, space, self.housekeeping, self._layout, lambda: self.origins.epochs, self._layers,
-            lambda: any(one.row.state is State.SUSPECT for one in self._snapshots.values()), on_trouble,
-        )  # fmt: skip
-        self.damage = Damage(catalog, self._commits, self.housekeeping, self._layout, self._snapshots, on_trouble)
-        self._removal = Removal(
-            catalog, space, self.housekeeping, self._flattener, elsewhere, self._layout, self._snapshots, self._layers,
-            on_trouble,
-        )  # fmt: skip
-        self._preserver = Preserver(
-            self._commits,
-            on_full,
-            space.room,
-            self._removal.make_room,
-            space.let_inodes_go,
-            self._removal.give_up,
-            self.damage.lost,
-            self.damage.rescued,
-        )
+        self._due = due = Bell()  #: rung when the housekeeping has something to do
+        self.inventory = Inventory(on_disk.directory, on_disk.layers_directory)
+        self.presence = Presence(on_disk.directory, on_disk.journal, self.inventory)
+        self._commits = Commits(on_disk.journal, self.inventory, space, catalog, due.ring)
+        self.disposal = Disposal(self.inventory, space, due, tell)
+        self._flattener = Flattener(catalog, self._commits, self.inventory, space, self.disposal, tell)
+        self._removal = Removal(catalog, on_disk.elsewhere, self.inventory, space, self.disposal, tell)
+        self.damage = Damage(catalog, self._commits, self.inventory, due, tell)
+        self._preserver = Preserver(self._commits, space, self._removal, self.damage, settings.on_full)
         chores = [self.damage.record, self._take_fingerprints]
-        self.housekeeping.serve(self._commits, chores, self._removal.give_up_readers)
+        self.housekeeping = Housekeeping(self._commits, self.disposal, space, self._removal, chores, due, tell)
 
     # -- what there is -------------------------------------------------------------------------------------------
 
     @property
+    def origins(self) -> Origins:
+        """The live devices, in the order of the store's sources."""
+        return self.inventory.origins
+
+    @property
     def snapshots(self) -> list[Snapshot]:
         """All snapshots that exist for users, oldest first."""
-        return [one for one in self._snapshots.values() if one.exists]
+        return self.inventory.snapshots
 
     def find(self, name: bytes) -> Snapshot | None:
         """The snapshot of that name."""
-        found = self._named.get(name)
-        return found if found is not None and found.exists else None
+        return self.inventory.find(name)
 
     def by_id(self, number: int) -> Snapshot | None:
         """The snapshot of that id."""
-        found = self._snapshots.get(number)
-        return found if found is not None and found.exists else None
+        return self.inventory.by_id(number)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -162,13 +149,13 @@ class Store:
         origin cannot be synced; the snapshot does not exist then.
         """
         check_name(name)
-        if self.read_only:
+        if self.settings.read_only:
             raise ReadOnlyError("mounted read-only: mount without the option ro to take snapshots")
         await self._remove_abandoned()
         self._check_name_is_free(name)
-        await offload(self.presence.check, here=self._layers_directory.is_in_memory)
+        await offload(self.presence.check, here=self.inventory.layers_directory.is_in_memory)
         await self.space.check_for_snapshot()
-        self._check_open_files()
+        self.inventory.check_open_files()
         snapshot: Snapshot | None = None
         try:
             async with quiesce() as evidence:
@@ -176,14 +163,14 @@ class Store:
                 began = time.perf_counter_ns()
                 async with self._gate.hold(DRAIN_SECONDS):
                     await self.origins.drain(DRAIN_SECONDS)
-                    async with self._layout:
+                    async with self.inventory.lock:
                         self._check_name_is_free(name)
                         snapshot = await self._open_epoch(name)
                 evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
             # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
             for origin in self.origins:
                 await origin.sync()
-            async with self._layout:
+            async with self.inventory.lock:
                 await self._finish(snapshot, evidence)
         except BaseException:
             if snapshot is not None:
@@ -197,9 +184,9 @@ class Store:
     async def _remove_abandoned(self) -> None:
         """Take back snapshots that could not be taken, also those where an error kept us from it before."""
         for snapshot in list(self._abandoned):
-            async with self._layout:
-                if snapshot.id in self._snapshots:
-                    await self._remove(snapshot)
+            async with self.inventory.lock:
+                if self.inventory.get(snapshot.id) is snapshot:
+                    await self._removal.delete(snapshot)
             self._abandoned.discard(snapshot)
 
     async def _finish(self, snapshot: Snapshot, evidence: Evidence) -> None:
@@ -210,45 +197,27 @@ class Store:
         snapshot.row.state = State.VALID
         layers = (layer for origin in self.origins for layer in origin.epochs.layers_for(snapshot.id))
         if any(layer.lost for layer in layers):  # since its epoch began
-            self._tell_lost()
-        self.housekeeping.wake()
-        self._flattener.wake()
-
-    def _check_open_files(self) -> None:
-        """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        needed = self._most_open_files + 2 * sum(open_files(origin.chunks) for origin in self.origins)
-        if limit != resource.RLIM_INFINITY and needed > limit:
-            raise StoreFullError(
-                f"{len(self._snapshots)} snapshots, and one more, may need {needed} open files, and this process may "
-                f"open {limit}: rmdir snapshots, or raise its limit (ulimit -n, LimitNOFILE=) and mount again"
-            )
-
-    @property
-    def _most_open_files(self) -> int:
-        """How many files are open when all layers have all theirs."""
-        return OTHER_OPEN_FILES + sum(open_files(layer.chunks) for layer in self._layers.values())
+            self.damage.find_lost()
+        self._due.ring()
+        self.inventory.changed.ring()
 
     def _check_name_is_free(self, name: bytes) -> None:
-        if name in self._named:
+        if self.inventory.is_taken(name):
             raise NameTakenError(f"there is a snapshot {printable(name)} already: choose another name")
 
     async def _open_epoch(self, name: bytes) -> Snapshot:
         row, layer_rows = await trio.to_thread.run_sync(self._catalog.add_snapshot, name, time.time_ns())
         # atomic: no checkpoint. Between the commit and here no write is let in.
-        self._make_layers(layer_rows)
-        preserved = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.PRESERVED}
-        deltas = {layer.origin: self._layers[layer.id] for layer in layer_rows if layer.role == Role.DELTA}
+        made = list(zip(layer_rows, self.inventory.make_layers(layer_rows), strict=True))
+        preserved = {of.origin: layer for of, layer in made if of.role == Role.PRESERVED}
+        deltas = {of.origin: layer for of, layer in made if of.role == Role.DELTA}
         for origin in self.origins:
             origin.epochs.open_epoch(row.id, preserved[origin.id])
-        return self._add(row, deltas)
+        snapshot = self._snapshot_of(row, deltas)
+        self.inventory.add(snapshot)
+        return snapshot
 
-    def _make_layers(self, rows: Sequence[LayerRow]) -> None:
-        chunks = {origin.id: origin.chunks for origin in self.origins}
-        for row in rows:
-            self._layers[row.id] = Layer(self._layers_directory, row.id, chunks[row.origin])
-
-    def _add(self, row: SnapshotRow, deltas: dict[int, Layer]) -> Snapshot:
+    def _snapshot_of(self, row: SnapshotRow, deltas: Mapping[int, Layer]) -> Snapshot:
         images = [
             Image(
                 origin,
@@ -258,9 +227,9 @@ class Store:
                 self._commits,
                 self.space,
                 partial(self.damage.found, row.id),
-                self._on_trouble,
-                doubted_from=None if self._read_suspect else row.doubted_from,
-                write_behind=self._write_behind,
+                self._tell,
+                doubted_from=None if self.settings.read_suspect else row.doubted_from,
+                write_behind=self.settings.write_behind,
             )
             for origin in self.origins
         ]
@@ -269,35 +238,33 @@ class Store:
         if self._tasks is not None:
             for image in images:
                 self._tasks.start_soon(image.run)
-        self._snapshots[row.id] = self._named[row.name] = Snapshot(row, images)
-        return self._snapshots[row.id]
+        return Snapshot(row, images)
 
     async def rename_snapshot(self, old: bytes, new: bytes) -> None:
         """Rename a snapshot, durably. Raises NotFoundError, NameTakenError and the errors of names. # I5"""
         check_name(new)
-        async with self._layout:
+        async with self.inventory.lock:
             snapshot = self._get(old)
             if old == new:
                 return
             self._check_name_is_free(new)
             self._check_writable()
             await trio.to_thread.run_sync(self._catalog.rename_snapshot, snapshot.id, new)
-            snapshot.row.name = new
-            self._named[new] = self._named.pop(old)
+            self.inventory.rename(snapshot, new)
 
     async def delete_snapshot(self, name: bytes) -> None:
         """Delete a snapshot, durably; its space comes back soon after. # I5
 
         Raises NotFoundError, and SnapshotBusyError while one of its images is open.
         """
-        async with self._layout:
+        async with self.inventory.lock:
             snapshot = self._get(name)
             self._check_writable()
             if snapshot.is_open:
                 raise SnapshotBusyError(
                     f"snapshot {printable(name)} is in use: close its image (unmount it, losetup -d) and try again"
                 )
-            await self._remove(snapshot)
+            await self._removal.delete(snapshot)
 
     def _get(self, name: bytes) -> Snapshot:
         found = self.find(name)
@@ -306,28 +273,12 @@ class Store:
         return found
 
     def _check_writable(self) -> None:
-        if self.read_only:
+        if self.settings.read_only:
             raise ReadOnlyError("mounted read-only: mount without the option ro to change snapshots")
-
-    async def _remove(self, snapshot: Snapshot) -> None:
-        await self._removal.delete(snapshot)
-        del self._snapshots[snapshot.id], self._named[snapshot.name]
 
     async def catalog_problems(self) -> list[str]:
         """What is wrong with the catalog, in sentences; all its rows are counted anew."""
         return await trio.to_thread.run_sync(self._catalog.problems)
-
-    def is_in_use(self, layer: Layer) -> bool:
-        """Whether the layer still belongs to some snapshot."""
-        return self._layers.get(layer.id) is layer
-
-    @asynccontextmanager
-    async def _settled(self, layer: Layer) -> AsyncIterator[None]:
-        """While no image writes to the layer."""
-        images = (image for one in self._snapshots.values() for image in one.images)
-        image = next((one for one in images if one.delta is layer), None)
-        async with image.settled() if image is not None else nullcontext():
-            yield
 
     # -- housekeeping --------------------------------------------------------------------------------------------
 
@@ -337,13 +288,13 @@ class Store:
 
     async def _take_fingerprints(self) -> None:
         """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
-        newest = next((one.id for one in reversed(self._snapshots.values()) if one.row.state in TRUSTED), 0)
-        for origin in self.origins if newest and not self.read_only else ():
+        newest = self.inventory.trusted[-1].id if self.inventory.trusted else 0
+        for origin in self.origins if newest and not self.settings.read_only else ():
             if origin.fingerprint_of != newest:
                 fingerprint = await trio.to_thread.run_sync(origin.fingerprint)
                 if not any(fingerprint):
                     return  # nothing could be read: the device is away, and the chores come again
-                if newest not in self._snapshots:
+                if self.inventory.get(newest) is None:
                     return  # it went meanwhile; the chores come again
                 await trio.to_thread.run_sync(self._catalog.set_fingerprint, origin.id, newest, fingerprint)
                 origin.fingerprint_of = newest
@@ -360,63 +311,28 @@ class Store:
                     device,
                     self._gate,
                     self._preserver,
-                    self._on_trouble,
-                    read_only=self.read_only,
+                    self._tell,
+                    read_only=self.settings.read_only,
                     # Where a full store stops the writer, the writer has to be there to be told.
-                    write_behind=self._write_behind and self.on_full is not OnFull.BLOCK_WRITES,
-                    store_is_in_memory=self._layers_directory.is_in_memory,
+                    write_behind=self.settings.write_behind and self.settings.on_full is not OnFull.BLOCK_WRITES,
+                    store_is_in_memory=self.inventory.layers_directory.is_in_memory,
                 )
             )
 
         per_layer = [inodes(origin.chunks) for origin in self.origins]
-        self.space.inodes.expect(2 * sum(per_layer), len(self.origins), lambda: len(self._layers) * max(per_layer))
+        self.space.inodes.expect(
+            2 * sum(per_layer), len(self.origins), lambda: len(self.inventory.layers) * max(per_layer)
+        )
 
-    def load(self, layers: dict[int, Layer]) -> None:
-        """Put together the snapshots from what recovery found. Called once, by the opener.
+    def load(self, layers: Mapping[int, Layer]) -> None:
+        """Put together the snapshots from the layers that recovery found, by id. Called once, by the opener.
 
         Raises RefusedError when the catalog does not make sense.
         """
-        self._layers.update(layers)
-        rows_of: defaultdict[int, list[LayerRow]] = defaultdict(list)  # by snapshot
-        for layer_row in self._catalog.layers():
-            rows_of[layer_row.snapshot].append(layer_row)
-        for row in self._catalog.snapshots():
-            own = rows_of[row.id]
-            if row.state != State.INVALID:
-                for origin in self.origins:
-                    self._load_group(origin, row, own)
-            # An invalid snapshot may have no layers any more; its images are listed all the same, and read EIO.
-            deltas = {origin.id: Layer(self._layers_directory, NO_LAYER, origin.chunks) for origin in self.origins}
-            deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
-            self._add(row, deltas)
+        self.disposal.punch_later(loading.load(self.inventory, self._catalog, layers, self._snapshot_of))
         if any(layer.lost for layer in layers.values()):
-            self._tell_lost()
-        self.housekeeping.wake()
-
-    def _tell_lost(self) -> None:
-        counts: Counter[int] = Counter()
-        for origin in self.origins:
-            for number, lost in origin.epochs.lost():
-                image = self._snapshots[number].image(origin.name)
-                counts[number] += len(image.lost_of(lost)) if image is not None else 0
-        for number, count in counts.items():
-            if count:
-                self.damage.mark([number], f"{count} chunks were lost; they read EIO, and the rest stays readable")
-
-    def _load_group(self, origin: Origin, row: SnapshotRow, own: list[LayerRow]) -> None:
-        preserved = [
-            self._layers[layer.id] for layer in own if layer.role == Role.PRESERVED and layer.origin == origin.id
-        ]
-        if not preserved or not any(layer.role == Role.DELTA and layer.origin == origin.id for layer in own):
-            raise RefusedError(
-                f"the catalog of {self.path} lacks the layers of snapshot {printable(row.name)}: it was edited or is "
-                f"damaged; restore it from a backup"
-            )
-        origin.epochs.open_epoch(row.id, preserved[0])
-        for layer in preserved[1:]:
-            shadowed = origin.epochs.add_layer(row.id, layer)
-            if shadowed:
-                self.housekeeping.punch_later([(layer, shadowed)])
+            self.damage.find_lost()
+        self.inventory.changed.ring()
 
     async def run(self) -> None:
         """The store's background work; runs until cancelled."""
@@ -424,12 +340,11 @@ class Store:
             nursery.start_soon(self._preserver.run)
             nursery.start_soon(self.housekeeping.run)
             nursery.start_soon(self.origins.run)
-            if not self.read_only:
+            if not self.settings.read_only:
                 nursery.start_soon(self._flattener.run)
             self._tasks = nursery
-            for snapshot in self._snapshots.values():
-                for image in snapshot.images:
-                    nursery.start_soon(image.run)
+            for image in self.inventory.images:
+                nursery.start_soon(image.run)
 
     async def drain(self) -> None:
         """Make all that was acknowledged durable, before `run` ends. The origins come first. # I8
@@ -456,9 +371,9 @@ class Store:
             except (CowError, OSError) as error:
                 failures.append(error)
 
-        for origin in self.origins if not self.read_only else ():
+        for origin in self.origins if not self.settings.read_only else ():
             await attempt(origin.sync)
-        for image in [image for snapshot in self._snapshots.values() for image in snapshot.images]:
+        for image in list(self.inventory.images):
             if image.is_usable:
                 await attempt(image.sync)
         return failures
@@ -478,28 +393,10 @@ class Store:
             await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped, settings)
 
     async def suspect(self, reason: str) -> None:
-        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.
-
-        What is preserved from now on may be wrong for them too, and right for newer ones: it goes into new layers.
-        """
-        trusted = [one for one in self._snapshots.values() if one.row.state in TRUSTED]
-        if not trusted:
-            return
-        rows = await trio.to_thread.run_sync(self._catalog.suspect_snapshots, [one.id for one in trusted], reason)
-        self._make_layers(rows)
-        added = {row.origin: self._layers[row.id] for row in rows}
-        for origin in self.origins:
-            origin.epochs.add_layer(origin.epochs.groups[-1].snapshot, added[origin.id])
-            origin.modified_ns = after(origin.modified_ns)
-        for snapshot in trusted:
-            snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
-            snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))
-            for image in snapshot.images:
-                image.is_doubted = True
-                image.doubted_from = None if self._read_suspect else snapshot.row.doubted_from
+        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them."""
+        await loading.suspect(self.inventory, self._catalog, reason, read_suspect=self.settings.read_suspect)
 
     def close_files(self) -> None:
         """Close the layers' files, whatever came before."""
-        for layer in self._layers.values():
-            layer.close()
-        self.housekeeping.close_files()
+        self.inventory.close_files()
+        self.disposal.close_files()

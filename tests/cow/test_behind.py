@@ -14,10 +14,15 @@ from cow.buffer.behind import MOST_CHUNKS, Behind, Untaken, write_out
 from cow.buffer.contents import Contents, overlaid
 from cow.buffer.memory import Memory
 from cow.disk.source import OriginDevice
+from cow.events import Event
 from cow.geometry import CHUNK_BYTES
 from cow.offload import MOST_CHUNKS_HERE
 
 SIZE = 64 * CHUNK_BYTES + 1536
+
+
+def _not_heard(event: Event) -> None:
+    pytest.fail(f"told without a reason: {event}")
 
 
 async def _put(behind: Behind, offset: int, data: bytes) -> None:
@@ -53,7 +58,7 @@ def test_what_is_buffered_is_read_back_byte_for_byte_and_reaches_the_device(devi
 
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail)
+        behind = Behind("it", held.take, _not_heard)
         content = bytearray(device.pread(SIZE, 0))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
@@ -81,7 +86,7 @@ def test_what_is_buffered_is_read_back_byte_for_byte_and_reaches_the_device(devi
 def test_nothing_reaches_the_device_before_it_is_taken(device: OriginDevice) -> None:
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail)
+        behind = Behind("it", held.take, _not_heard)
         before = device.pread(SIZE, 0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
@@ -101,7 +106,7 @@ def test_nothing_reaches_the_device_before_it_is_taken(device: OriginDevice) -> 
 def test_a_drain_of_what_is_on_its_way_takes_nothing_after_it(device: OriginDevice) -> None:
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail)
+        behind = Behind("it", held.take, _not_heard)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
             await _put(behind, 0, b"x" * CHUNK_BYTES)
@@ -121,7 +126,7 @@ def test_a_sync_takes_what_gathers_there_itself(device: OriginDevice) -> None:
         return write_out(device, contents)
 
     async def main() -> None:
-        behind = Behind("it", take, pytest.fail)
+        behind = Behind("it", take, _not_heard)
         await _put(behind, 100, b"x" * CHUNK_BYTES)
         await behind.flush()  # nobody runs it
         assert behind.chunks == 0
@@ -133,7 +138,7 @@ def test_a_sync_takes_what_gathers_there_itself(device: OriginDevice) -> None:
 def test_a_sync_waits_for_what_somebody_else_takes_there(device: OriginDevice) -> None:
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail)
+        behind = Behind("it", held.take, _not_heard)
         done = list[int]()
 
         async def sync(number: int) -> None:
@@ -166,7 +171,7 @@ def test_i6_in_memory_whoever_finds_the_buffer_full_empties_it(device: OriginDev
         return write_out(device, contents)
 
     async def main() -> None:
-        behind = Behind("it", take, pytest.fail, is_in_memory=True)
+        behind = Behind("it", take, _not_heard, is_in_memory=True)
         for chunk in range(3 * MOST_CHUNKS_HERE):
             await _put(behind, chunk * CHUNK_BYTES, bytes(CHUNK_BYTES))
         assert taken == [MOST_CHUNKS_HERE] * 2
@@ -178,7 +183,7 @@ def test_i6_in_memory_whoever_finds_the_buffer_full_empties_it(device: OriginDev
 def test_i6_a_full_buffer_keeps_writers_waiting(device: OriginDevice) -> None:
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail)
+        behind = Behind("it", held.take, _not_heard)
         written, more = 0, trio.Event()
 
         async def write() -> None:
@@ -222,13 +227,13 @@ class _Fails:
 
 
 def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: OriginDevice) -> None:
-    fails, troubles = _Fails(device), []
+    fails, told = _Fails(device), list[Event]()
 
     async def take(contents: Contents) -> Untaken:
         return write_out(device, contents)
 
     async def main() -> None:
-        behind = Behind("it", take, troubles.append)
+        behind = Behind("it", take, told.append)
         content = bytearray(device.pread(SIZE, 0))
 
         async def write(offset: int, data: bytes) -> None:
@@ -249,7 +254,7 @@ def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: O
                 assert raised.value.errno == errno.EIO
                 assert read() == content
             assert behind.chunks == 2, "the rest of it is where it belongs"
-            assert len(troubles) == 1
+            assert len(told) == 1
             await write(3 * CHUNK_BYTES + 100, b"c" * 50)  # over what waits
             with pytest.raises(OSError, match="still in memory"):
                 await behind.drain()
@@ -264,7 +269,7 @@ def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: O
 
 def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginDevice) -> None:
     """Long writes go on, over and beside a bad sector; only a sync tells of it."""
-    fails, troubles = _Fails(device), list[str]()
+    fails, told = _Fails(device), list[Event]()
     fails.chunks = {3}
     length = 64
 
@@ -272,7 +277,7 @@ def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginD
         return write_out(device, contents)
 
     async def main() -> None:
-        behind = Behind("it", take, troubles.append)
+        behind = Behind("it", take, told.append)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
             for _ in range(3 * MOST_CHUNKS // length):
@@ -285,7 +290,7 @@ def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginD
             nursery.cancel_scope.cancel()
 
     trio.run(main)
-    assert len(troubles) == 1
+    assert len(told) == 1
 
 
 def test_i6_long_writes_fill_the_buffer_by_what_they_keep_in_memory() -> None:
@@ -295,7 +300,7 @@ def test_i6_long_writes_fill_the_buffer_by_what_they_keep_in_memory() -> None:
         raise AssertionError("nothing is to be taken")
 
     async def main() -> None:
-        behind = Behind("it", take, pytest.fail, counts.append)
+        behind = Behind("it", take, _not_heard, counts.append)
         for first in range(MOST_CHUNKS // length):
             assert not behind.is_full
             memory = Memory(memoryview(bytearray(length * CHUNK_BYTES)), back.append)
@@ -316,7 +321,7 @@ def test_in_memory_long_writes_gather_while_the_earlier_ones_are_taken(device: O
 
     async def main() -> None:
         held = _Held(device)
-        behind = Behind("it", held.take, pytest.fail, is_in_memory=True)
+        behind = Behind("it", held.take, _not_heard, is_in_memory=True)
 
         def put(offset: int, content: bytes) -> None:
             memory = Memory(memoryview(bytearray(content * length)), back.append)
@@ -432,7 +437,7 @@ def test_a_drain_after_a_sync_does_not_wait_for_more_to_come(device: OriginDevic
         return write_out(device, contents)
 
     async def main() -> None:
-        behind = Behind("it", take, pytest.fail)
+        behind = Behind("it", take, _not_heard)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(behind.run)
             await _put(behind, 0, b"a" * CHUNK_BYTES)

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from pyroaring import BitMap64
 
-from cow import OnFull, Source
+from cow.config import OnFull, Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
 from cow.images.image import MOST_WAITING_CHUNKS, Image

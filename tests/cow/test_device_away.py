@@ -133,7 +133,7 @@ def test_i9_a_source_that_is_away_costs_the_others_nothing(
     start: Callable[..., Engine], io: BadIo, tmp_path: Path
 ) -> None:
     """Their old bytes may be in one batch with its."""
-    from cow import Source
+    from cow.config import Source
 
     (tmp_path / "other.img").write_bytes(os.urandom(SIZE))
     sources = [Source(b"disk.img", str(tmp_path / "disk.img")), Source(b"other.img", str(tmp_path / "other.img"))]

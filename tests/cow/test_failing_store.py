@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 from pyroaring import BitMap64
 
-from cow import Source
+from cow.config import Source
 from cow.durable.space import OPENING_BYTES
 from cow.errors import LostError, RefusedError
 from cow.geometry import CHUNK_BYTES, Run
@@ -142,7 +143,7 @@ def test_i6_checksums_that_can_never_be_synced_cost_their_snapshot_and_not_the_d
         assert time.monotonic() < deadline
         write(engine, other, 1, b"x")
         engine.call(engine.store.checkpoint)
-        engine.call(engine.store.housekeeping.hold_back)
+        engine.call(engine.store.space.refill)
     assert "could not be saved for long" in engine.store.find(b"a").row.reason
     wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the journal to be short again")
     assert engine.store.find(b"other").row.state == "valid"
@@ -205,7 +206,7 @@ def test_a_layer_that_cannot_be_removed_blocks_no_other_and_no_opening(
     wait_until(lambda: not free.exists(), what="the other to be removed")
     for _ in range(20):
         with pytest.raises(OSError, match="stuck"):
-            engine.call(engine.store.housekeeping.sweep)
+            engine.call(engine.store.disposal.sweep)
     assert len(os.listdir("/proc/self/fd")) <= descriptors
     engine.kill()
     engine = start()
@@ -295,3 +296,17 @@ def test_i6_journal_files_whose_header_fails_do_not_gather(
     (snapshot,) = engine.store.snapshots
     assert snapshot.row.state == "valid"
     assert engine.call(snapshot.images[0].read, 3 * CHUNK_BYTES, CHUNK_BYTES) == b"y" * CHUNK_BYTES
+
+
+def test_checkpoints_are_saved_once_by_whoever_comes_first(start: Callable[..., Engine]) -> None:
+    engine = start()
+    write(engine, take(engine, b"a"), 0, b"1")
+
+    async def twice_at_once() -> None:
+        await engine.store.checkpoint()
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(engine.store.housekeeping.do_all)
+
+    engine.call(twice_at_once)
+    assert len(engine.store._commits._journal.numbers) == 1

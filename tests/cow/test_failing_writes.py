@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
-from cow import OnFull
 from cow.buffer import behind
+from cow.config import OnFull
 from cow.disk.directory import Directory
 from cow.durable import commits
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError
@@ -161,13 +161,13 @@ def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
         writing = pool.submit(engine.call, image.write, 0, b"B" * CHUNK_BYTES)
         waiting.wait()
         engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
-        engine.call(engine.store.housekeeping.sweep)
+        engine.call(engine.store.disposal.sweep)
         go_on.set()
         with suppress(InvalidSnapshotError):
             writing.result()
     delta = tmp_path / "store" / "layers" / image.delta.name
     wait_until(lambda: not delta.exists(), what="the directory to be removed")
-    engine.call(engine.store.housekeeping.sweep)
+    engine.call(engine.store.disposal.sweep)
     assert not delta.exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from cow import Source
+from cow.config import Source
 from cow.geometry import CHUNK_BYTES
 from cow.records import journal
 from cow.records.journal import SECTOR_BYTES

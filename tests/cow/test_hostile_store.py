@@ -14,7 +14,7 @@ from types import FrameType
 
 import pytest
 
-from cow import Source
+from cow.config import Source
 from cow.disk.io import Io
 from cow.errors import CowError, RefusedError
 from cow.scrub import scrub_store

@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
-from cow import Source
 from cow.buffer import behind, contents
+from cow.config import Source
 from cow.images.image import Image
 from cow.images.origin import Origin
 from tests.support.engine import Engine

@@ -122,7 +122,7 @@ def test_a_snapshot_that_is_removed_during_a_scrub_is_not_reported_as_damaged(st
         found: list[object] = []
         scrub = OpenScrub(engine.store, repair=True)
         await engine.store.delete_snapshot(b"a")
-        await engine.store.housekeeping.sweep()
+        await engine.store.disposal.sweep()
         while step := await scrub.step():
             found += step
         return found
@@ -183,7 +183,7 @@ def test_a_look_at_the_space_that_overlaps_a_removal_leaves_no_descriptor_open(s
             for _ in range(6):
                 nursery.start_soon(look)
             nursery.start_soon(engine.store.delete_snapshot, b"a")
-        await engine.store.housekeeping.sweep()
+        await engine.store.disposal.sweep()
 
     for _ in range(60):
         engine.call(look_and_remove)

@@ -10,6 +10,7 @@ import pytest
 from cow.buffer.contents import contents_of
 from cow.durable.rescue import MOST_CHUNKS, Losses
 from cow.errors import LostError
+from cow.events import Rescued
 from cow.geometry import CHUNK_BYTES, Run
 from cow.images import origin as origin_module
 from tests.support.engine import Engine
@@ -76,7 +77,7 @@ def test_i1_it_is_looked_for_in_the_background_too(
     bad.chunks = set()
     wait_until(lambda: image.lost() == [], what="the rescue")
     assert engine.call(image.read, 0, SIZE) == old
-    wait_until(lambda: any("lacks nothing any more" in one for one in engine.troubles), what="the sentence")
+    wait_until(lambda: Rescued(b"a") in engine.events, what="the event")
 
 
 @MODES

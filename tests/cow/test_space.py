@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from cow import Source
+from cow.config import Source
 from cow.disk.directory import Directory
 from cow.durable import space as space_module
 from cow.durable.space import OPENING_BYTES, Space
 from cow.errors import QuotaError
+from cow.events import Filling, nobody
 from cow.geometry import CHUNK_BYTES
 from tests.support.engine import Engine
 from tests.support.sandbox import wait_until
@@ -22,7 +23,7 @@ CHUNKS = 256
 
 def _space(path: Path, quota_bytes: int | None) -> Space:
     directory = Directory.open_path(str(path))
-    return Space(directory, directory.subdirectory("layers", create=True), quota_bytes, lambda sentence: None)
+    return Space(directory, directory.subdirectory("layers", create=True), quota_bytes, nobody)
 
 
 def test_i6_promises_count_until_they_are_measured_and_once(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_i6_layers_are_measured_after_their_maps_are_saved_and_chunks_punched_ou
 
     async def punch() -> None:
         layer = engine.store.origins[0].epochs.newest_layer
-        engine.store.housekeeping.punch_later([(layer, layer.held)])
+        engine.store.disposal.punch_later([(layer, layer.held)])
         await engine.store.housekeeping.do_all()
 
     engine.call(punch)
@@ -163,7 +164,7 @@ def test_i6_scarce_space_is_measured_each_time(engine: Engine) -> None:
     _take(engine, b"b")
     assert counted, "what was promised is not there, and that is seen before anybody is warned"
     assert space.used_percent < space_module.WARNING_PERCENTS[0]
-    assert not any("% full" in trouble for trouble in engine.troubles)
+    assert not any(isinstance(one, Filling) for one in engine.events)
 
 
 def test_i6_a_count_that_failed_is_made_again(engine: Engine) -> None:

@@ -14,7 +14,7 @@ import pytest
 import trio.testing
 
 import cow
-from cow import Source
+from cow.config import Source
 from cow.errors import LostError, StoreFullError
 from cow.geometry import Run
 from cow.layers.layer import Layer
@@ -58,7 +58,7 @@ def test_i5_a_device_that_cannot_be_synced_leaves_no_snapshot(engine: Engine) ->
 
 def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: Engine, tmp_path: Path) -> None:
     async def give_up() -> None:
-        pending = max(engine.store._snapshots)
+        (*_, pending) = [one.id for one in engine.store.inventory.all_snapshots]
         await engine.store._removal.give_up([pending], "a test")
 
     engine.call(engine.store.create_snapshot, b"older")

@@ -127,7 +127,7 @@ async def examine(state: State, oracle: Oracle) -> Disk:
         states = {snapshot.name.decode(): snapshot.row.state.value for snapshot in session.store.snapshots}
         wanted = oracle.expect(set(states))
         assert set(states.values()) <= {"valid"}, f"a crash alone damaged a snapshot: {states}, {session.findings}"
-        assert session.troubles == [], session.troubles
+        assert session.events == [], [str(event) for event in session.events]
         assert oracle.may_be_clean or not session.was_clean, "the store takes this for a clean stop"
         found = await read_all(session)
         for name, versions in wanted.items():
@@ -148,7 +148,7 @@ async def _use(session: Session, found: dict[str, bytes]) -> None:
     await session.origin.drain()
     for name, content in (await read_all(session)).items():
         assert content == found[name], f"snapshot {name} changed when the origin was overwritten after the recovery"
-    assert session.troubles == [], session.troubles
+    assert session.events == [], [str(event) for event in session.events]
 
 
 async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, int]:
@@ -166,7 +166,7 @@ async def record(workload: Workload, disk: Disk | None = None) -> tuple[Disk, in
             mismatch = versions.mismatch(contents[name]) if versions.loose else contents[name] != versions.latest
             assert not mismatch, f"snapshot {name} reads wrong before any cut"
         assert await session.origin.read(0, SIZE) == session.oracle.live.latest, "the live image reads wrong"
-        assert session.troubles == [], session.troubles
+        assert session.events == [], [str(event) for event in session.events]
     finally:
         await session.kill()
     return disk, first

@@ -67,7 +67,7 @@ NEEDLESS = {
     # The directory of the layers: the sync that the first journal file makes, before any layer, has its entry too.
     "opening.open_store",
     # Matter only where several files go at once: test_journal_files_are_retired_without_a_gap.
-    "journal.Journal.retire<commits.Commits.save",
+    "journal.Journal.retire<commits.Commits._save",
     "journal.Journal.retire<recovery._recover",
 }
 GLANCES, SHARE, DOUBLES = 12, 0.05, 0.5  #: one glance at a share of the states finds most of them
@@ -295,15 +295,16 @@ ORDER = [
     Edit(
         "a snapshot is taken with writes in the buffer",
         "store.store:Store.create_snapshot",
-        "                    await self.origins.drain(DRAIN_SECONDS)\n                    async with self._layout:\n",
-        "                    async with self._layout:\n",
+        "                    await self.origins.drain(DRAIN_SECONDS)\n"
+        "                    async with self.inventory.lock:\n",
+        "                    async with self.inventory.lock:\n",
     ),
     Edit(
         "a snapshot is recorded as valid before the origin is synced",
         "store.store:Store.create_snapshot",
         "            for origin in self.origins:\n                await origin.sync()\n"
-        "            async with self._layout:\n                await self._finish(snapshot, evidence)\n",
-        "            async with self._layout:\n                await self._finish(snapshot, evidence)\n"
+        "            async with self.inventory.lock:\n                await self._finish(snapshot, evidence)\n",
+        "            async with self.inventory.lock:\n                await self._finish(snapshot, evidence)\n"
         "            for origin in self.origins:\n                await origin.sync()\n",
     ),
     Edit(
@@ -325,7 +326,7 @@ ORDER = [
     ),
     Edit(
         "journal files are dropped before the layers are saved",
-        "durable.commits:Commits.save",
+        "durable.commits:Commits._save",
         "        saved = []\n",
         "        saved = []\n"
         "        self._journal.retire([number for number in checkpoint.journals if number in self._journal.numbers])\n",

@@ -14,8 +14,10 @@ from itertools import product
 
 import trio
 
-from cow import Source, open_store
+from cow.config import Source
 from cow.errors import CowError
+from cow.events import Event
+from cow.opening import open_store
 from cow.store import flatten
 from cow.store.store import Store
 from tests.crash.disk import ELSEWHERE, STORE, Disk
@@ -38,7 +40,7 @@ class Session:
         self.disk = disk
         self._elsewhere = ELSEWHERE if elsewhere else None
         self.oracle = oracle
-        self.troubles: list[str] = []
+        self.events: list[Event] = []  #: that were told
         self.findings: list[str] = []
         self.was_clean = False
         self.store: Store
@@ -53,7 +55,7 @@ class Session:
                 [Source(os.path.basename(path).encode(), path) for path in self.disk.sources],
                 elsewhere=self._elsewhere,
                 io=self.disk,
-                on_trouble=self.troubles.append,
+                tell=self.events.append,
                 **options,
             )
         )

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from hcpfs import fastpath
-from hcpfs.protocol import MOST_DATA_BYTES, Opcode
+from hcpfs.daemon import fastpath
+from hcpfs.daemon.protocol import MOST_DATA_BYTES, Opcode
 from tests.support.requests import GETATTR, NUMBER, Scene, fsync, read, request, shows, write
 
 

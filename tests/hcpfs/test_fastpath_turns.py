@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from hcpfs import fastpath
+from hcpfs.daemon import fastpath
 from tests.support.requests import GETATTR, Scene, fsync, read, request, shows
 
 

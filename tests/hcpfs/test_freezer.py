@@ -18,7 +18,13 @@ class Helper:
         self.files = files
         self.sandbox = sandbox
         self.process = sandbox.spawn(
-            sys.executable, "-m", "hcpfs.freezer", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            sys.executable,
+            "-m",
+            "hcpfs.quiesce.freezer",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
 
     def ask(self, **request: object) -> dict:
@@ -77,8 +83,8 @@ def test_thaws_without_a_word_when_nobody_reads_its_answer(sandbox: Sandbox) -> 
     """As when the daemon is killed during a mkdir."""
     asked = json.dumps({"freeze": [], "seconds": 60, "wanted": None})
     with subprocess.Popen(
-        [sys.executable, "-m", "hcpfs.freezer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "hcpfs.quiesce.freezer"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as helper:  # fmt: skip
         helper.stdout.close()
         _, said = helper.communicate(asked + "\n")
@@ -107,3 +113,15 @@ def test_says_what_cannot_be_frozen(helper: Helper) -> None:
     target = target_at(helper.files)._replace(filesystem="vfat", places=[])
     answer = helper.ask(freeze=[target], seconds=5, wanted=None)
     assert answer == {"frozen": {}, "refused": {target.name: "vfat can only be reached where it is mounted"}}
+
+
+def test_a_file_system_that_cannot_be_frozen_is_synced_instead(helper: Helper) -> None:
+    """Such as vfat, or tmpfs, which every kernel has."""
+    place = helper.sandbox.path / "memory"
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "none", place)
+    try:
+        answer = helper.ask(freeze=[target_at(place)], seconds=60, wanted=None)
+        assert answer == {"frozen": {}, "refused": {name_at(place): "Operation not supported; it was synced before"}}
+    finally:
+        run("umount", place)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hcpfs.quiesce import Freezer
+from hcpfs.quiesce.helper import Freezer
 from tests.support.sandbox import Sandbox
 from tests.support.targets import target_at
 

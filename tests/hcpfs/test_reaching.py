@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import reaching
+from hcpfs.quiesce import reaching
 from tests.support.sandbox import Sandbox, run
 
 SIZES = {"ext4": 16 << 20, "xfs": 320 << 20}

@@ -5,8 +5,8 @@ import sys
 
 _LOG_WHILE_DIVERTED = """
 import logging, os
-from hcpfs.background import Log
-from hcpfs.terminal import standard_error_diverted
+from hcpfs.daemon.background import Log
+from hcpfs.system.terminal import standard_error_diverted
 log = Log().__enter__()
 log.begin(None)
 with standard_error_diverted() as said:
@@ -19,7 +19,7 @@ os.write(2, b"three\\n")
 
 _WITHOUT_STREAMS = """
 import os, sys
-from hcpfs.terminal import prepare
+from hcpfs.system.terminal import prepare
 for number in range(3):
     os.close(number)
 sys.stdout = sys.stderr = None  # as Python has it where they were closed before

@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from cow.buffer.memory import Memory
-from hcpfs.protocol import FROM_CACHE, Opcode, change_init
-from hcpfs.truncating import FORGETTING_SECONDS, PIECE_BYTES, Truncating, position_in
+from hcpfs.daemon.protocol import FROM_CACHE, Opcode, change_init
+from hcpfs.tree.truncating import FORGETTING_SECONDS, PIECE_BYTES, Truncating, position_in
 from tests.support.requests import NUMBER, Scene, fsync, request, shows
 
 SIZE = 1 << 20

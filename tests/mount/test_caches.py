@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import beneath, readahead
+from hcpfs.system import beneath, readahead
 from tests.support.sandbox import Sandbox, Served, run
 
 MIB = 1 << 20

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cow import Source
+from cow.config import Source
 from cow.errors import RefusedError
-from hcpfs import __version__, beneath, stores
+from hcpfs import __version__
+from hcpfs.daemon import stores
 from hcpfs.options import Accept, MountOptions, UsageError, accepting, apply_options, parse_size, parse_source
-from hcpfs.quiesce import WRITE_BACK_SECONDS
-from hcpfs.text import path_in
+from hcpfs.quiesce.helper import WRITE_BACK_SECONDS
+from hcpfs.system import beneath
+from hcpfs.tree.lines import path_in
 from tests.support.sandbox import HCPFS, Sandbox, alive, run, status_of, wait_until
 
 MOUNT_PATH = Path("/usr/local/sbin/hcpfs")  # mount(8) gives its helpers a PATH of its own, of which this is the first

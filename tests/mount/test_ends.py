@@ -55,6 +55,27 @@ def test_a_signal_writes_back_what_sits_on_the_images_the_innermost_first(sandbo
     sandbox.unmount(sandbox.path / "try")
 
 
+def test_a_signal_writes_back_what_sits_on_a_loop_device_over_a_loop_device(sandbox: Sandbox) -> None:
+    served = sandbox.mount(sandbox.disk(size=64 << 20))
+    lower = sandbox.loop(served.live)
+    upper = sandbox.loop(lower)
+    sandbox.format(upper, "ext4")
+    files = sandbox.mount_device(upper, "files")
+    (files / "precious").write_text("it")
+    log = _end(served, signal.SIGTERM)
+    (line,) = (line for line in log.splitlines() if "written back: " in line)
+    places = [line.index(f" {what}") for what in (f"{files} (ext4 on {upper})", f"{upper},", f"{lower},")]
+    assert places == sorted(places)
+    assert "NOT written back" not in log
+    run("umount", "--lazy", files)
+    sandbox.unloop(upper)
+    sandbox.unloop(lower)
+    served = served.again()
+    sandbox.mount_device(sandbox.loop(served.live), "files")
+    assert (files / "precious").read_text() == "it"
+    sandbox.unmount(files)
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGQUIT", "SIGINT"])
 def test_other_signals_are_a_clean_end_too(sandbox: Sandbox, name: str) -> None:
     served = sandbox.mount(sandbox.disk())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import record
+from hcpfs.daemon import record
 from hcpfs.options import STORES
 from tests.support.sandbox import HCPFS, Sandbox, Served, run
 

@@ -235,7 +235,7 @@ def _as_nobody(program: str, **limits: int) -> str:
 
 def test_threads_that_cannot_be_had_are_missed_at_the_start() -> None:
     program = (
-        "import trio\nfrom hcpfs.threads import start_threads\nfrom cow.errors import RefusedError\n"
+        "import trio\nfrom hcpfs.system.threads import start_threads\nfrom cow.errors import RefusedError\n"
         "async def main():\n"
         "    limiter = trio.to_thread.current_default_thread_limiter()\n"
         "    try:\n        print('started', start_threads(), limiter.total_tokens)\n"
@@ -251,13 +251,13 @@ def test_threads_stay(sandbox: Sandbox) -> None:
     """Trio's own end after ten idle seconds; these were all started before the mount was usable."""
     served = sandbox.mount(sandbox.disk())
     assert len(list(Path(f"/proc/{served.pid}/task").iterdir())) > 40
-    program = "from trio._core import _thread_cache; import hcpfs.threads; print(_thread_cache.IDLE_TIMEOUT)"
+    program = "from trio._core import _thread_cache; import hcpfs.system.threads; print(_thread_cache.IDLE_TIMEOUT)"
     assert run(sys.executable, "-c", program, cwd=Path(__file__).parents[2]).stdout.strip() == "10"
 
 
 def test_memory_is_not_locked_where_that_is_limited() -> None:
     """Locked memory counts, and what does not fit is refused: threads and buffers would be."""
-    program = "from hcpfs.process import lock_memory; print('locked', lock_memory())"
+    program = "from hcpfs.system.memory import lock_memory; print('locked', lock_memory())"
     assert "locked False" in _as_nobody(program, memlock=4 * MIB)
     assert "locked True" in run(sys.executable, "-c", program, cwd=Path(__file__).parents[2]).stdout
 

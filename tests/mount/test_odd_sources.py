@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cow import Source
+from cow.config import Source
 from cow.geometry import CHUNK_BYTES
 from cow.store.store import Evidence
 from tests.support.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cow.errors import RefusedError
-from hcpfs import stores
+from hcpfs.daemon import stores
 from hcpfs.options import MountOptions, parse_source
 from tests.support.sandbox import Sandbox, run
 

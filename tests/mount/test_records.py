@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import beneath, leftovers, probe, record
+from hcpfs.daemon import record
+from hcpfs.recover import leftovers
+from hcpfs.system import beneath, probe
 from tests.support.sandbox import HCPFS, Sandbox, Served, run, wait_until
 
 MIB = 1 << 20

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import above, beneath, loops, probe, record
+from hcpfs.daemon import record
+from hcpfs.recover import above
+from hcpfs.system import beneath, loops, probe
 from tests.support.sandbox import HCPFS, Sandbox, Served, alive, run, status_of, wait_until
 
 MIB = 1 << 20

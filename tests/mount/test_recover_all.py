@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import users
+from hcpfs.system import users
 from tests.mount.test_recover import recover
 from tests.support.sandbox import HCPFS, Sandbox, Served, run, status_of, wait_until
 

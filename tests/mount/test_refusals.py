@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import beneath
+from hcpfs.system import beneath
 from tests.support.sandbox import Sandbox, run
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ from tests.support.sandbox import HCPFS, Sandbox, Served, run
 WITHOUT_THE_SEAM = [
     sys.executable,
     "-c",
-    "import hcpfs.session as session; session._descriptors = set; import hcpfs.__main__",
+    "import hcpfs.daemon.session as session; session._descriptors = set; import hcpfs.__main__",
 ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hcpfs import beneath, users
+from hcpfs.system import beneath, users
 from tests.support.sandbox import HCPFS, Sandbox, Served, alive, run, wait_until
 
 MIB = 1 << 20

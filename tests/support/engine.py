@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import trio
 
-from cow import Source, open_store
+from cow.config import Source
+from cow.events import Event
+from cow.opening import open_store
 from cow.store.store import Store
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ class Engine:
 
     def __init__(self, path: str, sources: Sequence[Source], **options: Any) -> None:
         self._path, self._sources, self._options = path, sources, options
-        self.troubles: list[str] = []
+        self.events: list[Event] = []  #: that were told
         self.findings: list[str] = []
         self.store: Store
         self._ready = threading.Event()
@@ -53,7 +55,7 @@ class Engine:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._stop = trio.Event()
-        async with open_store(self._path, self._sources, on_trouble=self.troubles.append, **self._options) as opened:
+        async with open_store(self._path, self._sources, tell=self.events.append, **self._options) as opened:
             self.store = opened.store
             self.findings = opened.findings
             self.was_clean = opened.was_clean
@@ -64,6 +66,11 @@ class Engine:
 
     def call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         return trio.from_thread.run(function, *arguments, trio_token=self._token)
+
+    @property
+    def troubles(self) -> list[str]:
+        """The sentences of what was told."""
+        return [str(event) for event in self.events]
 
     @property
     def is_open(self) -> bool:

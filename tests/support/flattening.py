@@ -62,7 +62,7 @@ def merge(engine: Engine, most: int = MOST) -> None:
 
 
 async def wake(engine: Engine) -> None:
-    engine.store._flattener.wake()
+    engine.store.inventory.changed.ring()
 
 
 def wait_until_flat(engine: Engine, name: bytes = b"base") -> None:
@@ -70,7 +70,7 @@ def wait_until_flat(engine: Engine, name: bytes = b"base") -> None:
 
 
 def wait_until_punched(engine: Engine) -> None:
-    wait_until(lambda: not engine.store.housekeeping._punches, what="the punching")
+    wait_until(lambda: not engine.store.disposal.is_punching_due, what="the punching")
 
 
 def findings(tmp_path: Path) -> list[str]:

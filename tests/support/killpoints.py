@@ -48,7 +48,7 @@ _FUNCTIONS = {
     "fingerprint": Point("cow.records.catalog:Catalog.set_fingerprint", Phase.WORK),
     "overwrite": Point("cow.disk.source:OriginDevice.pwrite", Phase.WORK, 3),
     "sync of the origin": Point("cow.disk.source:OriginDevice.sync", Phase.WORK, 2),
-    "removal of a layer": Point("cow.store.housekeeping:remove_layer_directory", Phase.WORK),
+    "removal of a layer": Point("cow.store.disposal:remove_layer_directory", Phase.WORK),
     "last journal file": Point("cow.records.journal:Journal.start_file", Phase.STOP, 2),
     "save of a map": Point("cow.layers.layer:Layer.save", Phase.STOP),
     "last retire": Point("cow.records.journal:Journal.retire", Phase.STOP, 2),

@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from cow.buffer.memory import Memory
-from hcpfs.fastpath import FastPath
-from hcpfs.protocol import Opcode
+from hcpfs.daemon.fastpath import FastPath
+from hcpfs.daemon.protocol import Opcode
 
 GETATTR = 3  # one of those that libfuse answers
 HEADER = struct.Struct("=IIQQIIIHH")

@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hcpfs import beneath, loops, record
+from hcpfs.daemon import record
 from hcpfs.options import STORES
+from hcpfs.system import beneath, loops
 
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from hcpfs import beneath
-from hcpfs.reaching import Place, Target
-from hcpfs.stack import node_of
+from hcpfs.quiesce.reaching import Place, Target
+from hcpfs.system import beneath
+from hcpfs.system.blocks import node_of
 
 
 def target_at(files: Path) -> Target:

@@ -11,7 +11,7 @@ import pytest
 import trio.testing
 from pyroaring import BitMap64
 
-from cow.durable.preserver import OnFull
+from cow.config import OnFull
 from cow.errors import DamagedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer, pinned
@@ -60,11 +60,11 @@ def test_what_was_in_use_is_punched_out_later_without_anybody_asking(
     layer = engine.store.origins[0].epochs.groups[0].layers[0]
 
     async def punch_while_it_is_in_use() -> None:
-        chores = engine.store.housekeeping
+        disposal = engine.store.disposal
         with pinned([layer]):
-            chores.punch_later([(layer, BitMap64([0]))])
+            disposal.punch_later([(layer, BitMap64([0]))])
             await trio.testing.wait_all_tasks_blocked(0.005)
-            assert chores._punches
+            assert disposal.is_punching_due
 
     engine.call(punch_while_it_is_in_use)
     wait_until_punched(engine)
@@ -80,7 +80,7 @@ def test_a_snapshot_that_goes_before_a_piece_is_moved_is_no_trouble(start: Calla
     go_on, held = trio.Event(), threading.Event()
 
     async def hold() -> None:
-        async with engine.store._flattener.moving:
+        async with engine.store.disposal.moving:
             held.set()
             await go_on.wait()
 
@@ -124,7 +124,7 @@ def test_i2_i4_a_stop_in_the_middle_loses_nothing_and_it_goes_on(
         engine.close()
         assert findings(tmp_path) == []
     else:
-        wait_until(lambda: not engine.store._flattener.moving.locked(), what="the commit")
+        wait_until(lambda: not engine.store.disposal.moving.locked(), what="the commit")
         wait_until_punched(engine)
         if after % 2:
             _save(engine)
@@ -241,17 +241,17 @@ def test_i2_a_read_under_way_goes_on_in_the_old_place(
                 assert source not in layers_of(engine, b"base")
             else:
                 stop.reached.wait()
-                wait_until(lambda: not engine.store._flattener.moving.locked(), what="the commit")
+                wait_until(lambda: not engine.store.disposal.moving.locked(), what="the commit")
                 assert first not in source.held
-            engine.call(engine.store.housekeeping.sweep)
-            punches = engine.store.housekeeping._punches
+            engine.call(engine.store.disposal.sweep)
+            punches = engine.store.disposal._punches
             wait_until(lambda: all(layer is source for layer, _ in list(punches)), what="the punching of others")
-            engine.call(engine.store.housekeeping._punch)
+            engine.call(engine.store.disposal.punch)
         finally:
             go_on.set()
         assert reading.result() == before
     assert told == [before]
-    engine.call(engine.store.housekeeping.sweep)
+    engine.call(engine.store.disposal.sweep)
     if whole:
         assert source.name not in directories(tmp_path)
     assert engine.call(image_of(engine, b"base").read, first * CHUNK_BYTES, CHUNK_BYTES) == before

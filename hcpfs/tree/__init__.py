@@ -1,0 +1,1 @@
+"""What the file system shows: the tree and its open files. Knows no pyfuse3."""
