@@ -110,7 +110,7 @@ class OpenScrub:
             for group in origin.epochs.groups
             for layer in group.layers
         ]
-        self._layers += [(one.origin, one.delta, one) for snapshot in store.snapshots for one in snapshot.images]
+        self._layers += [(one.origin, one.delta.layer, one) for snapshot in store.snapshots for one in snapshot.images]
         self._total_bytes = sum(len(layer.held) for _, layer, _ in self._layers) * CHUNK_BYTES
         self._done_bytes = 0
         self._steps = self._all_steps()
@@ -133,7 +133,8 @@ class OpenScrub:
             return None
         origin, layer, image, run = step
         found: list[Progress | Finding] = []
-        async with image.settled() if image is not None else nullcontext():  # until what is bad is recorded as lost
+        # Until what is bad is recorded as lost.
+        async with image.delta.settled() if image is not None else nullcontext():
             if self._store.inventory.has(layer):
                 found += await self._check(origin, layer, run)
         self._done_bytes += run.length
@@ -146,10 +147,10 @@ class OpenScrub:
         bad &= layer.held  # what was dropped meanwhile may be punched out already
         if bad and self._store.inventory.has(layer):
             chains: list[Chain] = [
-                (snapshot.name, one.layers())
+                (snapshot.name, one.view.layers())
                 for snapshot in self._store.snapshots
                 for one in snapshot.images
-                if one.origin is origin and one.is_usable
+                if one.origin is origin and one.view.is_usable
             ]
             found += [Finding(sentence, self._repair) for sentence in describe(origin.name, layer, bad, chains)]
             if self._repair:
@@ -306,9 +307,8 @@ def _epochs_of(catalog: Catalog, layers: Mapping[int, Layer]) -> dict[int, Epoch
 
 def _chains(catalog: Catalog, layers: Mapping[int, Layer], origin: int, epochs: Epochs) -> list[Chain]:
     """What each snapshot of an origin asks: its delta first."""
-    deltas = {
-        row.snapshot: layers[row.id] for row in catalog.layers() if (row.origin, row.role) == (origin, Role.DELTA)
-    }
+    rows = [row for row in catalog.layers() if row.origin == origin and row.role == Role.DELTA]
+    deltas = {row.snapshot: layers[row.id] for row in rows}
     return [
         (row.name, [*([deltas[row.id]] if row.id in deltas else ()), *epochs.layers_for(row.id)])
         for row in catalog.snapshots()

@@ -18,7 +18,7 @@ from cow.buffer.memory import Memory
 from cow.disk.file import File
 from cow.errors import CowError
 from cow.events import Tell, Trouble, nobody
-from cow.geometry import CHUNK_BYTES, Run, covering
+from cow.geometry import CHUNK_BYTES, covering
 from cow.offload import MOST_CHUNKS_HERE
 
 MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
@@ -43,8 +43,8 @@ class _Generation:
 _NOTHING = _Generation()
 
 
-class Untaken(NamedTuple):
-    """What was not taken, and why; both empty when all was. A cause alone: it was dropped."""
+class Unwritten(NamedTuple):
+    """Contents that could not be written, and the error; neither when all was. An error alone: they were dropped."""
 
     contents: Contents
     cause: Exception | None
@@ -53,7 +53,7 @@ class Untaken(NamedTuple):
 class Behind:
     """The buffer of one image, called `label`. Trio thread only; `run` must be running.
 
-    `take(contents)` brings them to where they belong and returns what was not taken; when it raises CowError or
+    `take(contents)` brings them to where they belong and returns what could not be written; when it raises CowError or
     OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
     full empties it, unless there are extents, which are worth a thread. `tell` hears when what was acknowledged is not
     taken, and `on_change` by how many chunks there are more in memory.
@@ -62,7 +62,7 @@ class Behind:
     def __init__(
         self,
         label: str,
-        take: Callable[[Contents], Awaitable[Untaken]],
+        take: Callable[[Contents], Awaitable[Unwritten]],
         tell: Tell,
         on_change: Callable[[int], None] = lambda chunks: None,
         *,
@@ -88,13 +88,16 @@ class Behind:
     def _weight(self) -> int:
         return self._gathering.contents.weight + self._leaving.contents.weight
 
-    def has(self, chunk: int) -> bool:
-        """Whether some of the chunk is in the buffer."""
-        return self._gathering.contents.has(chunk) or self._leaving.contents.has(chunk)
-
-    def holds(self, run: Run) -> bool:
-        """Whether some of the run is in the buffer."""
-        return self._gathering.contents.holds(run) or self._leaving.contents.holds(run)
+    def touches(self, offset: int, length: int) -> bool:
+        """Whether the buffer has something of the chunks that an extent touches."""
+        newer, older = self._gathering.contents, self._leaving.contents
+        if not newer.weight and not older.weight:
+            return False
+        chunk, start = divmod(offset, CHUNK_BYTES)
+        if start + length <= CHUNK_BYTES:
+            return newer.has(chunk) or (bool(older.weight) and older.has(chunk))
+        run = covering(offset, length)
+        return newer.holds(run) or older.holds(run)
 
     def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
         """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
@@ -213,7 +216,7 @@ class Behind:
         taken.arrived.set()  # so that `run` looks for the next one; what was not taken before has not arrived
         taken.taken.set()
         taken.error = CowError("hcpfs was stopped before")  # until we know better
-        left = Untaken(taken.contents, None)
+        left = Unwritten(taken.contents, None)
         try:
             left = await self._take(taken.contents)
             taken.error = left.cause
@@ -255,7 +258,7 @@ async def _in_place(generation: _Generation) -> None:
         raise again from error
 
 
-def write_out(device: File, contents: Contents) -> Untaken:
+def write_out(device: File, contents: Contents) -> Unwritten:
     """Write contents to their places on a device, and return what it does not take. Blocks; nothing is durable yet."""
     failed: set[int] = set()
     cause: Exception | None = None
@@ -272,7 +275,7 @@ def write_out(device: File, contents: Contents) -> Untaken:
         except OSError as error:
             cause = error
             failed.add(chunk)
-    return Untaken(contents.only(failed), cause) if failed else Untaken(Contents(), None)
+    return Unwritten(contents.only(failed), cause) if failed else Unwritten(Contents(), None)
 
 
 def _write_row(device: File, row: Row) -> None:

@@ -46,10 +46,18 @@ class OriginDevice(File):
     """
 
     def __init__(
-        self, io: Io, fd: int, label: str, geometry: Geometry, superblock_of: SuperblockOf = no_superblock
+        self,
+        io: Io,
+        fd: int,
+        label: str,
+        geometry: Geometry,
+        superblock_of: SuperblockOf = no_superblock,
+        *,
+        is_read_only: bool = False,
     ) -> None:
         super().__init__(io, fd, label)
         self._size_bytes, self.logical_block_bytes, self.is_block = geometry
+        self.is_read_only = is_read_only  #: so it is open
         self._superblock_of = superblock_of
         self.intact_bytes = geometry.size_bytes  #: what is beyond is not what it was: the source was cut there
 
@@ -166,4 +174,4 @@ class OriginDevice(File):
                 raise unwritable.refusal(path, error) from error
         # After a failed sync, by us or by others before us, the cache may show what the device does not have.
         io.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return cls(io, fd, path, geometry, superblock_of)
+        return cls(io, fd, path, geometry, superblock_of, is_read_only=read_only)

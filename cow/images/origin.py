@@ -11,8 +11,8 @@ import time
 import trio
 from pyroaring import BitMap64
 
-from cow.buffer.behind import Behind, Untaken, write_out
-from cow.buffer.contents import Contents, contents_of, covers, overlaid
+from cow.buffer.behind import Behind, Unwritten, write_out
+from cow.buffer.contents import Contents, contents_of
 from cow.buffer.memory import Memory
 from cow.clock import after
 from cow.disk.ailing import check_size, told, why_away
@@ -24,6 +24,7 @@ from cow.errors import CowError, PastEndError, ReadOnlyError, printable
 from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.images.gate import Gate
+from cow.images.handle import Handle, read_through
 from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer
 from cow.offload import is_short, offload
@@ -36,7 +37,7 @@ RESCUE_TRIES = 8  # in vain, one after the other
 _LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
 
 
-class Origin:
+class Origin(Handle):
     """One live device. Trio thread only."""
 
     def __init__(
@@ -47,7 +48,6 @@ class Origin:
         preserver: Preserver,
         tell: Tell,
         *,
-        read_only: bool,
         write_behind: bool,
         store_is_in_memory: bool,
     ) -> None:
@@ -59,10 +59,10 @@ class Origin:
         self.modified_ns = row.modified_ns  #: when the contents last changed, or may have
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
         self.superblock = Superblock()  #: what it was called when somebody last looked
-        self.epochs = Epochs()  #: guarded by the store's layout lock, and by the gate where one is opened
+        self.epochs = Epochs()  #: guarded by the inventory's lock, and by the gate where one is opened
         self._gate = gate
         self._preserver = preserver
-        self._read_only = read_only
+        self._read_only = device.is_read_only
         self._write_behind = write_behind
         self._look_again_ns = 0  #: at the size of a file
         is_in_memory = store_is_in_memory and device.is_in_memory
@@ -74,9 +74,7 @@ class Origin:
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As `read`, where that needs no waiting; else None. What is longer than a chunk is read into `into`."""
-        if offset + length > self.device.intact_bytes or (
-            self._behind.chunks and self._behind.holds(covering(offset, length))
-        ):
+        if offset + length > self.device.intact_bytes or self._behind.touches(offset, length):
             return None
         try:
             if length <= CHUNK_BYTES:
@@ -93,22 +91,12 @@ class Origin:
         at_once = self.read_nowait(offset, length, memoryview(bytearray(length)))
         return bytes(at_once if at_once is not None else await self.read_waiting(offset, length))
 
-    async def read_waiting(self, offset: int, length: int) -> bytes:
+    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """As `read`, for what cannot be had without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
-        newer = self._behind.pieces(offset, length)  # before the device, as what leaves the buffer goes there
-        if newer and covers(newer, offset, length):  # so what is beneath need not be readable
-            return overlaid(bytes(length), offset, newer)
-        try:
-            data = await self._read_device(offset, length)
-        except OSError as error:
-            if not newer:
-                raise
-            await self._behind.drain_or(error)  # perhaps what cannot be read is overwritten
-            return await self._read_device(offset, length)
-        return overlaid(data, offset, newer) if newer else data
+        return await read_through(self._behind, offset, length, self._read_device)
 
     async def _read_device(self, offset: int, length: int) -> bytes:
         if offset + length > self.device.intact_bytes:
@@ -127,7 +115,7 @@ class Origin:
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """As `write`, where that needs no waiting; else None.
 
-        The memory of a view may be used for something else afterwards, unless it is `memory`, and kept.
+        `data` is copied before this returns, unless it is a view of `memory`, which may be retained instead.
         """
         # atomic: no checkpoint, so the gate need not be entered
         length, now_ns = len(data), time.time_ns()
@@ -172,7 +160,7 @@ class Origin:
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
         """As `write`, for what cannot be done without waiting.
 
-        A view's memory must stay as it is until the return, and after it if it is `memory`, and kept.
+        The memory of `data` must not change before this returns; that of `memory` may be retained after it.
         """
         if self._read_only:
             raise ReadOnlyError("the origin is opened read-only: mount without the option ro to write")
@@ -217,8 +205,10 @@ class Origin:
             return False
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length <= CHUNK_BYTES:
-            return self._behind.has(chunk) or not self._is_preserved(chunk) or chunk in self._losses.chunks
-        if self._behind.holds(covering(offset, length)):
+            if not self._is_preserved(chunk) or self._behind.touches(offset, length):
+                return True
+            return chunk in self._losses.chunks  # whoever writes to those passes by `_rescue`
+        if self._behind.touches(offset, length):
             return True
         return not self._behind.is_long(length) and not self._may_overwrite(offset, length)
 
@@ -227,10 +217,10 @@ class Origin:
         run = covering(offset, length)
         if not self.epochs.is_run_preserved(run):
             return False
-        lost = self._losses.chunks  # whoever writes to those passes by `_rescue`
+        lost = self._losses.chunks
         return not lost or not lost.range_cardinality(run.first, run.end)
 
-    async def _take(self, contents: Contents) -> Untaken:
+    async def _take(self, contents: Contents) -> Unwritten:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
         check_size(self.device)
@@ -243,7 +233,7 @@ class Origin:
         self._losses.end(contents, left.contents)
         if isinstance(left.cause, OSError):
             first = left.contents.chunks().min() * CHUNK_BYTES
-            return Untaken(left.contents, self._told(left.cause, "written", first))
+            return Unwritten(left.contents, self._told(left.cause, "written", first))
         return left
 
     async def drain(self) -> None:

@@ -62,7 +62,7 @@ class Damage:
     def rescued(self) -> None:
         """What was lost may be there again: those that lack nothing any more are valid."""
         for snapshot in [one for one in self._inventory.all_snapshots if one.id in self._by_loss]:
-            if snapshot.row.state is State.DAMAGED and not any(image.lost() for image in snapshot.images):
+            if snapshot.row.state is State.DAMAGED and not any(image.view.lost() for image in snapshot.images):
                 snapshot.row.state, snapshot.row.reason = State.VALID, ""
                 self._by_loss.discard(snapshot.id)
                 self._tell(Rescued(snapshot.name))
@@ -76,7 +76,7 @@ class Damage:
             for number, lost in origin.epochs.lost():
                 snapshot = self._inventory.get(number)
                 image = snapshot.image(origin.name) if snapshot is not None else None
-                counts[number] += len(image.lost_of(lost)) if image is not None else 0
+                counts[number] += len(image.view.lost_of(lost)) if image is not None else 0
         for number, count in counts.items():
             if count:
                 self.mark([number], f"{count} chunks were lost; they read EIO, and the rest stays readable")

@@ -130,8 +130,8 @@ class Inventory:
     @asynccontextmanager
     async def settled(self, layer: Layer) -> AsyncIterator[None]:
         """While no image writes to the layer."""
-        image = next((one for one in self.images if one.delta is layer), None)
-        async with image.settled() if image is not None else nullcontext():
+        image = next((one for one in self.images if one.delta.layer is layer), None)
+        async with image.delta.settled() if image is not None else nullcontext():
             yield
 
     def load_layers(self, layers: Mapping[int, Layer]) -> None:

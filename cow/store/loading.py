@@ -78,7 +78,6 @@ async def suspect(inventory: Inventory, catalog: Catalog, reason: str, *, read_s
         origin.modified_ns = after(origin.modified_ns)
     for snapshot in trusted:
         snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason
-        snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id))
+        first_layer = int(snapshot.row.evidence.setdefault(DOUBTED_FROM, str(rows[0].id)))
         for image in snapshot.images:
-            image.is_doubted = True
-            image.doubted_from = None if read_suspect else snapshot.row.doubted_from
+            image.view.doubt(first_layer, is_refused=not read_suspect)

@@ -47,15 +47,15 @@ class Snapshot:
 
     def asks(self, layer: Layer) -> bool:
         """Whether the layer is among those that its images ask. It must be usable."""
-        return any(layer in image.layers() for image in self.images)
+        return any(layer in image.view.layers() for image in self.images)
 
     def reads(self, layer: Layer, chunks: BitMap64) -> bool:
         """Whether an image reads any of the chunks, all held by `layer`, from there."""
-        return any(image.reads(layer, chunks) for image in self.images)
+        return any(image.view.reads(layer, chunks) for image in self.images)
 
     def frees_something(self, heir: int | None) -> bool:
         """Whether its end would give space back, if `heir` inherits."""
-        return any(image.delta.held or image.origin.epochs.freed_by(self.id, heir) for image in self.images)
+        return any(image.delta.layer.held or image.origin.epochs.freed_by(self.id, heir) for image in self.images)
 
     def image(self, name: bytes) -> Image | None:
         """The image of that name."""

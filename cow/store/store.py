@@ -42,11 +42,13 @@ from cow.errors import (
     printable,
 )
 from cow.events import Tell
+from cow.images.delta import Delta
 from cow.images.gate import Gate
 from cow.images.image import Image
 from cow.images.origin import Origin
 from cow.images.origins import Origins
 from cow.images.recognition import gather
+from cow.images.view import View
 from cow.layers.layer import Layer, inodes
 from cow.offload import offload
 from cow.records.catalog import Catalog, OriginRow, Role, SnapshotRow, State
@@ -218,27 +220,18 @@ class Store:
         return snapshot
 
     def _snapshot_of(self, row: SnapshotRow, deltas: Mapping[int, Layer]) -> Snapshot:
-        images = [
-            Image(
-                origin,
-                row.id,
-                row.created_ns,
-                deltas[origin.id],
-                self._commits,
-                self.space,
-                partial(self.damage.found, row.id),
-                self._tell,
-                doubted_from=None if self.settings.read_suspect else row.doubted_from,
-                write_behind=self.settings.write_behind,
-            )
-            for origin in self.origins
-        ]
-        for image in images:
-            image.is_doubted = row.doubted_from is not None
+        images = [self._image(origin, row, deltas[origin.id]) for origin in self.origins]
         if self._tasks is not None:
             for image in images:
                 self._tasks.start_soon(image.run)
         return Snapshot(row, images)
+
+    def _image(self, origin: Origin, row: SnapshotRow, delta_layer: Layer) -> Image:
+        view = View(origin, row.id, row.created_ns, delta_layer)
+        if row.doubted_from is not None:
+            view.doubt(row.doubted_from, is_refused=not self.settings.read_suspect)
+        delta = Delta(view, self._commits, partial(self.damage.found, row.id))
+        return Image(view, delta, self.space, self._tell, write_behind=self.settings.write_behind)
 
     async def rename_snapshot(self, old: bytes, new: bytes) -> None:
         """Rename a snapshot, durably. Raises NotFoundError, NameTakenError and the errors of names. # I5"""
@@ -312,7 +305,6 @@ class Store:
                     self._gate,
                     self._preserver,
                     self._tell,
-                    read_only=self.settings.read_only,
                     # Where a full store stops the writer, the writer has to be there to be told.
                     write_behind=self.settings.write_behind and self.settings.on_full is not OnFull.BLOCK_WRITES,
                     store_is_in_memory=self.inventory.layers_directory.is_in_memory,
@@ -374,7 +366,7 @@ class Store:
         for origin in self.origins if not self.settings.read_only else ():
             await attempt(origin.sync)
         for image in list(self.inventory.images):
-            if image.is_usable:
+            if image.view.is_usable:
                 await attempt(image.sync)
         return failures
 

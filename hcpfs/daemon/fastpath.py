@@ -30,6 +30,7 @@ import trio
 
 from cow.buffer.memory import Memory
 from cow.geometry import covering_bytes
+from cow.images.handle import Handle
 from hcpfs.daemon.protocol import (
     ANSWER,
     DATA_AT,
@@ -43,7 +44,6 @@ from hcpfs.daemon.protocol import (
     Opcode,
     change_init,
 )
-from hcpfs.tree.handles import Handle
 from hcpfs.tree.truncating import Truncating
 
 MOST_SECONDS = 0.002  # between two checkpoints of trio, unless a single request takes longer

@@ -3,10 +3,10 @@
 import errno
 import json
 import time
-from typing import Protocol
 
 from cow.buffer.memory import Memory
 from cow.errors import CowError
+from cow.images.handle import Handle
 from cow.scrub import Finding, OpenScrub
 
 _SCRUB_LINE_SECONDS = 0.3
@@ -19,32 +19,7 @@ class NotPermittedError(CowError):
     errno = errno.EPERM
 
 
-class Handle(Protocol):
-    """An open file."""
-
-    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
-        """Read without waiting, or return None where that is impossible. Short only at the end of the file.
-
-        The result may be a view of `into`, which should have the engine's `covering_bytes(length)`.
-        """
-
-    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """Read, also what has to be waited for."""
-
-    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
-        """Write without waiting, or return None where that is impossible. Short only at the end of the file.
-
-        `data` is copied before the return, unless it is a view of `memory`: that may be retained instead.
-        """
-
-    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """Write, also what has to be waited for. The caller leaves the memory of a view unchanged until the return."""
-
-    async def sync(self) -> None:
-        """Make writes durable."""
-
-
-class ReadOnly:
+class ReadOnly(Handle):
     """An open file that is not an image."""
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | None:

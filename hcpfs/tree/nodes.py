@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from cow.errors import CowError, NotFoundError
+from cow.images.handle import Handle
 from cow.store.store import Store
 from hcpfs.tree.access import Access
-from hcpfs.tree.handles import Handle, Text
+from hcpfs.tree.handles import Text
 from hcpfs.tree.openfiles import OpenFiles, TextTimes
 
 ROOT = 1  #: its inode

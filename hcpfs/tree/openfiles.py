@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from cow.clock import after
-from hcpfs.tree.handles import Handle, Text
+from cow.images.handle import Handle
+from hcpfs.tree.handles import Text
 from hcpfs.tree.truncating import Truncating, position_in
 
 HELD_SECONDS = 10.0  # a process that has not read its open text for so long is shown the present one

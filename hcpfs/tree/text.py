@@ -51,8 +51,8 @@ def info(snapshot: Snapshot) -> bytes:
         ("parent", "-"),
         ("device", " ".join(_key(os.fsencode(image.origin.device.label)) for image in snapshot.images)),
         ("size", sum(image.size_bytes for image in snapshot.images)),
-        ("preserved_bytes", sum(image.preserved_bytes for image in snapshot.images)),
-        ("written_bytes", sum(image.written_bytes for image in snapshot.images)),
+        ("preserved_bytes", sum(image.view.preserved_bytes for image in snapshot.images)),
+        ("written_bytes", sum(image.view.written_bytes for image in snapshot.images)),
     ]
     for key, value in row.evidence.items():
         pairs += [(key, one) for one in (_frozen(value) if key == "frozen" else [value])]
@@ -60,8 +60,8 @@ def info(snapshot: Snapshot) -> bytes:
         key = _key(image.origin.name)
         pairs += [
             (f"{key}.size", image.size_bytes),
-            (f"{key}.preserved_bytes", image.preserved_bytes),
-            (f"{key}.written_bytes", image.written_bytes),
+            (f"{key}.preserved_bytes", image.view.preserved_bytes),
+            (f"{key}.written_bytes", image.view.written_bytes),
             (f"{key}.modified", when(image.modified_ns)),
         ]
     return lines(pairs)
@@ -74,7 +74,7 @@ def lost(snapshot: Snapshot) -> bytes:
             "utf-8", "backslashreplace"
         )
         for image in snapshot.images
-        for run in image.lost()
+        for run in image.view.lost()
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from cow.buffer.behind import MOST_CHUNKS, Behind, Untaken, write_out
+from cow.buffer.behind import MOST_CHUNKS, Behind, Unwritten, write_out
 from cow.buffer.contents import Contents, overlaid
 from cow.buffer.memory import Memory
 from cow.disk.source import OriginDevice
@@ -38,7 +38,7 @@ class _Held:
         self.let_go = trio.Event()
         self.asked: list[set[int]] = []
 
-    async def take(self, contents: Contents) -> Untaken:
+    async def take(self, contents: Contents) -> Unwritten:
         self.asked.append(set(contents.chunks()))
         await self.let_go.wait()
         return write_out(self._device, contents)
@@ -122,7 +122,7 @@ def test_a_drain_of_what_is_on_its_way_takes_nothing_after_it(device: OriginDevi
 
 
 def test_a_sync_takes_what_gathers_there_itself(device: OriginDevice) -> None:
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:
@@ -166,7 +166,7 @@ def test_a_sync_waits_for_what_somebody_else_takes_there(device: OriginDevice) -
 def test_i6_in_memory_whoever_finds_the_buffer_full_empties_it(device: OriginDevice) -> None:
     taken = list[int]()
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         taken.append(len(contents))
         return write_out(device, contents)
 
@@ -229,7 +229,7 @@ class _Fails:
 def test_i3_what_the_device_did_not_take_fails_each_sync_until_it_does(device: OriginDevice) -> None:
     fails, told = _Fails(device), list[Event]()
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:
@@ -273,7 +273,7 @@ def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginD
     fails.chunks = {3}
     length = 64
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:
@@ -296,7 +296,7 @@ def test_i8_one_chunk_that_is_not_taken_does_not_fill_the_buffer(device: OriginD
 def test_i6_long_writes_fill_the_buffer_by_what_they_keep_in_memory() -> None:
     length, counts, back = 256, list[int](), list[Memory]()
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         raise AssertionError("nothing is to be taken")
 
     async def main() -> None:
@@ -350,7 +350,7 @@ def test_i3_a_long_write_that_is_not_taken_stays_and_its_memory_comes_back(devic
     fails, back = _Fails(device), list[Memory]()
     fails.chunks = {3}
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:
@@ -375,7 +375,7 @@ def test_a_device_that_takes_nothing_fails_the_writer_when_the_buffer_is_full(de
     fails = _Fails(device)
     fails.chunks = set(range(4 * MOST_CHUNKS))
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:
@@ -399,7 +399,7 @@ def test_i6_the_buffer_is_full_while_what_was_not_taken_is_tried_again() -> None
     """Else each attempt would let as much again into memory."""
     attempts = list[trio.Event]()
 
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         attempts.append(trio.Event())
         await attempts[-1].wait()
         raise OSError(errno.EIO, "no")
@@ -433,7 +433,7 @@ def test_i6_the_buffer_is_full_while_what_was_not_taken_is_tried_again() -> None
 
 
 def test_a_drain_after_a_sync_does_not_wait_for_more_to_come(device: OriginDevice) -> None:
-    async def take(contents: Contents) -> Untaken:
+    async def take(contents: Contents) -> Unwritten:
         return write_out(device, contents)
 
     async def main() -> None:

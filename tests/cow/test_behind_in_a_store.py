@@ -199,7 +199,7 @@ def test_a_part_of_a_chunk_that_cannot_be_read_fails_the_writer_and_no_other_wri
     image = _image(engine, b"a")
     engine.call(image.write, 3 * CHUNK_BYTES, b"x" * CHUNK_BYTES)
     engine.call(image.sync)
-    engine.call(engine.store.damage.lose, image.delta, BitMap64([3]))
+    engine.call(engine.store.damage.lose, image.delta.layer, BitMap64([3]))
     with pytest.raises(LostError):
         engine.call(image.write, 3 * CHUNK_BYTES + 100, b"y" * 50)
     engine.call(image.write, 7 * CHUNK_BYTES + 100, b"z" * 50)
@@ -217,7 +217,7 @@ def test_i6_an_image_whose_buffer_is_stuck_keeps_no_other_waiting(start: Callabl
     def fail(*arguments: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    stuck._write_delta = fail
+    stuck.delta._write_rows = fail
     engine.call(stuck.write, 0, b"s" * CHUNK_BYTES)
     with pytest.raises(OSError, match="still in memory"):
         engine.call(stuck.sync)
@@ -226,6 +226,6 @@ def test_i6_an_image_whose_buffer_is_stuck_keeps_no_other_waiting(start: Callabl
     engine.call(other.sync)
     assert engine.call(other.read, 0, CHUNK_BYTES) == b"o" * CHUNK_BYTES
     engine.store.space.waiting_chunks -= MOST_WAITING_CHUNKS
-    del stuck._write_delta
+    del stuck.delta._write_rows
     engine.call(stuck.sync)
     assert engine.call(stuck.read, 0, CHUNK_BYTES) == b"s" * CHUNK_BYTES

@@ -36,7 +36,7 @@ def _check(engine: Engine, expected: list[bytes]) -> None:
     for snapshot, content in zip(engine.store.snapshots, expected, strict=True):
         assert snapshot.row.state == "valid", snapshot.row.reason
         assert engine.call(snapshot.images[0].read, 0, SIZE) == content
-        assert snapshot.images[0].lost() == []
+        assert snapshot.images[0].view.lost() == []
 
 
 @MODES
@@ -100,7 +100,7 @@ def test_i8_one_bad_sector_is_healed_by_who_overwrites_it_at_the_price_of_that_c
     old = (tmp_path / "disk.img").read_bytes()
     BadSectors(io, {700, 705})
     _write_durably(engine, 690 * CHUNK_BYTES, b"n" * 30 * CHUNK_BYTES)
-    assert image.lost() == [Run(700, 1), Run(705, 1)]
+    assert image.view.lost() == [Run(700, 1), Run(705, 1)]
     assert engine.call(image.read, 690 * CHUNK_BYTES, 10 * CHUNK_BYTES) == old[690 * CHUNK_BYTES : 700 * CHUNK_BYTES]
     assert engine.call(engine.store.origins[0].read, 700 * CHUNK_BYTES, 2) == b"nn"
 
@@ -151,7 +151,7 @@ def test_i9_a_source_that_is_away_costs_the_others_nothing(
         _back(io)
         engine.call(away.sync)
         assert snapshot.row.state == "valid"
-        assert [image.lost() for image in snapshot.images] == [[], []]
+        assert [image.view.lost() for image in snapshot.images] == [[], []]
     finally:
         engine.kill()
 
@@ -217,7 +217,7 @@ def test_i4_a_file_that_is_cut_while_it_is_served_gets_no_holes_for_old_bytes(
         with pytest.raises(OSError, match="was cut"):
             engine.call(origin.read, 1300 * CHUNK_BYTES, 1)
     assert disk.stat().st_size == 1000 * CHUNK_BYTES
-    assert image.lost() == []
+    assert image.view.lost() == []
     assert engine.call(image.read, 0, 1000 * CHUNK_BYTES) == old[: 1000 * CHUNK_BYTES]
     assert engine.call(image.read, 1500 * CHUNK_BYTES, CHUNK_BYTES) == old[1500 * CHUNK_BYTES :][:CHUNK_BYTES]
     os.truncate(disk, SIZE)  # zeroes, which are no old bytes

@@ -46,7 +46,7 @@ def test_a_bad_sector_under_what_was_being_overwritten_is_one_lost_chunk_after_t
     write(engine, image, 0, b"1")
     write(engine, image, 5, b"5")
     engine.call(image.write, 0, b"2" * CHUNK_BYTES)
-    bad = f"{image.delta.name}/data.0000"
+    bad = f"{image.delta.layer.name}/data.0000"
     engine.kill()
     io.fails = lambda call, path: call == "pread" and path.endswith(bad)
     engine = start()
@@ -73,12 +73,12 @@ def test_the_opening_marks_each_snapshot_that_reads_what_was_lost_and_no_other(s
     engine.call(engine.store.origins[0].sync)
     take(engine, b"after")
     engine.store.damage.mark = lambda numbers, sentence: None  # as if the power went before the catalog had it
-    layer = engine.store.snapshots[3].images[0].layers()[1]
+    layer = engine.store.snapshots[3].images[0].view.layers()[1]
     assert 4 in layer.held
     engine.call(engine.store.damage.lose, layer, BitMap64([4]))
     engine.kill()
     engine = start()
-    lost = {snapshot.name: snapshot.images[0].lost() for snapshot in engine.store.snapshots}
+    lost = {snapshot.name: snapshot.images[0].view.lost() for snapshot in engine.store.snapshots}
     assert lost == {b"before": [], b"older": [Run(4, 1)], b"over": [], b"newer": [Run(4, 1)], b"after": []}
     damaged = {snapshot.name for snapshot in engine.store.snapshots if snapshot.row.state == "damaged"}
     assert damaged == {b"older", b"newer"}
@@ -88,12 +88,12 @@ def test_i3_a_lost_chunk_that_is_written_anew_is_there_again(start: Callable[...
     engine = start()
     image = take(engine, b"a")
     write(engine, image, 3, b"1")
-    engine.call(engine.store.damage.lose, image.delta, BitMap64([3]))
+    engine.call(engine.store.damage.lose, image.delta.layer, BitMap64([3]))
     with pytest.raises(LostError):
         engine.call(image.read, 3 * CHUNK_BYTES, 1)
     engine.call(image.write, 3 * CHUNK_BYTES, b"2" * CHUNK_BYTES)
     assert engine.call(image.read, 3 * CHUNK_BYTES, 1) == b"2"
-    assert image.lost() == []
+    assert image.view.lost() == []
     engine.call(engine.store.checkpoint)  # which has to say that it is lost, as long as it is not synced
     wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the checkpoint")
     engine.kill()
@@ -136,7 +136,7 @@ def test_i6_checksums_that_can_never_be_synced_cost_their_snapshot_and_not_the_d
     other, image = take(engine, b"other"), take(engine, b"a")
     write(engine, other, 0, b"o")
     write(engine, image, 0, b"1")
-    bad = f"{image.delta.name}/sums"
+    bad = f"{image.delta.layer.name}/sums"
     io.fails = lambda call, path: call == "fdatasync" and path.endswith(bad)
     deadline = time.monotonic() + 30
     while engine.store.find(b"a").usable:
@@ -189,7 +189,7 @@ def test_a_layer_that_cannot_be_removed_blocks_no_other_and_no_opening(
     images = [take(engine, name) for name in (b"a", b"b")]
     for image in images:
         write(engine, image, 0, b"1")
-    stuck, free = (tmp_path / "store" / "layers" / image.delta.name for image in images)
+    stuck, free = (tmp_path / "store" / "layers" / image.delta.layer.name for image in images)
     is_stuck = threading.Event()
     is_stuck.set()
     real = io.unlink
@@ -241,7 +241,7 @@ def test_a_store_whose_catalog_and_journal_are_gone_is_refused_and_keeps_its_lay
         path.unlink()
     with pytest.raises(RefusedError, match="missing or empty"):
         start()
-    assert (store / "layers" / image.delta.name / "data.0000").exists()
+    assert (store / "layers" / image.delta.layer.name / "data.0000").exists()
 
 
 def test_whoever_looks_at_the_catalog_does_not_cut_what_we_have_mapped(
@@ -264,7 +264,7 @@ def test_a_layer_whose_checksums_cannot_be_restored_costs_its_snapshot_and_not_t
     bad, good = take(engine, b"bad"), take(engine, b"good")
     write(engine, bad, 0, b"A")
     write(engine, good, 0, b"B")
-    name = bad.delta.name
+    name = bad.delta.layer.name
     engine.kill()
     io.fails = lambda called, path: called == call and path.endswith(f"{name}/sums")
     engine = start()
@@ -272,7 +272,7 @@ def test_a_layer_whose_checksums_cannot_be_restored_costs_its_snapshot_and_not_t
     snapshots = {snapshot.name: snapshot for snapshot in engine.store.snapshots}
     assert engine.call(snapshots[b"good"].images[0].read, 0, CHUNK_BYTES) == b"B" * CHUNK_BYTES
     if call == "pwrite":
-        assert snapshots[b"bad"].images[0].lost() == [Run(0, 1)]
+        assert snapshots[b"bad"].images[0].view.lost() == [Run(0, 1)]
     else:
         assert not snapshots[b"bad"].usable
     engine.kill()

@@ -70,8 +70,8 @@ def test_i9_what_cannot_be_synced_at_the_stop_costs_no_other_snapshot_its_writes
     engine.call(a.write, 0, b"A" * CHUNK_BYTES)
     engine.call(b.write, 0, b"B" * CHUNK_BYTES)
     call, file = {
-        "data of a": ("fdatasync", f"{a.delta.name}/data.0000"),
-        "checksums of a": ("pwrite", f"{a.delta.name}/sums"),
+        "data of a": ("fdatasync", f"{a.delta.layer.name}/data.0000"),
+        "checksums of a": ("pwrite", f"{a.delta.layer.name}/sums"),
         "the disk": ("fdatasync", "disk.img"),
     }[bad]
     io.fails = lambda called, path: called == call and path.endswith(file)
@@ -90,7 +90,7 @@ def test_i4_a_chunk_whose_new_checksum_could_not_be_written_is_what_it_is_now(
     engine = start()
     image = take(engine, b"a")
     write(engine, image, 0, b"A")
-    io.fails = at_first(2, "pwrite", f"{image.delta.name}/sums")
+    io.fails = at_first(2, "pwrite", f"{image.delta.layer.name}/sums")
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
             engine.call(image.write, 100, b"B" * 200)
@@ -108,10 +108,10 @@ def test_a_chunk_that_was_torn_and_cannot_be_read_is_lost_and_no_other(start: Ca
     image = take(engine, b"a")
     write(engine, image, 0, b"A")
     write(engine, image, 1, b"A")
-    io.fails = at_first(1, "pwrite", f"{image.delta.name}/sums")
+    io.fails = at_first(1, "pwrite", f"{image.delta.layer.name}/sums")
     with pytest.raises(OSError, match="Input/output error"):
         engine.call(image.write, 0, b"B" * CHUNK_BYTES)
-    io.fails = lambda call, path: call == "pread" and path.endswith(f"{image.delta.name}/data.0000")
+    io.fails = lambda call, path: call == "pread" and path.endswith(f"{image.delta.layer.name}/data.0000")
     with pytest.raises(LostError, match="are lost"):
         write(engine, image, 5, b"C")
     io.fails = lambda call, path: False
@@ -122,7 +122,7 @@ def test_a_chunk_that_was_torn_and_cannot_be_read_is_lost_and_no_other(start: Ca
     wait_until(lambda: engine.store.snapshots[0].row.state == "damaged", what="the snapshot to be marked")
     engine.close()
     image = start().store.snapshots[0].images[0]
-    assert image.lost() == [Run(0, 1)]
+    assert image.view.lost() == [Run(0, 1)]
 
 
 def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_read(
@@ -139,7 +139,7 @@ def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_r
     engine.call(origin.sync)
     assert engine.call(origin.read, 9 * CHUNK_BYTES, CHUNK_BYTES) == b"l" * CHUNK_BYTES
     assert bad.chunks == {7}
-    assert engine.store.snapshots[0].images[0].lost() == [Run(9, 1)]
+    assert engine.store.snapshots[0].images[0].view.lost() == [Run(9, 1)]
 
 
 def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
@@ -165,7 +165,7 @@ def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
         go_on.set()
         with suppress(InvalidSnapshotError):
             writing.result()
-    delta = tmp_path / "store" / "layers" / image.delta.name
+    delta = tmp_path / "store" / "layers" / image.delta.layer.name
     wait_until(lambda: not delta.exists(), what="the directory to be removed")
     engine.call(engine.store.disposal.sweep)
     assert not delta.exists()
@@ -174,7 +174,7 @@ def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
 def test_i6_what_waits_of_a_snapshot_that_is_given_up_is_let_go(start: Callable[..., Engine], io: BadIo) -> None:
     engine = start(write_behind=True)
     image = take(engine, b"a")
-    io.fails = lambda call, path: call == "pwrite" and path.endswith(f"{image.delta.name}/data.0000")
+    io.fails = lambda call, path: call == "pwrite" and path.endswith(f"{image.delta.layer.name}/data.0000")
     engine.call(image.write, 0, b"A" * CHUNK_BYTES)
     with pytest.raises(OSError, match="still in memory"):
         engine.call(image.sync)
@@ -194,7 +194,7 @@ def test_i3_what_a_killed_process_made_is_synced_before_it_is_relied_on(
     io.fails = lambda call, path: call == "fsync" and bool(synced.append(Path(path).name))
     engine = start()
     write(engine, engine.store.snapshots[0].images[0], 0, b"B")
-    assert {"layers", image.delta.name} <= set(synced)
+    assert {"layers", image.delta.layer.name} <= set(synced)
 
 
 def test_i3_what_a_failed_sync_left_in_the_cache_is_written_once_more(start: Callable[..., Engine], io: BadIo) -> None:
@@ -202,7 +202,7 @@ def test_i3_what_a_failed_sync_left_in_the_cache_is_written_once_more(start: Cal
     engine = start()
     image = take(engine, b"a")
     write(engine, image, 0, b"A")
-    data = f"{image.delta.name}/data.0000"
+    data = f"{image.delta.layer.name}/data.0000"
     engine.call(image.write, 0, b"B" * CHUNK_BYTES)
     io.fails = lambda call, path: call == "fdatasync" and path.endswith(data)
     with pytest.raises(OSError, match="Input/output error"):
@@ -222,12 +222,12 @@ def test_i6_an_image_that_cannot_be_synced_adds_no_more_intents_than_there_may_b
     image = take(engine, b"a")
     engine.call(image.write, 0, b"A" * 100 * CHUNK_BYTES)
     engine.call(image.sync)
-    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{image.delta.name}/data.0000")
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{image.delta.layer.name}/data.0000")
     with patch.object(commits, "MOST_INTENDED_CHUNKS", 4):
         for chunk in range(100):
             with suppress(OSError, CowError):
                 engine.call(image.write, chunk * CHUNK_BYTES, b"B" * CHUNK_BYTES)
-    assert len(image.delta.intended) == 5
+    assert len(image.delta.layer.intended) == 5
 
 
 def test_i8_a_file_system_that_is_full_at_the_sync_is_full(start: Callable[..., Engine], io: BadIo) -> None:
@@ -264,7 +264,7 @@ def test_i4_a_chunk_that_is_lost_while_its_snapshot_is_taken_marks_it(start: Cal
         go_on.set()
         snapshot = taking.result()
     assert snapshot.row.state == "damaged"
-    assert snapshot.images[0].lost() == [Run(0, 1)]
+    assert snapshot.images[0].view.lost() == [Run(0, 1)]
 
 
 def test_a_chunk_that_cannot_be_written_keeps_no_other_from_it_and_no_store_from_being_opened(
@@ -274,7 +274,7 @@ def test_a_chunk_that_cannot_be_written_keeps_no_other_from_it_and_no_store_from
     image = take(engine, b"a")
     engine.call(image.write, 0, b"A" * 8 * CHUNK_BYTES)
     engine.call(image.sync)
-    data = f"{image.delta.name}/data.0000"
+    data = f"{image.delta.layer.name}/data.0000"
     real = io.pwrite
 
     def pwrite(fd: int, content: bytes, offset: int) -> int:
@@ -324,7 +324,7 @@ def test_i1_what_was_preserved_beside_a_lost_chunk_is_kept_where_the_journal_fai
     engine.kill()
     engine = start()
     (snapshot,) = engine.store.snapshots
-    assert snapshot.images[0].lost() == [Run(1002, 1)]
+    assert snapshot.images[0].view.lost() == [Run(1002, 1)]
     for chunk in (1000, 1001, 1003):
         kept = engine.call(snapshot.images[0].read, chunk * CHUNK_BYTES, CHUNK_BYTES)
         assert kept == old[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
@@ -383,7 +383,7 @@ def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
     engine.call(origin.write, 5 * CHUNK_BYTES, b"L" * CHUNK_BYTES)
     engine.call(origin.drain)
     io.fails = lambda call, path: False
-    assert image.lost() == [Run(5, 1)]
+    assert image.view.lost() == [Run(5, 1)]
     if way == "in the background":
         engine.call(_as_async(image._behind.try_again))
         wait_until(lambda: not image._behind.chunks, what="the end of the buffer")
@@ -416,11 +416,11 @@ def test_i3_a_chunk_whose_rest_cannot_be_read_for_now_waits_and_no_other_does(
     origin.read_chunks_into = read_chunks_into
     with pytest.raises(OSError, match="a bad sector of the device"):
         engine.call(image.sync)
-    assert list(image.delta.held) == [100]
+    assert list(image.delta.layer.held) == [100]
     origin.read_chunks_into = real
     engine.call(image.sync)
     assert engine.call(image.read, 5 * CHUNK_BYTES + 512, 512) == b"B" * 512
-    assert list(image.delta.held) == [5, 100]
+    assert list(image.delta.layer.held) == [5, 100]
 
 
 def test_a_reader_is_told_why_it_cannot_read_and_not_why_others_cannot_be_written(
@@ -433,7 +433,7 @@ def test_a_reader_is_told_why_it_cannot_read_and_not_why_others_cannot_be_writte
     io.fails = lambda call, path: call == "pwrite" and "/data" in path
     engine.call(origin.write, 5 * CHUNK_BYTES, b"L" * CHUNK_BYTES)
     engine.call(origin.drain)
-    assert layer != image.delta.name
+    assert layer != image.delta.layer.name
     io.errno = errno.ENOSPC
     with pytest.raises(LostError):
         engine.call(image.read, 5 * CHUNK_BYTES, 2 * CHUNK_BYTES)

@@ -55,7 +55,7 @@ def test_the_layers_of_a_snapshot_go_to_the_next_older_one_and_else_they_go(engi
     assert inventory.heir_of(newer) == older.id
     assert inventory.heir_of(older) is None
     assert inventory.asking(layer) == inventory.reading(layer, CHUNK) == [older, newer]
-    delta = newer.images[0].delta
+    delta = newer.images[0].delta.layer
     engine.call(engine.store.delete_snapshot, b"newer")
     assert inventory.reading(layer, CHUNK) == [older]
     assert inventory.has(layer)
@@ -70,12 +70,12 @@ def test_a_layer_is_settled_only_while_its_image_is_not_written_to(engine: Engin
     begun: list[str] = []
 
     async def settle() -> None:
-        async with engine.store.inventory.settled(image.delta):
+        async with engine.store.inventory.settled(image.delta.layer):
             begun.append("settled")
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            async with image.settled():
+            async with image.delta.settled():
                 nursery.start_soon(settle)
                 await trio.testing.wait_all_tasks_blocked()
                 assert begun == []

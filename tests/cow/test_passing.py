@@ -55,7 +55,7 @@ def _check(engine: Engine, content: tuple[bytes, bytes]) -> None:
     (snapshot,) = engine.store.snapshots
     (image,) = snapshot.images
     assert snapshot.row.state == "valid", snapshot.row.reason
-    assert image.lost() == []
+    assert image.view.lost() == []
     assert engine.call(image.read, 0, CHUNK_BYTES) == content[0]
     assert engine.call(image.read, 7 * CHUNK_BYTES, 3 * CHUNK_BYTES)[::CHUNK_BYTES] == content[1]
 
@@ -116,7 +116,7 @@ def test_a_bad_sector_that_stays_costs_its_layer_or_chunk_and_no_store(
     engine.call(engine.store.housekeeping.do_all)
     for image in (bad, good):
         engine.call(image.write, 7 * CHUNK_BYTES, b"8" * CHUNK_BYTES)
-    name = bad.delta.name
+    name = bad.delta.layer.name
     engine.kill()
     call, file = PLACES[place]
     io.fails = lambda called, path: called == call and path.endswith(f"{name}{file}")
@@ -125,7 +125,7 @@ def test_a_bad_sector_that_stays_costs_its_layer_or_chunk_and_no_store(
     image = engine.store.find(b"good").images[0]
     assert engine.call(image.read, 7 * CHUNK_BYTES, 1) in (b"7", b"8")
     if place == "data that was being overwritten":
-        assert engine.store.find(b"bad").images[0].lost() == [Run(7, 1)]
+        assert engine.store.find(b"bad").images[0].view.lost() == [Run(7, 1)]
     else:
         assert not engine.store.find(b"bad").usable
 

@@ -15,7 +15,7 @@ from cow.disk.io import Io
 from cow.durable import commits, space
 from cow.errors import DamagedError
 from cow.geometry import CHUNK_BYTES
-from cow.images import image
+from cow.images import delta, image
 from cow.images.image import Image
 from cow.records import journal
 from cow.scrub import Finding, OpenScrub
@@ -36,7 +36,7 @@ def _take(engine: Engine, name: bytes) -> Image:
 
 
 def _damage(engine: Engine, of: Image) -> None:
-    path = Path(engine.store.path) / "layers" / of.delta.name / "data.0000"
+    path = Path(engine.store.path) / "layers" / of.delta.layer.name / "data.0000"
     with path.open("r+b") as file:
         file.write(b"another byte or two")
 
@@ -210,7 +210,7 @@ def test_i5_a_snapshot_whose_thaw_fails_is_not_taken_and_leaves_nothing(start: C
     with pytest.raises(OSError, match="Too many open files"):
         engine.call(engine.store.create_snapshot, b"a", fails_at_the_end)
     assert engine.store.snapshots == []
-    assert _take(engine, b"a").is_usable
+    assert _take(engine, b"a").view.is_usable
 
 
 def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
@@ -221,7 +221,7 @@ def test_i3_what_many_images_overwrite_at_once_still_fits_into_a_journal_file(
     file_bytes = journal.FILE_BYTES // scale
     for module in (journal, space):
         monkeypatch.setattr(module, "FILE_BYTES", file_bytes)
-    monkeypatch.setattr(image, "MOST_UNCOMMITTED_CHUNKS", image.MOST_UNCOMMITTED_CHUNKS // scale)
+    monkeypatch.setattr(delta, "MOST_UNCOMMITTED_CHUNKS", delta.MOST_UNCOMMITTED_CHUNKS // scale)
     monkeypatch.setattr(image, "MOST_WAITING_CHUNKS", image.MOST_WAITING_CHUNKS // scale)
     monkeypatch.setattr(commits, "MOST_INTENDED_CHUNKS", commits.MOST_INTENDED_CHUNKS // scale)
     chunks = 1100

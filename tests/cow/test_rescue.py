@@ -49,14 +49,14 @@ def test_i1_a_range_that_is_away_for_a_while_is_lost_to_no_snapshot(
     old = (tmp_path / "disk.img").read_bytes()
     images = [take(engine, b"%d" % number) for number in range(snapshots)]
     bad = _lose(engine, io)
-    assert images[0].lost() == [Run(RANGE.start, len(RANGE))]
+    assert images[0].view.lost() == [Run(RANGE.start, len(RANGE))]
     wait_until(lambda: engine.store.snapshots[0].row.state == "damaged", what="the mark")
     bad.chunks = set()
     _write(engine, RANGE.start, b"n" * len(RANGE) * CHUNK_BYTES)
     for _ in range(2):
         for snapshot in engine.store.snapshots:
             assert snapshot.row.state == "valid"
-            assert snapshot.images[0].lost() == []
+            assert snapshot.images[0].view.lost() == []
             assert engine.call(snapshot.images[0].read, 0, SIZE) == old
         assert engine.call(engine.store.origins[0].read, RANGE.start * CHUNK_BYTES, 3) == b"nnn"
         engine.call(engine.store.damage.record)
@@ -75,7 +75,7 @@ def test_i1_it_is_looked_for_in_the_background_too(
     image = take(engine, b"a")
     bad = _lose(engine, io)
     bad.chunks = set()
-    wait_until(lambda: image.lost() == [], what="the rescue")
+    wait_until(lambda: image.view.lost() == [], what="the rescue")
     assert engine.call(image.read, 0, SIZE) == old
     wait_until(lambda: Rescued(b"a") in engine.events, what="the event")
 
@@ -93,7 +93,7 @@ def test_i4_a_sector_that_the_write_reached_leaves_the_chunk_lost(
         disk.write(b"n" * 512)
     bad.chunks = set()
     _write(engine, RANGE.start, b"n" * len(RANGE) * CHUNK_BYTES)
-    assert image.lost() == [Run(705, 1)]
+    assert image.view.lost() == [Run(705, 1)]
     with pytest.raises(LostError):
         engine.call(image.read, 705 * CHUNK_BYTES, 1)
     wait_until(lambda: engine.store.snapshots[0].row.state == "damaged", what="the mark")
@@ -112,7 +112,7 @@ def test_i4_any_write_since_counts_and_not_the_last_one_alone(
         disk.write(b"1" * CHUNK_BYTES)  # the first one, late
     bad.chunks = set()
     _write(engine, 702, b"3" * 3 * CHUNK_BYTES)
-    assert image.lost() == [Run(700, 2), Run(703, 1), Run(705, 15)]
+    assert image.view.lost() == [Run(700, 2), Run(703, 1), Run(705, 15)]
 
 
 def test_i4_a_loss_that_was_overwritten_by_another_writer_stays(
@@ -132,7 +132,7 @@ def test_i4_a_loss_that_was_overwritten_by_another_writer_stays(
     engine.store.origins[0]._read_past_cache = real
     bad.chunks = set()
     _write(engine, RANGE.start, b"y" * len(RANGE) * CHUNK_BYTES)
-    assert image.lost() == [Run(701, 1)]
+    assert image.view.lost() == [Run(701, 1)]
 
 
 def test_a_loss_stays_after_a_crash_in_between(start: Callable[..., Engine], io: BadIo, tmp_path: Path) -> None:
@@ -144,14 +144,14 @@ def test_a_loss_stays_after_a_crash_in_between(start: Callable[..., Engine], io:
     bad.chunks = set()
     engine = start()
     _write(engine, RANGE.start, b"n" * len(RANGE) * CHUNK_BYTES)
-    assert engine.store.snapshots[0].images[0].lost() == [Run(RANGE.start, len(RANGE))]
+    assert engine.store.snapshots[0].images[0].view.lost() == [Run(RANGE.start, len(RANGE))]
 
 
 def test_i4_the_layer_of_a_snapshot_that_is_gone_is_left_alone(start: Callable[..., Engine], io: BadIo) -> None:
     engine = start()
     image = take(engine, b"a")
     bad = _lose(engine, io)
-    layer = image.layers()[1]
+    layer = image.view.layers()[1]
     engine.call(engine.store.delete_snapshot, b"a")
     bad.chunks = set()
     newer = take(engine, b"b")

@@ -110,8 +110,8 @@ def test_a_snapshot_in_doubt_shows_other_contents_at_another_time(start: Callabl
     engine.call(image.write, 8192, os.urandom(4096))
     written = image.modified_ns
     assert written > doubted
-    fresh = engine.call(engine.store.create_snapshot, b"b").images[0]
-    assert fresh.modified_ns == fresh._created_ns  # nobody doubts that one
+    fresh = engine.call(engine.store.create_snapshot, b"b")
+    assert fresh.images[0].modified_ns == fresh.row.created_ns  # nobody doubts that one
     engine.close()
     again = start(read_suspect=True)
     reopened = again.store.find(b"a").images[0]

@@ -217,38 +217,38 @@ ORDER = [
     Edit(
         "a write in a chunk passes by an older one in the buffer",
         "images.origin:Origin._must_buffer",
-        "self._behind.has(chunk) or ",
-        "",
+        "if not self._is_preserved(chunk) or self._behind.touches(offset, length):",
+        "if not self._is_preserved(chunk):",
     ),
     Edit(
         "a write of several chunks passes by an older one in the buffer",
         "images.origin:Origin._must_buffer",
-        "if self._behind.holds(covering(offset, length)):",
-        "if False:",
+        "        if self._behind.touches(offset, length):",
+        "        if False:",
     ),
     Edit(
         "reads of the live image pass over the buffer",
         "images.origin:Origin.read_waiting",
-        "newer = self._behind.pieces(offset, length)",
-        "newer = []",
+        "await read_through(self._behind, offset, length, self._read_device)",
+        "await self._read_device(offset, length)",
     ),
     Edit(
         "reads of the live image that need no waiting pass over the buffer",
         "images.origin:Origin.read_nowait",
-        "self._behind.chunks and self._behind.holds(covering(offset, length))",
+        "self._behind.touches(offset, length)",
         "False",
     ),
     Edit(
         "reads in a chunk of an image that need no waiting pass over the buffer",
         "images.image:Image.read_nowait",
-        "self._behind.has(chunk)",
-        "False",
+        "self._behind.touches(offset, length)",
+        "length > CHUNK_BYTES and self._behind.touches(offset, length)",
     ),
     Edit(
         "reads of several chunks of an image that need no waiting pass over the buffer",
-        "images.image:Image._read_run_nowait",
-        "self._behind.chunks and self._behind.holds(run)",
-        "False",
+        "images.image:Image.read_nowait",
+        "self._behind.touches(offset, length)",
+        "length <= CHUNK_BYTES and self._behind.touches(offset, length)",
     ),
     Edit(
         "a write that needs no waiting comes in while an instant is taken",
@@ -264,9 +264,9 @@ ORDER = [
     ),
     Edit(
         "an image asks the layers that served it once",
-        "images.image:Image.layers",
-        "self._version != self._epochs.version",
-        "self._version < 0",
+        "images.view:View.layers",
+        "self.version != self.epochs.version",
+        "self.version < 0",
     ),
     Edit(
         "the memory of a long write is used for something else while it waits",
@@ -289,8 +289,8 @@ ORDER = [
     Edit(
         "reads of an image pass over the buffer",
         "images.image:Image.read_waiting",
-        "newer = self._behind.pieces(offset, length)",
-        "newer = []",
+        "await read_through(self._behind, offset, length, self._read_beneath)",
+        "await self._read_beneath(offset, length)",
     ),
     Edit(
         "a snapshot is taken with writes in the buffer",
@@ -308,14 +308,14 @@ ORDER = [
         "            for origin in self.origins:\n                await origin.sync()\n",
     ),
     Edit(
-        "no intent is recorded", "images.image:Image._announce", "        if not overwritten:\n", "        if True:\n"
+        "no intent is recorded", "images.delta:Delta._announce", "        if not overwritten:\n", "        if True:\n"
     ),
     Edit(
         "an intent is recorded after the overwriting",
-        "images.image:Image._write_into_delta",
+        "images.delta:Delta.write",
         "                    self._is_crowded = await self._announce(chunks)\n"
-        "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n",
-        "                    await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))\n"
+        "                    await offload(self._write_rows, chunks, rows, here=self._is_short(chunks))\n",
+        "                    await offload(self._write_rows, chunks, rows, here=self._is_short(chunks))\n"
         "                    self._is_crowded = await self._announce(chunks)\n",
     ),
     Edit(
@@ -373,15 +373,15 @@ ORDER = [
     ),
     Edit(
         "a sync of an image does not reach the journal",
-        "images.image:Image._commit",
-        "            await self._commits.commit([record], lambda: self.delta.commit(written))\n",
-        "            self.delta.commit(written)\n",
+        "images.delta:Delta._commit",
+        "            await self._commits.commit([record], lambda: self.layer.commit(written))\n",
+        "            self.layer.commit(written)\n",
     ),
     Edit(
         "a sync of an image passes over what was overwritten in place",
-        "images.image:Image._commit",
-        "written = self.delta.uncommitted | self.delta.intended",
-        "written = self.delta.uncommitted | BitMap64()",
+        "images.delta:Delta._commit",
+        "written = self.layer.uncommitted | self.layer.intended",
+        "written = self.layer.uncommitted | BitMap64()",
     ),
     Edit(
         "a layer is merged into another before the data is durable",

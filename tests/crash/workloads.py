@@ -244,7 +244,7 @@ class Session:
             await self.write_live(2 * CHUNK, length)
             (image,) = self.store.snapshots[-1].images
             for _ in range(10_000):
-                if image.preserved_bytes:
+                if image.view.preserved_bytes:
                     break
                 await _turns(1)
             await self.write_live(2 * CHUNK, length)

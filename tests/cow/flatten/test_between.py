@@ -195,7 +195,7 @@ def test_i8_room_is_made_only_once_no_files_are_in_use(
     names = {layer.name for layer in stop.layers}
     with ThreadPoolExecutor() as threads:
         made = threads.submit(engine.call, engine.store._removal.make_room)
-        wait_until(lambda: not image_of(engine, b"base").is_usable, what="the end of the snapshot")
+        wait_until(lambda: not image_of(engine, b"base").view.is_usable, what="the end of the snapshot")
         assert not made.done()
         stop.go_on.set()
         assert made.result()

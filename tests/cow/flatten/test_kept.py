@@ -128,12 +128,12 @@ def test_i4_lost_chunks_stay_lost(start: Callable[..., Engine]) -> None:
     chunks = BitMap64([layers[3].held.max(), layers[6].held.max()])
     for layer in (layers[3], layers[6]):
         engine.call(engine.store.damage.lose, layer, layer.held & chunks)
-    lost = image_of(engine, b"base").lost()
+    lost = image_of(engine, b"base").view.lost()
     assert sum(run.chunks for run in lost) == 2
     merge(engine, 1)
     wait_until(lambda: len(layers_of(engine, b"base")) == 1, what="the merging")
     for attempt in range(2):
-        assert image_of(engine, b"base").lost() == lost
+        assert image_of(engine, b"base").view.lost() == lost
         for chunk in chunks:
             with pytest.raises(LostError):
                 engine.call(image_of(engine, b"base").read, chunk * CHUNK_BYTES, 1)

@@ -1,0 +1,63 @@
+"""An open image: what is asked of it, and how it is read through its buffer.
+
+`Origin`, the live image, and `Image`, that of a snapshot, are the two there are. Every request comes to a `_nowait`
+method first, which answers in one plain call where no disk has to be waited for and nothing is amiss; what it does not
+answer goes to the `_waiting` method, which does the whole.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from cow.buffer.behind import Behind
+from cow.buffer.contents import covers, overlaid
+from cow.buffer.memory import Memory
+from cow.errors import CowError
+
+
+class Handle(Protocol):
+    """An open image, or anything that is used like one. Trio thread only."""
+
+    def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
+        """Read without waiting, or return None where that is impossible. Short only at the end.
+
+        The result may be a view of `into`, which should be `covering_bytes(length)` long.
+        """
+
+    async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
+        """Read, also what has to be waited for. Short only at the end. Raises CowError or OSError."""
+
+    def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
+        """Write without waiting, or return None where that is impossible. Short only at the end.
+
+        `data` is copied before the return, unless it is a view of `memory`: that may be retained instead.
+        """
+
+    async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
+        """Write, also what has to be waited for. Short only at the end. Raises CowError or OSError.
+
+        The caller leaves the memory of a view unchanged until the return; that of `memory` may be retained after it.
+        """
+
+    async def sync(self) -> None:
+        """Make all writes that were acknowledged durable. # I3"""
+
+
+async def read_through(
+    behind: Behind, offset: int, length: int, read_beneath: Callable[[int, int], Awaitable[bytes | bytearray]]
+) -> bytes | bytearray:
+    """Read an extent within the image: what the buffer has of it, over what `read_beneath(offset, length)` gives.
+
+    What is wholly in the buffer need not be readable beneath. Where the rest is not, the buffer is emptied, because it
+    may be overwritten by that, and it is read once more. Raises what `read_beneath` raises.
+    """
+    newer = behind.pieces(offset, length)  # before what is beneath, because what leaves the buffer goes there # I3
+    if not newer:
+        return await read_beneath(offset, length)
+    if covers(newer, offset, length):
+        return overlaid(bytes(length), offset, newer)
+    try:
+        data = await read_beneath(offset, length)
+    except (CowError, OSError) as error:
+        await behind.drain_or(error)
+        return await read_beneath(offset, length)
+    return overlaid(data, offset, newer)
