@@ -67,7 +67,7 @@ class Common:
 
 
 class Node(ABC):
-    """A file or a directory. Made anew for each request: it has no state of its own."""
+    """A file or a directory. It has no state of its own, so it can be made anew for each request."""
 
     def __init__(self, common: Common, inode: int) -> None:
         self._common = common

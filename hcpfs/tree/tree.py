@@ -1,6 +1,6 @@
-"""The tree: what the file system does. Knows no pyfuse3 and can be used without a mount.
+"""The tree: what requests do to the file system. Knows no pyfuse3, and can be used without a mount.
 
-What there is to see stands in hcpfs/tree/kinds.py.
+The files and directories themselves are in hcpfs/tree/kinds.py.
 """
 
 import errno
@@ -65,7 +65,7 @@ class Tree:
     # -- names and attributes ------------------------------------------------------------------------------------
 
     def cached(self) -> list[str]:
-        """The images of which the kernel may cache what was written: the live ones, and those that are open."""
+        """The images that the kernel may have dirty pages of, by path: the live ones, and those that are open."""
         opened = [
             f"snaps/{os.fsdecode(snapshot.name)}/{os.fsdecode(image.origin.name)}"
             for snapshot in self.store.snapshots
@@ -75,7 +75,7 @@ class Tree:
         return [*self._live.inodes, *opened]
 
     def progress(self) -> object:
-        """Another value as long as what was acknowledged is on its way to the disks."""
+        """A value that changes as long as acknowledged writes are on their way to the disks."""
         return [origin.buffered_bytes for origin in self.store.origins], self.store.space.used_bytes
 
     def entries(self, inode: int) -> Iterator[Entry]:
@@ -100,7 +100,7 @@ class Tree:
     # -- changes -------------------------------------------------------------------------------------------------
 
     async def mkdir(self, parent: int, name: bytes) -> int:
-        """Take a snapshot; the inode of its directory."""
+        """Take a snapshot. Returns the inode of its directory."""
         if parent != SNAPS:
             raise NotPermittedError("directories can only be made in snaps/, where each is a snapshot")
         snapshot = await self.store.create_snapshot(name, self._quiesce)
@@ -109,7 +109,7 @@ class Tree:
         return inode_of(snapshot.id)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
-        """Drop a snapshot, whatever is listed in it."""
+        """Drop a snapshot with the files in it."""
         if parent != SNAPS:
             raise NotPermittedError("only snapshots, the directories in snaps/, can be removed")
         snapshot = self.store.find(name)
@@ -170,7 +170,7 @@ class Tree:
     # -- open files ----------------------------------------------------------------------------------------------
 
     def open(self, inode: int, flags: int, process: int = 0) -> Opening:
-        """Give a handle for the file; the flags are as in <fcntl.h>. O_TRUNC comes as `set_size`."""
+        """Open a file. `flags` are as in <fcntl.h>; O_TRUNC comes later, as `set_size`."""
         handle = self._nodes.at(inode).open()
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if flags & os.O_TRUNC:  # only where requests take the slow path
@@ -184,7 +184,7 @@ class Tree:
         return Opening(number, isinstance(handle, ReadOnly))
 
     def close(self, number: int) -> None:
-        """Forget an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
+        """Close an open file. atomic: no checkpoint, so that an rmdir right after it finds the image closed."""
         handle = self._open.remove(number)
         self._live.closed(number)
         if isinstance(handle, Truncating):
@@ -197,11 +197,11 @@ class Tree:
     # -- errors --------------------------------------------------------------------------------------------------
 
     def record_error(self, number: int, sentence: str) -> None:
-        """Keep the words for an errno, for `status` and the log."""
+        """Keep the sentence for an errno that a caller gets, for `status` and the log."""
         self._last_error = LastError(time.time_ns(), number, sentence)
         log.warning("%s: %s", errno.errorcode.get(number, "error"), sentence)
 
     def record_event(self, event: Event) -> None:
-        """Keep the words for what nobody is told by an errno, for `status` and the log."""
+        """Keep the sentence for what no caller is told by an errno, for `status` and the log."""
         self._last_error = LastError(time.time_ns(), 0, str(event))
         log.warning("%s", event)
