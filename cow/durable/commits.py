@@ -150,6 +150,8 @@ class Commits:
         Raises OSError or CowError. The files stay then, and the checkpoints are saved with the next ones; `unsaved`
         is the layer that could not be saved, if it was one. One save at a time.
         """
+        if not self._checkpoints:
+            return
         checkpoint = reduce(Checkpoint.merged, self._checkpoints)
         self._checkpoints = []
         try:

@@ -1,6 +1,6 @@
 """The daemon: opens the store, mounts the tree, serves until the umount, closes clean.
 
-Order matters. The checks come first (hcpfs/daemon/refusals.py), so that a refusal leaves nothing behind; the freezer is
+Order matters. The checks come first (refusals.py), so that a refusal leaves nothing behind; the freezer is
 a child process, so it is started before there are requests; the store is closed after the last request, and only then
 are the devices released.
 """

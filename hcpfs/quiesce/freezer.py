@@ -39,7 +39,7 @@ from typing import Any
 from hcpfs.quiesce import usage
 from hcpfs.quiesce.reaching import Target, open_target
 from hcpfs.quiesce.writers import Found, Search, Wanted
-from hcpfs.system.flushing import fsync
+from hcpfs.system.flushing import fsync, sync_file_system
 from hcpfs.system.memory import lock_memory
 
 _FIFREEZE = 0xC0045877
@@ -63,8 +63,8 @@ class _Frozen:
             try:
                 fcntl.ioctl(fd, _FIFREEZE, 0)
             except OSError as error:
+                refused[target.name] = "somebody else froze it" if error.errno == errno.EBUSY else _synced(fd, error)
                 os.close(fd)
-                refused[target.name] = "somebody else froze it" if error.errno == errno.EBUSY else str(error.strerror)
                 continue
             self.descriptors.append(fd)
             frozen[target.name] = place
@@ -82,6 +82,15 @@ class _Frozen:
             finally:
                 os.close(fd)
         return thawed
+
+
+def _synced(fd: int, refusal: OSError) -> str:
+    """Why a file system was not frozen, such as vfat, which cannot be; what was written before is synced instead."""
+    try:
+        sync_file_system(fd)
+    except OSError as error:
+        return f"{refusal.strerror}; nor was it synced: {error.strerror}"
+    return f"{refusal.strerror}; it was synced before"
 
 
 def _rescue(targets: list[Target]) -> int:

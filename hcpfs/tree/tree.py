@@ -170,7 +170,7 @@ class Tree:
     # -- open files ----------------------------------------------------------------------------------------------
 
     def open(self, inode: int, flags: int, process: int = 0) -> Opening:
-        """Open a file. `flags` are as in <fcntl.h>; O_TRUNC comes later, as `set_size`."""
+        """Give a handle of a file. `flags` are the O_ flags of the caller; O_TRUNC comes as `set_size`."""
         handle = self._nodes.at(inode).open()
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if flags & os.O_TRUNC:  # only where requests take the slow path

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 from pyroaring import BitMap64
 
 from cow.config import Source
@@ -295,3 +296,17 @@ def test_i6_journal_files_whose_header_fails_do_not_gather(
     (snapshot,) = engine.store.snapshots
     assert snapshot.row.state == "valid"
     assert engine.call(snapshot.images[0].read, 3 * CHUNK_BYTES, CHUNK_BYTES) == b"y" * CHUNK_BYTES
+
+
+def test_checkpoints_are_saved_once_by_whoever_comes_first(start: Callable[..., Engine]) -> None:
+    engine = start()
+    write(engine, take(engine, b"a"), 0, b"1")
+
+    async def twice_at_once() -> None:
+        await engine.store.checkpoint()
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(engine.store.housekeeping.do_all)
+
+    engine.call(twice_at_once)
+    assert len(engine.store._commits._journal.numbers) == 1

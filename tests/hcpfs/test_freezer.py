@@ -113,3 +113,15 @@ def test_says_what_cannot_be_frozen(helper: Helper) -> None:
     target = target_at(helper.files)._replace(filesystem="vfat", places=[])
     answer = helper.ask(freeze=[target], seconds=5, wanted=None)
     assert answer == {"frozen": {}, "refused": {target.name: "vfat can only be reached where it is mounted"}}
+
+
+def test_a_file_system_that_cannot_be_frozen_is_synced_instead(helper: Helper) -> None:
+    """Such as vfat, or tmpfs, which every kernel has."""
+    place = helper.sandbox.path / "memory"
+    place.mkdir()
+    run("mount", "-t", "tmpfs", "none", place)
+    try:
+        answer = helper.ask(freeze=[target_at(place)], seconds=60, wanted=None)
+        assert answer == {"frozen": {}, "refused": {name_at(place): "Operation not supported; it was synced before"}}
+    finally:
+        run("umount", place)
