@@ -6,6 +6,7 @@ that misplaced and stale chunks show too. The catalog is checked for itself and 
 What is found is told as `Finding`s, with `Progress` in between. Without `repair` nothing is written.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from cow.entry.secondplace import look_at_second_place
 from cow.errors import DamagedError, printable
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, pieces, runs_of
 from cow.images.image import Image
-from cow.images.origin import Origin, drop_shadowed
+from cow.images.origin import Origin
+from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer, pinned
 from cow.layers.sums import SUM_BYTES
 from cow.opening import open_directory
-from cow.records.catalog import Catalog, LayerRow, Role, State
+from cow.records.catalog import Catalog, Role, State
 from cow.records.journal import Journal, JournalDamagedError, Kind, Record
 from cow.store.store import Store
 
@@ -103,7 +105,10 @@ class OpenScrub:
         self._store = store
         self._repair = repair
         self._layers: list[tuple[Origin, Layer, Image | None]] = [
-            (origin, layer, None) for origin in store.origins for group in origin.groups for layer in group.layers
+            (origin, layer, None)
+            for origin in store.origins
+            for group in origin.epochs.groups
+            for layer in group.layers
         ]
         self._layers += [(one.origin, one.delta, one) for snapshot in store.snapshots for one in snapshot.images]
         self._total_bytes = sum(len(layer.held) for _, layer, _ in self._layers) * CHUNK_BYTES
@@ -185,7 +190,6 @@ def scrub_store(
             yield from (Finding(problem) for problem in problems)
         for layer in layers.values():
             stack.callback(layer.close)
-        _drop_needless(catalog, layers)
         yield from _check_snapshots(catalog, repair)
         yield from _check_layers(catalog, layers, renewed, journal if repair else None)
 
@@ -215,25 +219,15 @@ def _look(
     for layer in layers.values():
         if unreadable := layer.unreadable(layer.intended & layer.held):
             problems.append(f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more")
-        layer.held -= layer.intended  # half overwritten perhaps, and taken as it is by recovery
+        layer.pass_over_intended()  # recovery takes it as it is
     return layers, renewed, problems
-
-
-def _drop_needless(catalog: Catalog, layers: Mapping[int, Layer]) -> None:
-    """Pass over what old maps name and a mount would not: an older layer has it, so it may have been punched out."""
-    groups: dict[tuple[int, int], list[Layer]] = {}
-    for row in catalog.layers():
-        if row.role == Role.PRESERVED:
-            before = groups.setdefault((row.origin, row.snapshot), [])
-            drop_shadowed(before, layers[row.id])
-            before.append(layers[row.id])
 
 
 def _follow(record: Record, layer: Layer, renewed: dict[int, bytes]) -> None:
     if record.kind is Kind.LOST:
         layer.lose(chunks_in(record.runs))
     elif record.kind is Kind.INTENT:
-        layer.intended |= chunks_in(record.runs)
+        layer.announce(chunks_in(record.runs))
     else:
         layer.commit(chunks_in(record.runs))
         chunks = (chunk for run in record.runs for chunk in range(run.first, run.end))
@@ -262,6 +256,7 @@ def _check_layers(
 ) -> Iterator[Progress | Finding]:
     """Check all chunks; with a journal, record the damaged ones as lost there, and save the layers' maps."""
     names = {origin.id: origin.name for origin in catalog.origins()}
+    epochs = _epochs_of(catalog, layers)
     rows = [row for row in catalog.layers() if layers[row.id].damage is None]
     total = sum(len(layers[row.id].held) for row in rows) * CHUNK_BYTES
     done = 0
@@ -274,7 +269,9 @@ def _check_layers(
             yield Progress(done, total)
         if not damaged:
             continue
-        for sentence in describe(names[row.origin], layer, damaged, _chains(catalog, layers, row.origin)):
+        for sentence in describe(
+            names[row.origin], layer, damaged, _chains(catalog, layers, row.origin, epochs[row.origin])
+        ):
             yield Finding(sentence, repaired=journal is not None)
         if journal is not None:
             layer.lose(damaged)
@@ -282,16 +279,38 @@ def _check_layers(
             catalog.record_saved([(layer.id, layer.generation)])
 
 
-def _chains(catalog: Catalog, layers: Mapping[int, Layer], origin: int) -> list[Chain]:
-    """What each snapshot of an origin asks, as `cow.origin` and `cow.store` put it together."""
-    rows = [row for row in catalog.layers() if row.origin == origin]
-    snapshots = [row for row in catalog.snapshots() if row.state not in (State.INVALID, State.PENDING)]
+def _epochs_of(catalog: Catalog, layers: Mapping[int, Layer]) -> dict[int, Epochs]:
+    """By origin, what a mount would make of the catalog.
 
-    def of(snapshot: int, role: Role) -> list[LayerRow]:
-        return [row for row in rows if row.snapshot == snapshot and row.role == role]
+    A layer drops what an older one of its group knows: an old map may name it, and it may have been punched out.
+    """
+    found: defaultdict[int, Epochs] = defaultdict(Epochs)
+    for row in sorted(catalog.layers(), key=lambda row: (row.snapshot, row.id)):
+        if row.role == Role.PRESERVED:
+            epochs = found[row.origin]
+            if epochs.serves(row.snapshot):
+                epochs.add_layer(row.snapshot, layers[row.id])
+            else:
+                epochs.open_epoch(row.snapshot, layers[row.id])
+    states = {row.id: row.state for row in catalog.snapshots()}
+    for epochs in found.values():
+        heir = None
+        for snapshot in [group.snapshot for group in epochs.groups]:
+            state = states.get(snapshot, State.INVALID)
+            if state in (State.INVALID, State.PENDING):  # recovery drops the pending ones
+                epochs.release(snapshot, heir if state is State.PENDING else None)
+            else:
+                heir = snapshot
+    return found
 
-    chains: list[Chain] = []
-    for place, snapshot in enumerate(snapshots):
-        preserved = [row for later in snapshots[place:] for row in of(later.id, Role.PRESERVED)]
-        chains.append((snapshot.name, [layers[row.id] for row in [*of(snapshot.id, Role.DELTA), *preserved]]))
-    return chains
+
+def _chains(catalog: Catalog, layers: Mapping[int, Layer], origin: int, epochs: Epochs) -> list[Chain]:
+    """What each snapshot of an origin asks: its delta first."""
+    deltas = {
+        row.snapshot: layers[row.id] for row in catalog.layers() if (row.origin, row.role) == (origin, Role.DELTA)
+    }
+    return [
+        (row.name, [*([deltas[row.id]] if row.id in deltas else ()), *epochs.layers_for(row.id)])
+        for row in catalog.snapshots()
+        if epochs.serves(row.id)
+    ]

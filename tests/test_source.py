@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pyroaring import BitMap64
+
 import cow
 import hcpfs
 from cow.layers import layer, layermap, sums
+from cow.layers.sets import LayerSets
 from cow.records import catalog, journal
 
 COW = Path(cow.__file__).parent
@@ -50,6 +53,17 @@ def test_the_rooms_have_nothing_of_their_own() -> None:
         if path.stem == "__init__":
             found = {type(node) for node in ast.parse(path.read_text()).body}
             assert found <= {ast.Expr, ast.Assign}, module
+
+
+def test_the_sets_of_a_layer_are_changed_by_the_layer_alone() -> None:
+    sets = {name for name, value in vars(LayerSets()).items() if isinstance(value, (BitMap64, bool))}
+    assert sets == {"held", "lost", "uncommitted", "intended", "dirty"}
+    for module, path in _sources().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if isinstance(target, ast.Attribute) and ast.unparse(target.value) != "self":
+                    assert target.attr not in sets, f"{module}, line {node.lineno}: {ast.unparse(node)}"
 
 
 def test_the_engine_knows_no_fuse_and_no_command_line() -> None:

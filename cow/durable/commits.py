@@ -129,7 +129,6 @@ class Commits:
         maps = []
         for layer in self._inventory.layers:
             if layer.dirty and layer.damage is None:
-                layer.dirty = False
                 maps.append((layer, layer.encode_map()))
         self._checkpoints.append(Checkpoint(maps, older))
         self._wake()
@@ -175,7 +174,7 @@ class Commits:
                 await trio.to_thread.run_sync(self._catalog.record_saved, saved)
         except BaseException:
             for layer, _ in checkpoint.maps:
-                layer.dirty = True
+                layer.note_unsaved()
             raise
         async with self._lock:
             present = set(self._journal.numbers)

@@ -28,6 +28,7 @@ from cow.durable.space import Space
 from cow.errors import CowError, NoMemoryError, QuotaError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run, pieces, runs_of
 from cow.holding import holding
+from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer, pinned
 from cow.layers.sums import SUM_BYTES
 from cow.offload import is_short, offload
@@ -46,14 +47,8 @@ class PreservedOrigin(Protocol):
         """Whether its device never waits for a disk."""
 
     @property
-    def newest_layer(self) -> Layer:
-        """Where old bytes go."""
-
-    def unpreserved(self, chunks: BitMap64) -> BitMap64:
-        """Those of `chunks` that some snapshot still reads from the device."""
-
-    def needing(self, chunks: BitMap64) -> list[int]:
-        """The snapshots that read some of `chunks` from the device."""
+    def epochs(self) -> Epochs:
+        """What its snapshots read from where."""
 
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device."""
@@ -161,7 +156,7 @@ class Preserver:
         read nor written, NoMemoryError where there is none, and CowError when the chunks could neither be preserved nor
         recorded as lost nor the snapshots be given up.
         """
-        while missing := origin.unpreserved(chunks):
+        while missing := origin.epochs.unpreserved(chunks):
             batch = self._next
             batch.wanted[origin] = batch.wanted.get(origin, BitMap64()) | missing
             if self._turn.locked():
@@ -178,7 +173,7 @@ class Preserver:
                     f"({batch.error}): check the store's disk; rmdir the snapshots to go on without them"
                 ) from batch.error
             away = batch.away.get(origin)
-            if away is not None and origin.unpreserved(chunks):
+            if away is not None and origin.epochs.unpreserved(chunks):
                 raise away
 
     async def keep_late(self, layer: Layer, chunk: int, data: bytes) -> None:
@@ -250,10 +245,10 @@ class Preserver:
         """
         found = []
         for origin, wanted in batch.wanted.items():
-            missing = origin.unpreserved(wanted)
+            missing = origin.epochs.unpreserved(wanted)
             if missing:
                 chunks = missing if len(missing) <= most else BitMap64(islice(missing, max(1, most)))
-                found.append(_Job(origin, origin.newest_layer, chunks))
+                found.append(_Job(origin, origin.epochs.newest_layer, chunks))
         return found
 
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
@@ -269,7 +264,7 @@ class Preserver:
     def _apply(self, job: _Job) -> None:
         job.layer.commit(job.kept)
         if job.lost:
-            affected = job.origin.needing(job.lost)
+            affected = job.origin.epochs.needing(job.lost)
             job.layer.lose(job.lost)
             job.layer.files.give_up_unsynced()
             job.origin.note_lost(job.layer, job.lost)
@@ -299,7 +294,7 @@ class Preserver:
     async def _give_up_all(self, batch: _Batch, error: Exception) -> None:
         for origin, wanted in batch.wanted.items():
             await self._removal.give_up(
-                origin.needing(wanted),
+                origin.epochs.needing(wanted),
                 f"old bytes of the origin could not be preserved when they were overwritten: {error}",
             )
 

@@ -86,8 +86,7 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
                 findings.append(
                     f"{len(unreadable)} chunks of layer {layer.name} cannot be read any more: they are lost"
                 )
-            layer.intended = BitMap64()
-            layer.dirty = True
+            layer.settle()
     newest = newest_layer(layers_directory.names(), recorded)
     if doubt := layers_beyond(catalog, newest):
         findings.append(doubt)
@@ -128,7 +127,6 @@ def _save(layers: dict[int, Layer], catalog: Catalog, journal: Journal, rehashed
                 _mark_damaged(layer, error)
                 all_saved = False
                 continue
-            layer.dirty = False
             saved.append((layer.id, layer.generation))
     catalog.record_saved(saved)
     return all_saved
@@ -144,10 +142,11 @@ def _save_layer(layer: Layer, journal: Journal, rehashed: BitMap64) -> None:
     pause()
     if layer.sums.in_doubt:
         layer.files.give_up_unsynced()
-        layer.intended = rehashed - layer.lost
+        layer.announce(rehashed - layer.lost)
         records = (record for record in journal.records() if record.layer == layer.id and record.sums)
         layer.renew_sums((record.runs, record.sums) for record in records)
-        layer.intended, layer.sums.in_doubt = BitMap64(), False
+        layer.settle()
+        layer.sums.in_doubt = False
     layer.save(layer.encode_map())
 
 
@@ -263,7 +262,7 @@ def _apply(record: Record, layers: dict[int, Layer]) -> BitMap64:
         layer.lose(chunks_in(record.runs))
         return lost
     if record.kind is Kind.INTENT:
-        layer.intended |= chunks_in(record.runs)
+        layer.announce(chunks_in(record.runs))
         return lost
     at = 0
     for run in record.runs:

@@ -66,5 +66,5 @@ def _given_up(store: Store, usable: list[Snapshot]) -> Iterator[Snapshot]:
             return
         yield snapshot
         for image in snapshot.images:
-            for layer in (image.delta, *image.origin.group_of(snapshot.id).layers):
+            for layer in (image.delta, *image.origin.epochs.group_of(snapshot.id).layers):
                 excess -= layer.files.allocated_bytes()

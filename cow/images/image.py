@@ -85,8 +85,9 @@ class Image:
         label = f"image {printable(origin.name)} of snapshot {snapshot}"
         self._behind = Behind(label, self._take, tell, self._wait_in_memory, is_in_memory=delta.is_in_memory)
         self._running = trio.CancelScope()
-        self._layers: list[Layer] = []  #: as of `_layout` of the origin
-        self._layout = -1
+        self._epochs = origin.epochs
+        self._layers: list[Layer] = []  #: as of `_version` of the epochs
+        self._version = -1
         self._torn = BitMap64()  #: chunks that the delta holds and whose checksums have to be written anew
         self._untold = ""  #: what was lost of what was acknowledged; the next sync tells
         self._is_crowded = False  #: whether the INTENTs of all images were too many after the last one of this image
@@ -94,7 +95,7 @@ class Image:
     @property
     def is_usable(self) -> bool:
         """Whether its snapshot was not given up."""
-        return any(group.snapshot == self._snapshot for group in self.origin.groups)
+        return self._epochs.serves(self._snapshot)
 
     @property
     def modified_ns(self) -> int:
@@ -116,7 +117,7 @@ class Image:
     def preserved_bytes(self) -> int:
         """What the origin overwrote and this snapshot's layers keep, in whole chunks."""
         try:
-            group = self.origin.group_of(self._snapshot)
+            group = self._epochs.group_of(self._snapshot)
         except InvalidSnapshotError:
             return 0
         return sum(len(layer.held) for layer in group.layers) * CHUNK_BYTES
@@ -124,12 +125,12 @@ class Image:
     def lost(self) -> list[Run]:
         """The runs that cannot be read because they were lost, ascending."""
         try:
-            preserved = self.origin.layers_for(self._snapshot)
+            preserved = self._epochs.layers_for(self._snapshot)
         except InvalidSnapshotError:
             return []
         if not self.delta.lost and not any(layer.lost for layer in preserved):
             return []  # mostly, and without a look at all snapshots
-        for snapshot, lost in self.origin.lost():
+        for snapshot, lost in self._epochs.lost():
             if snapshot == self._snapshot:
                 return list(runs_of(self.lost_of(lost)))
         return []
@@ -141,7 +142,7 @@ class Image:
     async def allocated_bytes(self) -> int:
         """What the snapshot takes in the store for this image, checksums included."""
         try:
-            layers = [self.delta, *self.origin.group_of(self._snapshot).layers]
+            layers = [self.delta, *self._epochs.group_of(self._snapshot).layers]
         except InvalidSnapshotError:
             return 0
         written = [layer for layer in layers if layer.held]
@@ -152,10 +153,10 @@ class Image:
 
     def layers(self) -> list[Layer]:
         """What is asked for a chunk, in order. Raises InvalidSnapshotError when the snapshot was given up."""
-        if self._layout != self.origin.layout:
+        if self._version != self._epochs.version:
             self._layers = []  # none is kept in memory for a snapshot that was given up
-            self._layers = [self.delta, *self.origin.layers_for(self._snapshot)]
-            self._layout = self.origin.layout
+            self._layers = [self.delta, *self._epochs.layers_for(self._snapshot)]
+            self._version = self._epochs.version
         return self._layers
 
     def reads(self, layer: Layer, chunks: BitMap64) -> bool:
@@ -302,7 +303,7 @@ class Image:
         length = len(data)
         if not length or offset + length > self.size_bytes or offset % CHUNK_BYTES or length % CHUNK_BYTES:
             return None
-        if not self._write_behind or self._layout != self.origin.layout:  # perhaps the snapshot was given up
+        if not self._write_behind or self._version != self._epochs.version:  # perhaps the snapshot was given up
             return None
         if self._behind.is_full or self._space.waiting_chunks >= MOST_WAITING_CHUNKS:
             return None
@@ -387,7 +388,7 @@ class Image:
     ) -> None:
         """Chunks that cannot be filled up are left out, with the error, in `unfilled`; without it that is raised."""
         async with holding(self._changing):
-            self.origin.group_of(self._snapshot)
+            self._epochs.group_of(self._snapshot)
             with pinned([self.delta]):  # until it is written, also when the snapshot is given up meanwhile
                 await self._heal()
                 if self._has_much_to_commit or self._is_crowded:
@@ -404,8 +405,7 @@ class Image:
                 async with room(self.delta.new_bytes(chunks)):
                     self._is_crowded = await self._announce(chunks)
                     await offload(self._write_delta, chunks, rows, here=self._is_short(chunks))
-            self.delta.uncommitted |= chunks - self.delta.held
-            self.delta.held |= chunks
+            self.delta.wrote(chunks)
             if self._is_crowded or self._has_much_to_commit:
                 await self._commit()
 
@@ -470,12 +470,12 @@ class Image:
         overwritten -= self.delta.intended
         if not overwritten:
             return False
-        self.delta.intended |= overwritten  # before the append, so that a new journal file takes it over
+        self.delta.announce(overwritten)
         record = Record(Kind.INTENT, self.delta.id, after(self.modified_ns), list(runs_of(overwritten)))
         try:
             await self._commits.commit([record], lambda: None)
         except BaseException:
-            self.delta.intended -= overwritten
+            self.delta.withdraw(overwritten)
             raise
         return self._commits.intents_are_many
 
@@ -501,7 +501,7 @@ class Image:
         """
         await self._behind.flush()
         async with holding(self._changing):
-            self.origin.group_of(self._snapshot)
+            self._epochs.group_of(self._snapshot)
             await self._commit()
         if self._untold:
             sentence, self._untold = self._untold, ""

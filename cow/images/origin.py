@@ -1,15 +1,12 @@
-"""An origin: the live device, and the epochs that its snapshots opened.
+"""An origin: the live device, what is read from it, and the way of a write to it.
 
-The groups are the heart of it: each usable snapshot, oldest first, with the layers that serve it, its own and those it
-inherited from deleted newer ones. A chunk that is overwritten goes into the newest layer only; a snapshot reads the
-first layer from its own group onwards that has it. So one copy serves all snapshots.
+A write whose chunks some snapshot still reads from the device must not overtake their preservation (I1). Such writes
+gather in a buffer, unless write-behind is off; a write that needs nothing preserved goes straight to the device.
 
 Reads and writes are async and take any offset and length; what blocks is done in a thread.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import trio
 from pyroaring import BitMap64
@@ -23,10 +20,11 @@ from cow.disk.source import OriginDevice
 from cow.disk.superblock import Superblock
 from cow.durable.preserver import Preserver
 from cow.durable.rescue import Losses
-from cow.errors import CowError, InvalidSnapshotError, PastEndError, ReadOnlyError, printable
+from cow.errors import CowError, PastEndError, ReadOnlyError, printable
 from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.images.gate import Gate
+from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer
 from cow.offload import is_short, offload
 from cow.records.catalog import OriginRow
@@ -36,14 +34,6 @@ RESCUE_SECONDS = 1.0  # before what was lost is looked for on the device; then t
 MOST_RESCUE_SECONDS = 64.0
 RESCUE_TRIES = 8  # in vain, one after the other
 _LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
-
-
-@dataclass
-class Group:
-    """The preserved layers that serve one snapshot, in the order in which they are asked."""
-
-    snapshot: int
-    layers: list[Layer]
 
 
 class Origin:
@@ -69,8 +59,7 @@ class Origin:
         self.modified_ns = row.modified_ns  #: when the contents last changed, or may have
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
         self.superblock = Superblock()  #: what it was called when somebody last looked
-        self.groups: list[Group] = []  #: guarded by the store's layout lock, and by the gate where an epoch opens
-        self.layout = 0  #: grows when the groups change
+        self.epochs = Epochs()  #: guarded by the store's layout lock, and by the gate where one is opened
         self._gate = gate
         self._preserver = preserver
         self._read_only = read_only
@@ -79,6 +68,7 @@ class Origin:
         is_in_memory = store_is_in_memory and device.is_in_memory
         self._losses = Losses()
         self._behind = Behind(device.label, self._take, tell, is_in_memory=is_in_memory)
+        self._is_preserved = self.epochs.is_preserved  # asked for every short write
 
     # -- the live image ------------------------------------------------------------------------------------------
 
@@ -143,12 +133,12 @@ class Origin:
         length, now_ns = len(data), time.time_ns()
         if self._read_only or self._gate.held or not length or offset + length > self.device.intact_bytes:
             return None
-        if self._is_put_behind(offset, length):
+        if self._must_buffer(offset, length):
             if self._behind.is_full:
                 return None
             self._behind.put(offset, data, memory)
         else:
-            may_write = (self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)
+            may_write = (self._write_behind and not self._behind.is_long(length)) or self._may_overwrite(offset, length)
             if not may_write or not self._may_write_now(offset + length, now_ns):
                 return None
             try:
@@ -195,7 +185,7 @@ class Origin:
         run = covering(offset, len(data))
         await self._gate.enter()
         try:
-            if self._is_put_behind(offset, len(data)):
+            if self._must_buffer(offset, len(data)):
                 await self._behind.room()
                 self._behind.put(offset, data, memory)
             else:
@@ -217,16 +207,28 @@ class Origin:
             self._gate.leave()
         return len(data)
 
-    def _is_put_behind(self, offset: int, length: int) -> bool:
-        """Whether a write goes into the buffer: where old bytes are needed, and where it meets an older one there."""
+    def _must_buffer(self, offset: int, length: int) -> bool:
+        """Whether a write has to go into the buffer.
+
+        Because old bytes must be preserved first, or because an older write to the same chunks waits there, which must
+        not overwrite the newer one later.
+        """
         if not self._write_behind:
             return False
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length <= CHUNK_BYTES:
-            return self._behind.has(chunk) or not self._is_kept(chunk)
+            return self._behind.has(chunk) or not self._is_preserved(chunk) or chunk in self._losses.chunks
         if self._behind.holds(covering(offset, length)):
             return True
-        return not self._behind.is_long(length) and not self._is_preserved(offset, length)
+        return not self._behind.is_long(length) and not self._may_overwrite(offset, length)
+
+    def _may_overwrite(self, offset: int, length: int) -> bool:
+        """Whether nothing has to be done for snapshots before the extent is written to the device."""
+        run = covering(offset, length)
+        if not self.epochs.is_run_preserved(run):
+            return False
+        lost = self._losses.chunks  # whoever writes to those passes by `_rescue`
+        return not lost or not lost.range_cardinality(run.first, run.end)
 
     async def _take(self, contents: Contents) -> Untaken:
         """Bring what was buffered to the device, after the old bytes are safe. # I1"""
@@ -297,7 +299,7 @@ class Origin:
             try:
                 content = await offload(self._read_past_cache, chunk, here=self.device.is_in_memory)
                 layer = self._losses.layer_of(chunk)
-                if layer is None or not any(layer in group.layers for group in self.groups):
+                if layer is None or self.epochs.group_with(layer) is None:
                     pass  # nobody needs it any more
                 elif self._losses.is_untouched(chunk, content):
                     await self._preserver.keep_late(layer, chunk, content)
@@ -318,10 +320,6 @@ class Origin:
         A sampled chunk that is overwritten meanwhile is known to a layer before that, and does not count then.
         """
         return digests(sampled(self.size_bytes), self.read_chunks)
-
-    def knows(self, chunk: int) -> bool:
-        """Whether a layer that is in use has the chunk, or has lost it."""
-        return any(chunk in layer.held or chunk in layer.lost for group in self.groups for layer in group.layers)
 
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks."""
@@ -348,132 +346,3 @@ class Origin:
         except OSError as error:
             raise self._told(error, "read", run.offset) from error
         into[length:] = bytes(run.length - length)
-
-    # -- epochs --------------------------------------------------------------------------------------------------
-
-    def open_epoch(self, snapshot: int, layer: Layer) -> None:
-        """From now on old bytes go into `layer`. No write may be under way."""
-        self.groups.append(Group(snapshot, [layer]))
-        self.layout += 1
-
-    def add_layer(self, snapshot: int, layer: Layer) -> None:
-        """Have one more layer serve a snapshot, asked after those that do."""
-        self.group_of(snapshot).layers.append(layer)
-        self.layout += 1
-
-    def remove_layer(self, layer: Layer) -> None:
-        """Have a layer serve nobody any more."""
-        for group in self.groups:
-            if layer in group.layers:
-                group.layers.remove(layer)
-        self.layout += 1
-
-    @property
-    def newest_layer(self) -> Layer:
-        """Where old bytes go. There must be a snapshot."""
-        return self.groups[-1].layers[-1]
-
-    def unpreserved(self, chunks: BitMap64) -> BitMap64:
-        """Those of `chunks` that some snapshot still reads from the device."""
-        if not self.groups:
-            return BitMap64()
-        for layer in self.groups[-1].layers:
-            chunks = chunks - layer.held
-            if layer.lost:
-                chunks -= layer.lost
-        return chunks
-
-    def _is_kept(self, chunk: int) -> bool:
-        """Whether no snapshot reads the chunk from the device."""
-        if not self.groups:
-            return True
-        if chunk in self._losses.chunks:
-            return False  # so that whoever writes there passes by `_rescue`
-        return any([chunk in layer.held or chunk in layer.lost for layer in self.groups[-1].layers])
-
-    def _is_preserved(self, offset: int, length: int) -> bool:
-        """Whether no snapshot reads any of the extent from the device."""
-        if not self.groups:
-            return True
-        run = covering(offset, length)
-        if any([layer.held.contains_range(run.first, run.end) for layer in self.groups[-1].layers]):
-            return True  # mostly, and without making a set
-        if self._losses.chunks and self._losses.chunks.range_cardinality(run.first, run.end):
-            return False
-        if not self._is_kept(run.first):
-            return False
-        return not self.unpreserved(chunks_in([run]))
-
-    def layers_for(self, snapshot: int) -> Iterator[Layer]:
-        """The layers that a snapshot reads, in order."""
-        start = self._position(snapshot)
-        return (layer for group in self.groups[start:] for layer in group.layers)
-
-    def lost(self) -> Iterator[tuple[int, BitMap64]]:
-        """Each snapshot, newest first, and the chunks that its layers have lost."""
-        lost = BitMap64()
-        for group in reversed(self.groups):
-            for layer in reversed(group.layers):
-                lost = (lost - layer.held) | layer.lost
-            yield group.snapshot, lost
-
-    def group_of(self, snapshot: int) -> Group:
-        """The snapshot's group."""
-        return self.groups[self._position(snapshot)]
-
-    def _position(self, snapshot: int) -> int:
-        for position, group in enumerate(self.groups):
-            if group.snapshot == snapshot:
-                return position
-        raise InvalidSnapshotError("the snapshot was given up; its info says why")
-
-    def needing(self, chunks: BitMap64) -> list[int]:
-        """The snapshots that read some of `chunks` from the device, newest first."""
-        found = []
-        exposed = chunks
-        for group in reversed(self.groups):
-            for layer in group.layers:
-                exposed = exposed - layer.known
-            if not exposed:
-                break
-            found.append(group.snapshot)
-        return found
-
-    def freed_by(self, snapshot: int, heir: int | None) -> int:
-        """How many chunks would be given back if the snapshot went."""
-        layers = self.group_of(snapshot).layers
-        if heir is None:
-            return sum(len(layer.held) for layer in layers)
-        before = self.group_of(heir).layers
-        return sum(layer.held.intersection_cardinality(earlier.held) for layer in layers for earlier in before)
-
-    def release(self, snapshot: int, heir: int | None) -> list[tuple[Layer, BitMap64]]:
-        """Take a snapshot out. Its layers go on to serve `heir`, the next older one, or nobody.
-
-        What `heir` has already is not needed twice: those chunks, by layer, are to be punched out.
-        """
-        group = self.groups.pop(self._position(snapshot))
-        self.layout += 1
-        if heir is None:
-            return []
-        inheriting = self.group_of(heir)
-        found = []
-        for layer in group.layers:
-            shadowed = drop_shadowed(inheriting.layers, layer)
-            if shadowed:
-                found.append((layer, shadowed))
-            inheriting.layers.append(layer)
-        return found
-
-
-def drop_shadowed(before: list[Layer], layer: Layer) -> BitMap64:
-    """Take out of `layer` what layers asked before it hold, and return that."""
-    shadowed = BitMap64()
-    for earlier in before:
-        known = earlier.known
-        shadowed |= layer.held & known
-        layer.lost -= known
-    if shadowed:
-        layer.held -= shadowed
-        layer.dirty = True
-    return shadowed

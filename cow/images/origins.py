@@ -6,10 +6,16 @@ import trio
 
 from cow.errors import HoldTimeoutError
 from cow.images.origin import Origin
+from cow.layers.epochs import Epochs
 
 
 class Origins(list[Origin]):
     """In the order of the store's sources. Trio thread only."""
+
+    @property
+    def epochs(self) -> list[Epochs]:
+        """Those of each origin."""
+        return [origin.epochs for origin in self]
 
     async def run(self) -> None:
         """Their background work; runs until cancelled."""

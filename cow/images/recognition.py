@@ -63,7 +63,7 @@ def judge(origin: Origin, seen: bytes, known: Facts, now: Facts, *, was_clean: b
     """
     runs = sampled(origin.size_bytes)
     nothing = Comparison(0, [])
-    by_snapshot = compare(runs, seen, now.sample, lambda chunk: not origin.knows(chunk)) if seen else nothing
+    by_snapshot = compare(runs, seen, now.sample, lambda chunk: not origin.epochs.knows(chunk)) if seen else nothing
     at_stop = known if was_clean else Facts()
     since_stop = compare(runs, at_stop.sample, now.sample, lambda chunk: True) if at_stop.sample else nothing
     changed = _union(by_snapshot.changed, since_stop.changed)

@@ -3,8 +3,8 @@
 On disk it is a directory, made when first written: `data.NNNN` (sparse, at the device's own offsets, one file a TiB),
 `sums` (8 bytes a chunk) and `map` (the set of chunks at the last checkpoint). The bytes are described in FORMAT.md.
 
-The sets of chunks live here and change only on the trio thread; file calls are made from any thread. The layer does
-not decide when anything is durable: its owner calls `files.sync_data`, commits to the journal, then updates the sets.
+Its sets of chunks (sets.py) change only on the trio thread; file calls are made from any thread. The layer does not
+decide when anything is durable: its owner calls `files.sync_data`, commits to the journal, then has the sets changed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +21,7 @@ from cow.geometry import CHUNK_BYTES, Run, pieces, place_of, runs_of
 from cow.layers import layermap
 from cow.layers.layerfiles import INODES_OF_A_LAYER, OPEN_FILES_OF_A_LAYER, LayerFiles
 from cow.layers.layermap import BadMapError, LayerMap, MapImage
+from cow.layers.sets import LayerSets
 from cow.layers.sums import FILE_NAME as SUMS
 from cow.layers.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
@@ -44,20 +45,16 @@ def inodes(chunks: int) -> int:
     return INODES_OF_A_LAYER - 1 + segments_of(chunks)
 
 
-class Layer:
+class Layer(LayerSets):
     """A layer, in a directory of its own in `parent`. `chunks` is the size of the device in chunks."""
 
     def __init__(self, parent: Directory, layer_id: int, chunks: int) -> None:
+        super().__init__()
         self.id = layer_id
         self.chunks = chunks
-        self.held = BitMap64()  #: what readers find here
-        self.lost = BitMap64()  #: what should be here and could not be kept: readers get EIO, unless it is held again
-        self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
-        self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
         self.written_ns = 0  #: time of the last write to a delta, 0 when there was none
         self.generation = 0  #: of the map that was encoded last; grows
-        self.dirty = False  #: whether the journal has commits that the last checkpoint had not
-        self.damage: str | None = None  #: why nothing in this layer can be trusted
+        self.damage: str | None = None  #: why nothing in this layer can be trusted; recovery finds it
         self.files = LayerFiles(parent, f"{layer_id:016x}")
         self.sums = Sums(self.files, layer_id, chunks)
 
@@ -70,11 +67,6 @@ class Layer:
     def name(self) -> str:
         """The layer's directory name."""
         return self.files.name
-
-    @property
-    def known(self) -> BitMap64:
-        """The chunks that readers look for here and no further: those held and those lost."""
-        return self.held | self.lost if self.lost else self.held
 
     def close(self) -> None:
         """Close the files, now or when nobody works on them any more. Nothing is synced. Trio thread only."""
@@ -217,21 +209,7 @@ class Layer:
             f"under the store, or something else, changed it; the rest stays readable"
         )
 
-    def commit(self, chunks: BitMap64) -> None:
-        """Take over chunks that the journal has: readers and the next checkpoint find them. Trio thread only."""
-        self.held |= chunks
-        self.uncommitted -= chunks
-        self.intended -= chunks
-        self.lost -= chunks
-        self.dirty = True
-
-    def lose(self, chunks: BitMap64) -> None:
-        """Take over chunks that the journal says are lost. Trio thread only."""
-        self.lost |= chunks
-        self.held -= chunks
-        self.uncommitted -= chunks
-        self.intended -= chunks
-        self.dirty = True
+    # -- after a stop, and where something failed ----------------------------------------------------------------
 
     def rehash(self, chunks: BitMap64) -> BitMap64:
         """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
@@ -286,6 +264,8 @@ class Layer:
     def _read_chunk_of(self, segment: int, place: int) -> bytes:
         return self.files.file(segment).pread(CHUNK_BYTES, place * CHUNK_BYTES)
 
+    # -- space ---------------------------------------------------------------------------------------------------
+
     def new_bytes(self, chunks: BitMap64) -> int:
         """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""
         fresh = len(chunks) - chunks.intersection_cardinality(self.held)
@@ -301,7 +281,11 @@ class Layer:
     # -- the checkpoint ------------------------------------------------------------------------------------------
 
     def encode_map(self) -> MapImage:
-        """The set of committed chunks as the content of `map`, of a new generation. Trio thread only."""
+        """The set of committed chunks as the content of `map`, of a new generation. Trio thread only.
+
+        The layer is not dirty after that; where the map cannot be saved, `note_unsaved` makes it so again.
+        """
+        self.note_encoded()
         self.generation += 1
         committed = self.held - self.uncommitted
         return layermap.encode(LayerMap(self.id, self.generation, self.written_ns, committed, self.lost))
@@ -343,12 +327,8 @@ class Layer:
             return
         finally:
             file.close()
-        self.held, self.lost, self.written_ns, self.generation = (
-            found.held,
-            found.lost,
-            found.written_ns,
-            found.generation,
-        )
+        self.take_over(found.held, found.lost)
+        self.written_ns, self.generation = found.written_ns, found.generation
         if self.generation < generation:
             self.damage = f"the map of layer {self.name} is an old one: what it holds is unknown"
 

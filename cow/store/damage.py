@@ -73,7 +73,7 @@ class Damage:
         """Mark the snapshots for which chunks were lost, as their layers say."""
         counts: Counter[int] = Counter()
         for origin in self._inventory.origins:
-            for number, lost in origin.lost():
+            for number, lost in origin.epochs.lost():
                 snapshot = self._inventory.get(number)
                 image = snapshot.image(origin.name) if snapshot is not None else None
                 counts[number] += len(image.lost_of(lost)) if image is not None else 0

@@ -21,7 +21,7 @@ from cow.durable.space import Space
 from cow.errors import CowError
 from cow.events import Tell, Trouble
 from cow.geometry import Run, runs_of
-from cow.images.origin import Group, Origin, drop_shadowed
+from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer, pinned
 from cow.records.catalog import Catalog
 from cow.records.journal import Kind, Record
@@ -56,25 +56,25 @@ class Flattener:
         """
         while True:
             await self._inventory.changed.wait()
-            for origin in self._inventory.origins:
+            for epochs in self._inventory.origins.epochs:
                 crowded: set[int] = set()  # the snapshots whose layers find no room
-                while (found := self._pair(origin, crowded)) is not None:
+                while (found := self._pair(epochs, crowded)) is not None:
                     snapshot, source, target = found
-                    if not await self._merge(origin, source, target):
+                    if not await self._merge(epochs, source, target):
                         crowded.add(snapshot)
 
-    def _pair(self, origin: Origin, crowded: set[int]) -> tuple[int, Layer, Layer] | None:
+    def _pair(self, epochs: Epochs, crowded: set[int]) -> tuple[int, Layer, Layer] | None:
         """A snapshot, the layer of its group that shall go, and the one that shall have what that knows.
 
         None when nothing is to be merged, save for the crowded snapshots.
         """
-        for group in origin.groups:
+        for group in epochs.groups:
             if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._inventory.is_doubted:
                 # Old bytes go into the newest layer at any moment.
                 usable = [
                     one
                     for one in group.layers
-                    if one is not origin.newest_layer and one.damage is None and one.id not in self._failed
+                    if one is not epochs.newest_layer and one.damage is None and one.id not in self._failed
                 ]
                 if len(usable) > 1:
                     small, other = sorted(usable, key=lambda one: len(one.held) + len(one.lost))[:2]
@@ -82,22 +82,22 @@ class Flattener:
                     return group.snapshot, source, target
         return None
 
-    async def _merge(self, origin: Origin, source: Layer, target: Layer) -> bool:
+    async def _merge(self, epochs: Epochs, source: Layer, target: Layer) -> bool:
         """Move all from `source` to `target`, and drop `source`. Whether there was room."""
         # What was being preserved as a snapshot went may be needless to who inherits, and be here all the same.
-        moved = drop_shadowed(_layers_before(origin, source), source)
+        moved = epochs.drop_shadowed(source)
         try:
             if source.held:  # rather not at all than half of it
                 await self._space.check_for_merge(target.new_bytes(source.held))
-            while source.known and _group_of(origin, source, target) is not None:
+            while source.known and epochs.group_with(source, target) is not None:
                 began = trio.current_time()
-                moved |= await self._move(origin, source, target)
+                moved |= await self._move(epochs, source, target)
                 if len(moved) >= PUNCH_CHUNKS and source.known:
                     self._disposal.punch_later([(source, moved)])
                     moved = BitMap64()
                 await trio.sleep(REST * (trio.current_time() - began))
             if not source.known:
-                await self._drop(origin, source, target)
+                await self._drop(epochs, source, target)
         except (CowError, OSError) as error:
             if is_full(error):
                 return False
@@ -112,10 +112,10 @@ class Flattener:
             self._disposal.punch_later([(source, moved)] if source.known else [])
         return True
 
-    async def _move(self, origin: Origin, source: Layer, target: Layer) -> BitMap64:
+    async def _move(self, epochs: Epochs, source: Layer, target: Layer) -> BitMap64:
         """Move a piece: durable in `target` on return, and known to `source` no more. Returns what was held of it."""
         async with self._disposal.moving:
-            if _group_of(origin, source, target) is None:
+            if epochs.group_with(source, target) is None:
                 return BitMap64()
             # atomic: no checkpoint until they are pinned, so that what is chosen is not punched out
             held, lost = _some_of(source.held), BitMap64()
@@ -126,12 +126,7 @@ class Flattener:
             runs = list(runs_of(held or lost))
 
             def apply() -> None:
-                # What was dropped meanwhile, as the group came to serve an older snapshot, is not wanted any more.
-                target.commit(held & source.known)
-                target.lose(lost & source.lost)
-                source.held -= held
-                source.lost -= held | lost
-                source.dirty = True
+                source.hand_over(target, held, lost)
 
             with pinned([source, target]):
                 sums = await self._copied(source, target, held, runs) if held else b""
@@ -148,27 +143,16 @@ class Flattener:
                 target.files.give_up_unsynced()  # nothing depends on it, and later syncs must not fail for it
                 raise
 
-    async def _drop(self, origin: Origin, source: Layer, target: Layer) -> None:
+    async def _drop(self, epochs: Epochs, source: Layer, target: Layer) -> None:
         """Take a layer that knows nothing any more out of its group, durably."""
         async with self._inventory.lock:
-            if _group_of(origin, source, target) is None:
+            if epochs.group_with(source, target) is None:
                 return  # its snapshot went, and was the last one that it served
             self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
             await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
-            origin.remove_layer(source)
+            epochs.remove_layer(source)
             self._disposal.drop(self._inventory.forget_layers([source.id]))
             self._failed.remove(source.id)
-
-
-def _group_of(origin: Origin, source: Layer, target: Layer) -> Group | None:
-    """The group that has both layers; None once nobody needs them any more."""
-    return next((one for one in origin.groups if source in one.layers and target in one.layers), None)
-
-
-def _layers_before(origin: Origin, layer: Layer) -> list[Layer]:
-    """The layers of its group that are asked before it."""
-    layers = next(group.layers for group in origin.groups if layer in group.layers)
-    return layers[: layers.index(layer)]
 
 
 def _some_of(chunks: BitMap64) -> BitMap64:

@@ -8,7 +8,7 @@ from pyroaring import BitMap64
 
 from cow.clock import after
 from cow.errors import RefusedError, printable
-from cow.images.origin import Origin, drop_shadowed
+from cow.images.origin import Origin
 from cow.layers.layer import Layer
 from cow.records.catalog import DOUBTED_FROM, Catalog, LayerRow, Role, SnapshotRow, State
 from cow.store.inventory import Inventory
@@ -56,12 +56,10 @@ def _load_group(
             f"the catalog of {inventory.store_path} lacks the layers of snapshot {printable(row.name)}: it was edited "
             f"or is damaged; restore it from a backup"
         )
-    origin.open_epoch(row.id, preserved[0])
+    origin.epochs.open_epoch(row.id, preserved[0])
     for layer in preserved[1:]:
-        shadowed = drop_shadowed(origin.group_of(row.id).layers, layer)
-        if shadowed:
+        if shadowed := origin.epochs.add_layer(row.id, layer):
             yield layer, shadowed
-        origin.add_layer(row.id, layer)
 
 
 async def suspect(inventory: Inventory, catalog: Catalog, reason: str, *, read_suspect: bool) -> None:
@@ -75,7 +73,7 @@ async def suspect(inventory: Inventory, catalog: Catalog, reason: str, *, read_s
     rows = await trio.to_thread.run_sync(catalog.suspect_snapshots, [one.id for one in trusted], reason)
     added = {row.origin: layer for row, layer in zip(rows, inventory.make_layers(rows), strict=True)}
     for origin in inventory.origins:
-        origin.add_layer(origin.groups[-1].snapshot, added[origin.id])
+        origin.epochs.add_layer(origin.epochs.groups[-1].snapshot, added[origin.id])
         origin.modified_ns = after(origin.modified_ns)
     for snapshot in trusted:
         snapshot.row.state, snapshot.row.reason = State.SUSPECT, reason

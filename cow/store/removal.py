@@ -128,6 +128,6 @@ class Removal:
         """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
         if snapshot.usable:
             for image in snapshot.images:
-                self._disposal.punch_later(image.origin.release(snapshot.id, heir))
+                self._disposal.punch_later(image.origin.epochs.release(snapshot.id, heir))
         self._disposal.drop(self._inventory.forget_layers(gone))
         self._inventory.changed.ring()

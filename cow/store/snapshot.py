@@ -55,7 +55,7 @@ class Snapshot:
 
     def frees_something(self, heir: int | None) -> bool:
         """Whether its end would give space back, if `heir` inherits."""
-        return any(image.delta.held or image.origin.freed_by(self.id, heir) for image in self.images)
+        return any(image.delta.held or image.origin.epochs.freed_by(self.id, heir) for image in self.images)
 
     def image(self, name: bytes) -> Image | None:
         """The image of that name."""

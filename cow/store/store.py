@@ -195,7 +195,7 @@ class Store:
         await trio.to_thread.run_sync(self._catalog.finish_snapshot, snapshot.id, evidence)
         snapshot.row.evidence.update(evidence)
         snapshot.row.state = State.VALID
-        layers = (layer for origin in self.origins for layer in origin.layers_for(snapshot.id))
+        layers = (layer for origin in self.origins for layer in origin.epochs.layers_for(snapshot.id))
         if any(layer.lost for layer in layers):  # since its epoch began
             self.damage.find_lost()
         self._due.ring()
@@ -212,7 +212,7 @@ class Store:
         preserved = {of.origin: layer for of, layer in made if of.role == Role.PRESERVED}
         deltas = {of.origin: layer for of, layer in made if of.role == Role.DELTA}
         for origin in self.origins:
-            origin.open_epoch(row.id, preserved[origin.id])
+            origin.epochs.open_epoch(row.id, preserved[origin.id])
         snapshot = self._snapshot_of(row, deltas)
         self.inventory.add(snapshot)
         return snapshot

@@ -236,7 +236,7 @@ def test_i8_a_file_system_that_is_full_at_the_sync_is_full(start: Callable[..., 
     image, origin = take(engine, b"a"), engine.store.origins[0]
     before = engine.call(image.read, 0, CHUNK_BYTES)
     io.errno = errno.ENOSPC
-    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{origin.newest_layer.name}/data.0000")
+    io.fails = lambda call, path: call == "fdatasync" and path.endswith(f"{origin.epochs.newest_layer.name}/data.0000")
     with pytest.raises(StoreFullError):
         engine.call(origin.write, 0, b"n" * CHUNK_BYTES)
     io.fails = lambda call, path: False
@@ -375,7 +375,7 @@ def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
     monkeypatch.setattr(behind, "LINGER_SECONDS", 60)  # so that nothing is taken before it is lost
     engine = start(write_behind=True)
     image, origin = take(engine, b"a"), engine.store.origins[0]
-    layer = origin.newest_layer.name
+    layer = origin.epochs.newest_layer.name
     data = b"".join(bytes([chunk]) * CHUNK_BYTES for chunk in range(10))
     engine.call(image.write, 100 * CHUNK_BYTES, data)
     engine.call(image.write, 5 * CHUNK_BYTES + 512, b"B" * 512)
@@ -428,7 +428,7 @@ def test_a_reader_is_told_why_it_cannot_read_and_not_why_others_cannot_be_writte
 ) -> None:
     engine = start(write_behind=True)
     image, origin = take(engine, b"a"), engine.store.origins[0]
-    layer = origin.newest_layer.name
+    layer = origin.epochs.newest_layer.name
     engine.call(image.write, 6 * CHUNK_BYTES, b"A" * CHUNK_BYTES)
     io.fails = lambda call, path: call == "pwrite" and "/data" in path
     engine.call(origin.write, 5 * CHUNK_BYTES, b"L" * CHUNK_BYTES)

@@ -51,7 +51,7 @@ def test_the_layers_of_a_snapshot_go_to_the_next_older_one_and_else_they_go(engi
         take(engine, name)
     write(engine, origin, 0, b"x")
     older, newer = inventory.snapshots
-    layer = origin.newest_layer
+    layer = origin.epochs.newest_layer
     assert inventory.heir_of(newer) == older.id
     assert inventory.heir_of(older) is None
     assert inventory.asking(layer) == inventory.reading(layer, CHUNK) == [older, newer]

@@ -141,7 +141,7 @@ def test_i6_layers_are_measured_after_their_maps_are_saved_and_chunks_punched_ou
     counted.clear()
 
     async def punch() -> None:
-        layer = engine.store.origins[0].newest_layer
+        layer = engine.store.origins[0].epochs.newest_layer
         engine.store.disposal.punch_later([(layer, layer.held)])
         await engine.store.housekeeping.do_all()
 

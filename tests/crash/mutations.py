@@ -216,13 +216,13 @@ ORDER = [
     ),
     Edit(
         "a write in a chunk passes by an older one in the buffer",
-        "images.origin:Origin._is_put_behind",
+        "images.origin:Origin._must_buffer",
         "self._behind.has(chunk) or ",
         "",
     ),
     Edit(
         "a write of several chunks passes by an older one in the buffer",
-        "images.origin:Origin._is_put_behind",
+        "images.origin:Origin._must_buffer",
         "if self._behind.holds(covering(offset, length)):",
         "if False:",
     ),
@@ -259,14 +259,14 @@ ORDER = [
     Edit(
         "a write that needs no waiting overwrites what is not preserved",
         "images.origin:Origin.write_nowait",
-        "(self._write_behind and not self._behind.is_long(length)) or self._is_preserved(offset, length)",
+        "(self._write_behind and not self._behind.is_long(length)) or self._may_overwrite(offset, length)",
         "True",
     ),
     Edit(
         "an image asks the layers that served it once",
         "images.image:Image.layers",
-        "self._layout != self.origin.layout",
-        "self._layout < 0",
+        "self._version != self._epochs.version",
+        "self._version < 0",
     ),
     Edit(
         "the memory of a long write is used for something else while it waits",
@@ -358,9 +358,7 @@ ORDER = [
         "        lost |= _write_sums(layer, run, record.sums[at : at + 8 * run.chunks])\n",
         "",
     ),
-    Edit(
-        "an heir does not inherit", "images.origin:Origin.release", "            inheriting.layers.append(layer)\n", ""
-    ),
+    Edit("an heir does not inherit", "layers.epochs:Epochs.release", "self.add_layer(heir, layer)", "BitMap64()"),
     Edit(
         "the catalog hands the layers of a deleted snapshot to nobody",
         "store.removal:Removal.delete",
@@ -419,7 +417,7 @@ ORDER = [
     Edit(
         "chunks are moved that an older layer has",
         "store.flatten:Flattener._merge",
-        "drop_shadowed(_layers_before(origin, source), source)",
+        "epochs.drop_shadowed(source)",
         "BitMap64()",
     ),
     Edit(

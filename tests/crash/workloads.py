@@ -275,7 +275,7 @@ class Session:
 
     async def _merged(self) -> None:
         for _ in range(10_000):
-            groups = [group for origin in self.store.origins for group in origin.groups[:-1]]
+            groups = [group for origin in self.store.origins for group in origin.epochs.groups[:-1]]
             if all(len(group.layers) <= flatten.MOST_LAYERS for group in groups):
                 return
             await trio.lowlevel.checkpoint()

@@ -53,7 +53,7 @@ def contents_of(engine: Engine) -> dict[bytes, bytes]:
 
 
 def layers_of(engine: Engine, name: bytes) -> list[Layer]:
-    return engine.store.origins[0].group_of(image_of(engine, name)._snapshot).layers
+    return engine.store.origins[0].epochs.group_of(image_of(engine, name)._snapshot).layers
 
 
 def merge(engine: Engine, most: int = MOST) -> None:

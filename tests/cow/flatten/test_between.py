@@ -40,7 +40,7 @@ from tests.support.sandbox import wait_until
 
 def _first_pair(engine: Engine) -> tuple[Layer, Layer]:
     with patch.object(flatten, "MOST_LAYERS", MOST):
-        found = engine.store._flattener._pair(engine.store.origins[0], set())
+        found = engine.store._flattener._pair(engine.store.origins[0].epochs, set())
     assert found is not None
     _, source, target = found
     return source, target
@@ -57,7 +57,7 @@ def test_what_was_in_use_is_punched_out_later_without_anybody_asking(
     monkeypatch.setattr(housekeeping, "RETRY_SECONDS", 0.01)
     engine = start()
     chain(engine)
-    layer = engine.store.origins[0].groups[0].layers[0]
+    layer = engine.store.origins[0].epochs.groups[0].layers[0]
 
     async def punch_while_it_is_in_use() -> None:
         disposal = engine.store.disposal
@@ -309,14 +309,14 @@ def test_i2_what_was_being_preserved_when_its_snapshot_went_does_not_replace_wha
     engine.call(engine.store.create_snapshot, b"going")
     before = engine.call(image_of(engine, b"old").read, 0, SIZE)
     arrived, go_on = threading.Event(), threading.Event()
-    real = origin.newest_layer.write_data
+    real = origin.epochs.newest_layer.write_data
 
     def write_data(first: int, data: bytes) -> bytes:
         arrived.set()
         go_on.wait()
         return real(first, data)
 
-    going = origin.newest_layer
+    going = origin.epochs.newest_layer
     going.write_data = write_data
     with ThreadPoolExecutor() as threads:
         writing = threads.submit(write, engine, 1, 2)

@@ -85,12 +85,12 @@ def test_the_layer_where_old_bytes_go_is_left_alone(start: Callable[..., Engine]
     engine = start()
     chain(engine)
     origin = engine.store.origins[0]
-    newest = origin.newest_layer
+    newest = origin.epochs.newest_layer
     engine.call(engine.store.delete_snapshot, b"last")
     before = contents_of(engine)
     merge(engine, 1)
     wait_until(lambda: len(layers_of(engine, b"base")) == 2, what="the merging")
-    assert origin.newest_layer is newest
+    assert origin.epochs.newest_layer is newest
     write(engine, 0, CHUNKS)
     assert contents_of(engine) == before
 
