@@ -19,15 +19,15 @@ from cow.disk.source import OriginDevice
 from cow.disk.superblock import SuperblockOf, no_superblock
 from cow.durable.inodes import is_spare
 from cow.durable.recovery import open_journal, recover
-from cow.durable.space import (
+from cow.durable.reserve import (
     RESERVE_BYTES,
     RESERVE_NAME,
-    Space,
     hold_inodes_back,
     keep_for_opening,
     let_all_go,
     let_inodes_go,
 )
+from cow.durable.space import Space
 from cow.entry.admission import admit
 from cow.entry.footing import WHY_NOT_MADE, check_file_system, check_open_files, check_source_limits, largest_file_bytes
 from cow.entry.forecast import check_quota
@@ -112,7 +112,7 @@ async def open_store(
         if not read_only:
             await trio.to_thread.run_sync(check_quota, store, catalog, accept_quota)
         catalog.set_setting("clean", 0)
-        await space.refill()
+        await space.reserve.refill()
         await space.measure()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)

@@ -1,42 +1,62 @@
-"""Fixtures, and the check that the whole run leaves nothing behind."""
+"""Fixtures, which process does which test, and the check that the whole run leaves nothing behind.
 
-import os
+With pytest-xdist each process tests in a mount namespace of its own, with loop devices of its own; with -n0 the tests
+are done in that of the machine. A test that takes too long is ended by pytest-timeout, which raises in it; where that
+does not help, because it waits for a thread that never ends, faulthandler ends its process a while later, and what it
+left is removed. Both name the test.
+"""
+
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from hcpfs.daemon import record
 from hcpfs.system import beneath
-from tests.support.sandbox import MARK, RUN, Sandbox, wait_until
+from tests.support import apart
+from tests.support.sandbox import MARK, WORKER, Sandbox, clear_away, processes_of, wait_until
 
-RUN_VARIABLE = "HCPFS_TEST_RUN"
-ANYWHERE = {  # they mount, and nothing else
-    *("tests/mount/test_attributes.py", "tests/mount/test_basics.py", "tests/mount/test_caches.py"),
-    "tests/mount/test_hostile.py",
-    *("tests/mount/test_model.py", "tests/mount/test_policies.py", "tests/mount/test_suspect.py"),
-    "tests/mount/test_verify.py",
-    "tests/mount/test_whole_tree.py",
-}
+#: The order of the tests: what takes longest comes first, and what is short fills the processes evenly at the end.
+ORDER = ("tests/crash/", "tests/mount/", "tests/hcpfs/", "tests/cow/")
+#: Files whose tests are handed out one by one. The others are handed out whole, because their tests give images the
+#: same name, which is all that tells whose an image was once its mount is gone.
+ONE_BY_ONE = ("tests/crash/", "tests/cow/", "tests/mount/test_kill_points.py")
 
 
-class _OneForTheMachine(LoadScopeScheduling):
-    """One process has the tests that need the machine for themselves: the numbers of its loop devices, lazy unmounts.
-
-    The others may run beside them, file by file, and those of the engine one by one.
-    """
-
+class _Scheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        if file.startswith(("tests/cow/", "tests/crash/")):
-            return nodeid
-        return file if file in ANYWHERE else "machine"
+        return nodeid if nodeid.startswith(ONE_BY_ONE) else nodeid.partition("::")[0]
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Hand out again what a process that died had yet to do, without the test that it died of."""
+        units = self.assigned_work[node]
+        left = [(scope, nodeid) for scope, unit in units.items() for nodeid, is_done in unit.items() if not is_done]
+        for scope, nodeid in left[:1]:
+            units[scope][nodeid] = True
+        self.assigned_work[node] = {scope: unit for scope, unit in units.items() if not all(unit.values())}
+        super().remove_node(node)
+        return left[0][1] if left else None
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    return _OneForTheMachine(config, log)
+    return _Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((at for at, one in enumerate(ORDER) if item.nodeid.startswith(one)), len(ORDER)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if WORKER:
+        apart.enter_own_namespace()
+
+
+def pytest_testnodedown(node: WorkerController, error: object | None) -> None:
+    if error is not None:
+        clear_away(node.gateway.id)
 
 
 @pytest.fixture
@@ -48,20 +68,6 @@ def sandbox() -> Iterator[Sandbox]:
         sandbox.close()
 
 
-def _processes() -> set[str]:
-    """Processes of hcpfs that this run started: they have its mark in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdecimal() or b"hcpfs" not in (entry / "cmdline").read_bytes().split(b"\0"):
-                continue
-            if f"{RUN_VARIABLE}={RUN}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.add(f"process {entry.name}")
-        except OSError:
-            continue  # gone meanwhile
-    return found
-
-
 def _records() -> Iterator[str]:
     with suppress(FileNotFoundError):
         for path in Path(record.DIRECTORY).iterdir():
@@ -70,19 +76,17 @@ def _records() -> Iterator[str]:
 
 
 def _leftovers() -> set[str]:
-    """What there is of this run: others may be under way on the same machine."""
+    """What there is of this process: others may be under way on the same machine."""
     mounts = {mount.mountpoint for mount in beneath.mounts()}
-    loops = {f"{path}: {path.read_text()}" for path in Path("/sys/block").glob("loop*/loop/backing_file")}
     files = {str(path) for path in Path("/dev/shm").iterdir()}
-    ours = {what for what in mounts | loops | files | set(_records()) if MARK in what}
-    unmounted = {what for what in loops if ": /live/" in what or ": /snaps/" in what}  # they lost the mark
-    return ours | unmounted | _processes()
+    ours = {what for what in mounts | files | set(_records()) if MARK in what}
+    loops = {f"/dev/loop{number}" for number in apart.loop_numbers() if apart.is_bound(number)}
+    return ours | loops | {f"process {pid}" for pid in processes_of(WORKER)}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """No mount, loop device, process or file of ours outlives the run."""
-    os.environ[RUN_VARIABLE] = RUN
     before = _leftovers()
     yield
     wait_until(lambda: _leftovers() <= before, what=f"the end of {_leftovers() - before}")

@@ -14,7 +14,7 @@ from typing import Protocol
 import trio
 
 from cow.disk.io import FULL
-from cow.durable.space import Space
+from cow.durable.reserve import Reserve
 from cow.geometry import runs_of
 from cow.holding import holding
 from cow.layers.layer import Layer, pinned
@@ -57,11 +57,11 @@ class Commits:
     """
 
     def __init__(
-        self, journal: Journal, inventory: LayersInUse, space: Space, catalog: Catalog, wake: Callable[[], None]
+        self, journal: Journal, inventory: LayersInUse, reserve: Reserve, catalog: Catalog, wake: Callable[[], None]
     ) -> None:
         self._journal = journal
         self._inventory = inventory
-        self._space = space
+        self._reserve = reserve
         self._catalog = catalog
         self._wake = wake
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
@@ -123,7 +123,7 @@ class Commits:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            with self._space.in_need() as let_go:
+            with self._reserve.in_need() as let_go:
                 await trio.to_thread.run_sync(let_go)
                 older = await trio.to_thread.run_sync(self._journal.start_file, intents)
         maps = []

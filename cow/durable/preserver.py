@@ -229,7 +229,7 @@ class Preserver:
             except (CowError, OSError) as error:
                 if not is_full(error):
                     await self._give_up_all(batch, error)
-                elif await self._space.let_inodes_go():
+                elif await self._space.reserve.let_inodes_go():
                     pass  # it was a file that could not be made, and now it can
                 elif most > FEWEST_CHUNKS:
                     most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room

@@ -7,32 +7,25 @@ There may be thousands of layers, so their files are not all looked at each time
 before; what else changes in them is noted with `changing_layers`. What grows without a promise is looked at each time:
 the files beside them (the catalog, the journal, the reserve), and how many layers have a directory.
 
-A file `reserve` holds space back for what must not fail when the disk is full: recording that a snapshot was given up,
-a journal file, a clean stop. It is let go for those moments only, and a part of it for nothing but the next opening.
-Inodes are counted and held back in the same way (durable/inodes.py).
+Inodes are counted in the same way (durable/inodes.py). What must not fail on a full disk has a reserve of both
+(durable/reserve.py), which counts as used.
 """
 
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
 
 import trio
 
 from cow.disk.directory import Directory
-from cow.disk.file import File
-from cow.disk.io import FULL
-from cow.durable.inodes import OPENING_SPARES, Inodes, fill_up, let_go
+from cow.durable.inodes import Inodes
+from cow.durable.reserve import RESERVE_BYTES, Reserve
 from cow.errors import QuotaError, RefusedError, StoreFullError
-from cow.events import Filling, Tell, Trouble
+from cow.events import Filling, Tell
 from cow.geometry import CHUNK_BYTES
 from cow.records.journal import FILE_BYTES
 
-RESERVE_NAME = "reserve"
-RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
-OPENING_BYTES = FILE_BYTES // 2  # of it: what an opening needs, which saves the maps before it begins a journal file
 CATALOG_BYTES = 1 << 20  # that it may grow by between two looks, with its write-ahead log
 UNPROMISED_BYTES = FILE_BYTES + CATALOG_BYTES  # a journal file may come beside another
 LEAST_QUOTA_BYTES = 32 << 20
@@ -47,9 +40,6 @@ MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
 _MAKE_INODES = "remove snapshots, or other files on that file system, or have the store on one with more inodes"
-
-
-T = TypeVar("T")
 
 
 class Space:
@@ -73,11 +63,9 @@ class Space:
         self._layers_directory = layers_directory
         self._tell = tell
         self._warned_percent = 0
-        self.holding_back = False  #: whether the reserve is filled
-        self._reserve = threading.Lock()  #: guards it against being filled up and let go at once
-        self._in_need = 0  #: how many need what was let go of it
         self.inodes = Inodes(directory)
-        self._beside_layers = self._count_beside_layers()
+        self.reserve = Reserve(directory, self.inodes, layers_directory.label, tell)
+        self._beside_layers = self.reserve.count_beside_layers()
         self._layers, self._in_layers, self.inodes.in_layers = self._count_layers()
         self._new_layers = 0  #: whose directories came since the layers were measured
         self._measure_from = 0.0  #: until then the layers are not measured anew without need
@@ -166,7 +154,7 @@ class Space:
             self._measure_from = 0.0
 
     async def _look_beside_layers(self) -> None:
-        self._beside_layers = await trio.to_thread.run_sync(self._count_beside_layers)
+        self._beside_layers = await trio.to_thread.run_sync(self.reserve.count_beside_layers)
         present = await trio.to_thread.run_sync(self._layers_directory.names)
         self._new_layers = max(0, len(present) - self._layers)
 
@@ -182,19 +170,6 @@ class Space:
         self._new_layers = 0
         self._promised -= promised
         self._plenty = -1
-
-    def _count_beside_layers(self) -> int:
-        """What the files beside them take, with the whole reserve: what was let go of it is filled up again. Blocks."""
-        with self._reserve:
-            try:
-                file = self._directory.open(RESERVE_NAME)
-            except FileNotFoundError:
-                reserve = 0
-            else:
-                reserve = file.allocated_bytes
-                file.close()
-            self.inodes.count_beside_layers()
-            return self._directory.allocated_here() + max(0, RESERVE_BYTES - reserve)
 
     def _count_layers(self) -> tuple[int, int, int]:
         """How many layers have a directory, what they take in bytes, and in inodes. Blocks."""
@@ -308,153 +283,11 @@ class Space:
         self._promised += count
         self._plenty -= -(-count // CHUNK_BYTES)
 
-    @contextmanager
-    def in_need(self) -> Iterator[Callable[[], None]]:
-        """Within the block the reserve is not filled up again.
-
-        Yields a blocking function that releases it: the first call all but what the next opening needs, the second
-        half of that, the third the rest.
-        """
-        levels = iter(((OPENING_BYTES, OPENING_SPARES), (OPENING_BYTES // 2, OPENING_SPARES // 2)))
-        self._in_need += 1
-        try:
-            yield lambda: self._let_go(*next(levels, (0, 0)))
-        finally:
-            self._in_need -= 1
-
-    async def see_through(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Do what must not fail for want of room: if it does, again with a part of what is held back, and with all."""
-        try:
-            return await action()
-        except (OSError, StoreFullError) as error:
-            if not _is_no_room(error):
-                raise
-        with self.in_need() as let_go:
-            for _ in range(2):
-                await trio.to_thread.run_sync(let_go)
-                try:
-                    return await action()
-                except (OSError, StoreFullError) as error:
-                    if not _is_no_room(error):
-                        raise
-            await trio.to_thread.run_sync(let_go)
-            return await action()
-
-    def _let_go(self, most_bytes: int, most_spares: int) -> None:
-        with self._reserve:
-            self.holding_back = False
-            shrink_reserve(self._directory, most_bytes)
-            let_go(self._directory, most_spares)
-
-    async def let_inodes_go(self) -> bool:
-        """Where the file system is short of inodes, give back those that are held back for old bytes.
-
-        Whether there were some. They are not taken again as long as it is.
-        """
-        return await trio.to_thread.run_sync(self._let_inodes_go)
-
-    def _let_inodes_go(self) -> bool:
-        with self._reserve:
-            went = self.inodes.let_go_for_write()
-            self.holding_back &= not went
-            return went
-
-    async def refill(self) -> None:
-        """Fill up the reserve, as far as there is room; where that is not enough it is told. Raises OSError."""
-        if not await trio.to_thread.run_sync(self.hold_back):
-            self._tell(
-                Trouble(
-                    f"the disk of the store {self._layers_directory.label} is full, its reserve too: make room on it "
-                    f"(space, or inodes)"
-                )
-            )
-
-    def hold_back(self) -> bool:
-        """Fill the reserve up again, as far as there is room; False when that is not enough. Blocks."""
-        with self._reserve:
-            if self._in_need:
-                return True  # later
-            file = self._directory.open(RESERVE_NAME, create=True)
-            try:
-                self.holding_back = _filled(file, RESERVE_BYTES)
-            finally:
-                file.close()
-            self.holding_back &= self.inodes.hold_back()
-            return self.holding_back
-
-
-def _is_no_room(error: OSError | StoreFullError) -> bool:
-    return isinstance(error, StoreFullError) or error.errno in FULL
-
 
 def _consequence(percent: int) -> str:
     if percent >= MOST_PERCENT_FOR_WRITES:
         return "; until then there are no new ones, those there are take no writes of their own, and some may be lost"
     return "; until then there are no new ones" if percent >= MOST_PERCENT_FOR_SNAPSHOTS else ""
-
-
-def let_all_go(directory: Directory) -> None:
-    """Give back all that is held back: an opening may need it. Blocks."""
-    shrink_reserve(directory, 0)
-    let_inodes_go(directory)
-
-
-def let_inodes_go(directory: Directory) -> None:
-    """Give back the spare inodes, where the file system is short of them. Blocks."""
-    free = directory.free_inodes()
-    if free is not None and free < 2 * OPENING_SPARES:
-        let_go(directory, 0)
-
-
-def hold_inodes_back(directory: Directory) -> None:
-    """Have inodes for the next opening, as far as there are some. Blocks."""
-    with suppress(OSError):
-        fill_up(directory, OPENING_SPARES, 0)
-
-
-def shrink_reserve(directory: Directory, most_bytes: int) -> None:
-    """Give all but so much of a store's reserve back to the file system. Blocks."""
-    try:
-        file = directory.open(RESERVE_NAME)
-    except FileNotFoundError:
-        return
-    try:
-        file.truncate(min(most_bytes, file.size_bytes))
-    finally:
-        file.close()
-
-
-def keep_for_opening(directory: Directory) -> None:
-    """Have what the next opening needs held back, as far as there is room. Blocks."""
-    with suppress(OSError):
-        file = directory.open(RESERVE_NAME)
-        try:
-            _filled(file, OPENING_BYTES)
-        finally:
-            file.close()
-    hold_inodes_back(directory)
-
-
-def _filled(file: File, size: int) -> bool:
-    """Allocate so much, or what can be had of it, to the last 4 KiB. Whether it is all."""
-    if _allocated(file, size):
-        return True
-    length, step = 0, size // 2
-    while step >= 4096:
-        if _allocated(file, length + step):
-            length += step
-        step //= 2
-    return False
-
-
-def _allocated(file: File, length: int) -> bool:
-    try:
-        file.allocate(length)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        return False
-    return True
 
 
 class Room:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from cow.disk.directory import Directory
 from cow.disk.io import FULL
 from cow.disk.limits import raise_limit
-from cow.durable.space import RESERVE_BYTES
+from cow.durable.reserve import RESERVE_BYTES
 from cow.errors import RefusedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, chunks_of
 from cow.layers.layer import OTHER_OPEN_FILES, SEGMENT_CHUNKS, open_files

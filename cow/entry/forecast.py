@@ -7,7 +7,8 @@ refused is a quota that is lower than the last one.
 from collections.abc import Iterator
 
 from cow.config import OnFull
-from cow.durable.space import RESERVE_BYTES, UNPROMISED_BYTES
+from cow.durable.reserve import RESERVE_BYTES
+from cow.durable.space import UNPROMISED_BYTES
 from cow.errors import RefusedError, printable
 from cow.records.catalog import Catalog
 from cow.store.snapshot import Snapshot

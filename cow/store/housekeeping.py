@@ -75,8 +75,8 @@ class Housekeeping:
             raise failures[0]
 
     async def _fill_up(self, closing: bool) -> None:
-        if not self._space.holding_back and not closing:
-            await self._space.refill()
+        if not self._space.reserve.is_full and not closing:
+            await self._space.reserve.refill()
 
     async def _save(self) -> None:
         """Save the checkpoints that wait. Where that fails for long, the snapshots of the layer are given up. # I6"""
@@ -84,7 +84,7 @@ class Housekeeping:
             try:
                 async with self._disposal.directories:
                     with self._space.changing_layers():
-                        await self._space.see_through(self._commits.save)
+                        await self._space.reserve.see_through(self._commits.save)
             except (CowError, OSError) as error:
                 unsaved = self._commits.unsaved
                 if unsaved is not None and self._commits.waiting_journals > MOST_WAITING_JOURNALS:

@@ -58,8 +58,7 @@ def _load_group(
         )
     origin.epochs.open_epoch(row.id, preserved[0])
     for layer in preserved[1:]:
-        shadowed = origin.epochs.add_layer(row.id, layer)
-        if shadowed:
+        if shadowed := origin.epochs.add_layer(row.id, layer):
             yield layer, shadowed
 
 

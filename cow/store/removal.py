@@ -75,7 +75,7 @@ class Removal:
         try:
             async with self._disposal.moving:  # no files are removed while they are in use
                 await self._disposal.sweep()
-            await self._space.refill()
+            await self._space.reserve.refill()
             await self._space.measure()
         except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
             self._tell(Trouble(f"what the snapshot took could not be given back at once: {error}"))
@@ -122,7 +122,7 @@ class Removal:
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
         """Make a change of the catalog that frees space, with the reserve if the disk is full."""
-        return await self._space.see_through(lambda: trio.to_thread.run_sync(change, *arguments))
+        return await self._space.reserve.see_through(lambda: trio.to_thread.run_sync(change, *arguments))
 
     def _release(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int]) -> None:
         """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""

@@ -112,7 +112,7 @@ class Store:
         self._due = due = Bell()  #: rung when the housekeeping has something to do
         self.inventory = Inventory(on_disk.directory, on_disk.layers_directory)
         self.presence = Presence(on_disk.directory, on_disk.journal, self.inventory)
-        self._commits = Commits(on_disk.journal, self.inventory, space, catalog, due.ring)
+        self._commits = Commits(on_disk.journal, self.inventory, space.reserve, catalog, due.ring)
         self.disposal = Disposal(self.inventory, space, due, tell)
         self._flattener = Flattener(catalog, self._commits, self.inventory, space, self.disposal, tell)
         self._removal = Removal(catalog, on_disk.elsewhere, self.inventory, space, self.disposal, tell)
@@ -345,7 +345,7 @@ class Store:
         """
         failures = await self._sync_all()
         if any(is_full(error) for error in failures):
-            with self.space.in_need() as let_go:
+            with self.space.reserve.in_need() as let_go:
                 await trio.to_thread.run_sync(let_go)
                 told_once = [error for error in failures if isinstance(error, LostError)]
                 failures = told_once + await self._sync_all()
@@ -375,7 +375,7 @@ class Store:
 
         Raises where that cannot be done; the next opening recovers then.
         """
-        with self.space.in_need() as let_go:
+        with self.space.reserve.in_need() as let_go:
             await trio.to_thread.run_sync(let_go)
             await self._commits.checkpoint()
             await self.housekeeping.do_all(closing=True)

@@ -6,19 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 import trio.testing
 from pyroaring import BitMap64
 
-from cow.config import OnFull, Source
+from cow.config import OnFull
 from cow.errors import LostError, StoreFullError
 from cow.geometry import CHUNK_BYTES
 from cow.images.image import MOST_WAITING_CHUNKS, Image
 from cow.images.origin import Origin
-from tests.support.engine import Engine, engines
+from tests.support.engine import Engine, engines, in_memory, on_a_disk
 from tests.support.sandbox import wait_until
 
 SIZE = 64 * CHUNK_BYTES + 1536
@@ -92,19 +91,11 @@ def test_i8_a_clean_stop_empties_the_buffer(start: Callable[..., Engine], tmp_pa
     assert start().was_clean
 
 
-@pytest.fixture
-def in_memory() -> Iterator[Engine]:
-    """A store over a disk of 1 MiB and a bit, both in memory."""
-    with TemporaryDirectory(dir="/dev/shm") as path:
-        (Path(path) / "disk.img").write_bytes(os.urandom((1 << 20) + 512))
-        engine = Engine(f"{path}/store", [Source(b"disk.img", f"{path}/disk.img")])
-        yield engine
-        engine.kill()
-
-
-def test_in_memory_a_sync_waits_for_nothing_but_the_calls(in_memory: Engine) -> None:
+@in_memory
+def test_a_sync_waits_for_nothing_but_the_calls(start: Callable[..., Engine], tmp_path: Path) -> None:
     """Neither for a thread nor for another task: it is done when it is asked."""
-    image, origin = _image(in_memory, b"a"), in_memory.store.origins[0]
+    engine = start()
+    image, origin = _image(engine, b"a"), engine.store.origins[0]
 
     async def main() -> None:
         for written in (origin, image):
@@ -114,12 +105,14 @@ def test_in_memory_a_sync_waits_for_nothing_but_the_calls(in_memory: Engine) -> 
                     written.sync().send(None)
                 assert await written.read(offset, 5000) == b"x" * 5000
 
-    in_memory.call(main)
-    assert Path(in_memory.store.origins[0].device.label).read_bytes()[4096 + 100 :][:5000] == b"x" * 5000
+    engine.call(main)
+    assert (tmp_path / "disk.img").read_bytes()[4096 + 100 :][:5000] == b"x" * 5000
 
 
-def test_in_memory_older_bytes_do_not_come_back_after_a_long_write(in_memory: Engine) -> None:
-    image, origin = _image(in_memory, b"a"), in_memory.store.origins[0]
+def test_older_bytes_do_not_come_back_after_a_long_write(start: Callable[..., Engine], tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(os.urandom((1 << 20) + 512))  # of which more is written than is put in a buffer
+    engine = start()
+    image, origin = _image(engine, b"a"), engine.store.origins[0]
 
     async def check(written: Origin | Image, begin: int, name: bytes) -> None:
         end = written.size_bytes - begin // 2
@@ -132,15 +125,15 @@ def test_in_memory_older_bytes_do_not_come_back_after_a_long_write(in_memory: En
 
         await write(begin, os.urandom(end - begin))
         await image.sync()
-        await in_memory.store.create_snapshot(name)
+        await engine.store.create_snapshot(name)
         await write(40 * CHUNK_BYTES + 100, b"older" * 1000)
         await write(begin, os.urandom(end - begin))
         await written.sync()
         assert await written.read(0, written.size_bytes) == content
 
-    in_memory.call(check, origin, 0, b"b")
-    in_memory.call(check, image, 0, b"c")
-    in_memory.call(check, image, 700, b"d")
+    engine.call(check, origin, 0, b"b")
+    engine.call(check, image, 0, b"c")
+    engine.call(check, image, 700, b"d")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +162,7 @@ def _write_all(engine: Engine, origin: Origin) -> None:
         engine.call(origin.write, offset, b"n" * (1 << 20))
 
 
+@on_a_disk
 def test_i6_what_may_not_fit_together_is_kept_in_smaller_parts(start: Callable[..., Engine], tmp_path: Path) -> None:
     """A row of chunks and a far one: taken together it looks as if each needed a page of checksums of its own."""
     os.truncate(tmp_path / "disk.img", 1 << 30)

@@ -14,7 +14,7 @@ import trio
 from pyroaring import BitMap64
 
 from cow.config import Source
-from cow.durable.space import OPENING_BYTES
+from cow.durable.reserve import OPENING_BYTES
 from cow.errors import LostError, RefusedError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
@@ -143,7 +143,7 @@ def test_i6_checksums_that_can_never_be_synced_cost_their_snapshot_and_not_the_d
         assert time.monotonic() < deadline
         write(engine, other, 1, b"x")
         engine.call(engine.store.checkpoint)
-        engine.call(engine.store.space.refill)
+        engine.call(engine.store.space.reserve.refill)
     assert "could not be saved for long" in engine.store.find(b"a").row.reason
     wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the journal to be short again")
     assert engine.store.find(b"other").row.state == "valid"

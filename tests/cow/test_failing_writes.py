@@ -18,7 +18,7 @@ from cow.durable import commits
 from cow.errors import CowError, InvalidSnapshotError, LostError, StoreFullError, SyncError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer
-from tests.support.engine import Engine
+from tests.support.engine import Engine, on_a_disk
 from tests.support.failing import BadIo, BadSectors, at_first, take, write
 from tests.support.sandbox import wait_until
 
@@ -142,6 +142,7 @@ def test_what_was_acknowledged_is_read_back_where_the_device_beneath_cannot_be_r
     assert engine.store.snapshots[0].images[0].view.lost() == [Run(9, 1)]
 
 
+@on_a_disk
 def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
     start: Callable[..., Engine], io: BadIo, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ def test_i8_a_file_system_that_is_full_at_the_sync_is_full(start: Callable[..., 
     assert engine.store.snapshots[0].row.state == "valid"
 
 
+@on_a_disk
 def test_i4_a_chunk_that_is_lost_while_its_snapshot_is_taken_marks_it(start: Callable[..., Engine], io: BadIo) -> None:
     engine = start()
     origin = engine.store.origins[0]

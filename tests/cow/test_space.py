@@ -11,7 +11,8 @@ import trio
 from cow.config import Source
 from cow.disk.directory import Directory
 from cow.durable import space as space_module
-from cow.durable.space import OPENING_BYTES, Space
+from cow.durable.reserve import OPENING_BYTES
+from cow.durable.space import Space
 from cow.errors import QuotaError
 from cow.events import Filling, nobody
 from cow.geometry import CHUNK_BYTES
@@ -188,16 +189,16 @@ def test_i6_the_reserve_counts_while_it_is_let_go_too(tmp_path: Path) -> None:
 
     async def main() -> None:
         space = _space(tmp_path, None)
-        assert space.hold_back()
+        assert space.reserve.fill()
         await space.measure()
         before = space.used_bytes
-        with space.in_need() as let_go:
+        with space.reserve.in_need() as let_go:
             let_go()
-            assert space.hold_back(), "later"
+            assert space.reserve.fill(), "later"
             await space.keep_up()
             assert os.stat(tmp_path / "reserve").st_blocks * 512 == OPENING_BYTES
             assert space.used_bytes == before
-        assert space.hold_back()
+        assert space.reserve.fill()
         await space.keep_up()
         assert space.used_bytes == before
 

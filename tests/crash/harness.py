@@ -13,7 +13,7 @@ import trio
 
 from cow.buffer import behind, contents
 from cow.disk import passing
-from cow.durable import space
+from cow.durable import reserve
 from cow.records import journal
 from cow.store import flatten
 from tests.crash.cut import Found, random_state_of, states_of
@@ -84,7 +84,7 @@ def small_and_deterministic() -> Iterator[None]:
     with (
         patch.object(trio.to_thread, "run_sync", _Inline().run_sync),
         changed(journal, FILE_BYTES=JOURNAL_BYTES),
-        changed(space, RESERVE_BYTES=2 * JOURNAL_BYTES, OPENING_BYTES=JOURNAL_BYTES // 2),
+        changed(reserve, RESERVE_BYTES=2 * JOURNAL_BYTES, OPENING_BYTES=JOURNAL_BYTES // 2),
         changed(behind, LINGER_SECONDS=0, MOST_CHUNKS_HERE=2),
         changed(flatten, MOST_LAYERS=1, PIECE_CHUNKS=1, PUNCH_CHUNKS=1, REST=0),
         changed(passing, PAUSE_SECONDS=0),

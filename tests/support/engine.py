@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import trio
 
 from cow.config import Source
@@ -15,6 +16,11 @@ from cow.opening import open_store
 from cow.store.store import Store
 
 T = TypeVar("T")
+
+#: Marks of a test in tests/cow that makes sense one way only. In memory short work is done on the engine's own thread,
+#: which stands still while a test holds such work up.
+on_a_disk = pytest.mark.parametrize("in_memory", [False], ids=["disk"], indirect=True)
+in_memory = pytest.mark.parametrize("in_memory", [True], ids=["memory"], indirect=True)
 
 
 class _KilledError(Exception):

@@ -16,13 +16,46 @@ from pathlib import Path
 from hcpfs.daemon import record
 from hcpfs.options import STORES
 from hcpfs.system import beneath, loops
+from tests.support import apart
 
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2
-RUN = f"{os.getpid()}-{time.monotonic_ns()}"
-MARK = f"hcpfs-test-{RUN}-"  #: in the path of everything that this process makes
+RUN_VARIABLE, WORKER_VARIABLE = "HCPFS_TEST_RUN", "PYTEST_XDIST_WORKER"
+#: of this process and those that test beside it, all of which have it in their environment
+RUN = os.environ.setdefault(RUN_VARIABLE, f"{os.getpid()}-{time.monotonic_ns()}")
+WORKER = os.environ.get(WORKER_VARIABLE, "")  #: which of them this is
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mark_of(worker: str) -> str:
+    """What is in the path of everything that one of the processes of this run makes."""
+    return f"hcpfs-test-{RUN}-{worker}-"
+
+
+MARK = mark_of(WORKER)  #: of this one
+
+
+def processes_of(worker: str) -> list[int]:
+    """The processes that one of those of this run has started."""
+    wanted = {f"{RUN_VARIABLE}={RUN}".encode()} | ({f"{WORKER_VARIABLE}={worker}".encode()} if worker else set())
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to look at
+            if wanted <= set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
+                found.append(int(entry))
+    return found
+
+
+def clear_away(worker: str) -> None:
+    """Remove all that a process of this run made which died without doing so itself."""
+    for pid in processes_of(worker):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, processes_of(worker))), what="the end of what was left")  # and of its mounts
+    apart.detach_orphans()
+    for place in Path("/dev/shm").glob(f"{mark_of(worker)}*"):
+        shutil.rmtree(place)
 
 
 def run(*command: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
@@ -159,7 +192,8 @@ class Sandbox:
 
     def loop(self, file: Path, *options: str) -> str:
         """A loop device on the file."""
-        device = run("losetup", "--find", "--show", *options, file).stdout.strip()
+        device = apart.free_loop()
+        run("losetup", *options, device, file)
         self._loops.append(device)
         return device
 
@@ -168,10 +202,11 @@ class Sandbox:
         self._loops.remove(device)
 
     def mount_device(self, device: object, name: str = "fs", *options: str) -> Path:
-        """Mount a file system at a directory of the sandbox."""
+        """Mount a file system at a directory of the sandbox; the option `loop` gets a loop device of ours."""
         target = self.path / name
         target.mkdir(exist_ok=True)
-        run("mount", *options, device, target)
+        words = [f"loop={apart.free_loop()}" if word == "loop" else word for word in options]
+        run("mount", *words, device, target)
         return target
 
     def format(self, device: object, kind: str) -> None:
@@ -229,6 +264,7 @@ class Sandbox:
             if link.is_symlink() and os.readlink(link).startswith(f"{self.path}/"):
                 link.unlink()
         shutil.rmtree(self.path)
+        apart.remove_loops()
 
     def _unmount_all(self) -> None:
         inside = [mount.mountpoint for mount in beneath.mounts() if mount.mountpoint.startswith(f"{self.path}/")]

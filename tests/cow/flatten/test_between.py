@@ -17,7 +17,7 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer, pinned
 from cow.records.catalog import State
 from cow.store import flatten, housekeeping
-from tests.support.engine import Engine
+from tests.support.engine import Engine, on_a_disk
 from tests.support.failing import BadIo
 from tests.support.flattening import (
     CHUNKS,
@@ -298,6 +298,7 @@ def test_i6_a_full_store_is_left_as_it_is_without_a_word(start: Callable[..., En
     assert contents_of(engine) == before
 
 
+@on_a_disk
 def test_i2_what_was_being_preserved_when_its_snapshot_went_does_not_replace_what_is_older(
     start: Callable[..., Engine],
 ) -> None:
