@@ -75,6 +75,37 @@ def test_the_engine_knows_no_fuse_and_no_command_line() -> None:
             assert "pyfuse3" not in outside, module
 
 
+_NO_ATTRIBUTES = {
+    "_replace",
+    "_asdict",
+    "_make",
+    "_fields",
+    "_exit",
+    "_getframe",
+    "_core",
+}  # public, in spite of the name
+
+
+def _looks_inside(path: Path) -> list[str]:
+    """The private attributes of others that a test looks at: those that its file does not define itself."""
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)]
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    own |= {node.attr for node in nodes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+    return [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+        for node in nodes
+        if node.attr not in own | _NO_ATTRIBUTES
+        and ast.unparse(node.value) != "self"
+        and "_core." not in ast.unparse(node)
+    ]
+
+
+def test_tests_look_inside_in_one_place_alone() -> None:
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "inside.py"]
+    assert [found for path in tests for found in _looks_inside(path)] == []
+
+
 def test_every_module_says_its_job() -> None:
     assert [module for module, path in _sources().items() if not ast.get_docstring(ast.parse(path.read_text()))] == []
 

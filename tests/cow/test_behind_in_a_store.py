@@ -18,6 +18,7 @@ from cow.geometry import CHUNK_BYTES
 from cow.images.image import MOST_WAITING_CHUNKS, Image
 from cow.images.origin import Origin
 from tests.support.engine import Engine, engines, in_memory, on_a_disk
+from tests.support.inside import delta_writes
 from tests.support.sandbox import wait_until
 
 SIZE = 64 * CHUNK_BYTES + 1536
@@ -211,7 +212,7 @@ def test_i6_an_image_whose_buffer_is_stuck_keeps_no_other_waiting(start: Callabl
     def fail(*arguments: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    stuck.delta._write_rows = fail
+    delta_writes(stuck, fail)
     engine.call(stuck.write, 0, b"s" * CHUNK_BYTES)
     with pytest.raises(OSError, match="still in memory"):
         engine.call(stuck.sync)
@@ -220,6 +221,6 @@ def test_i6_an_image_whose_buffer_is_stuck_keeps_no_other_waiting(start: Callabl
     engine.call(other.sync)
     assert engine.call(other.read, 0, CHUNK_BYTES) == b"o" * CHUNK_BYTES
     engine.store.space.waiting_chunks -= MOST_WAITING_CHUNKS
-    del stuck.delta._write_rows
+    delta_writes(stuck, None)
     engine.call(stuck.sync)
     assert engine.call(stuck.read, 0, CHUNK_BYTES) == b"s" * CHUNK_BYTES

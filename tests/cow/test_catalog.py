@@ -14,6 +14,7 @@ from cow.durable.space import CATALOG_BYTES
 from cow.errors import RefusedError
 from cow.records import rowsum
 from cow.records.catalog import FILE_NAME, Catalog, CatalogError, OriginRow, State
+from tests.support.inside import count_steps
 
 TABLES = ["store", "origins", "snapshots", "evidence", "layers"]
 EDITED = "do not match their checksum"
@@ -226,7 +227,7 @@ def _work(place: Path, snapshots: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     with _opened(place) as catalog:
         catalog.add_origins([OriginRow(0, b"a", b"/a", 1 << 20, 1)])
         taken = [_take(catalog, b"s%d" % number) for number in range(snapshots)]
-        catalog._connection.set_progress_handler(step, 1)
+        count_steps(catalog, step)
         for transaction in TRANSACTIONS:
             rows = steps = 0
             transaction(catalog, taken[-1])

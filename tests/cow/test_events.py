@@ -10,6 +10,7 @@ from cow.events import Damaged, Event, Filling, GivenUp, Rescued, Trouble
 from cow.geometry import CHUNK_BYTES
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, BadSectors, take, write
+from tests.support.inside import give_up
 
 
 @pytest.mark.parametrize(
@@ -52,5 +53,5 @@ def test_a_snapshot_that_is_given_up_is_told_by_its_name(start: Callable[..., En
     engine.call(engine.store.rename_snapshot, b"a", b"c")
     engine.call(engine.store.origins[0].write, 0, os.urandom(CHUNK_BYTES))
     assert engine.events == []
-    engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a reason")
+    engine.call(give_up, engine.store, [engine.store.snapshots[0].id], "a reason")
     assert engine.events == [GivenUp(b"c", "a reason")]

@@ -20,6 +20,7 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import scrub_store
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, take, write
+from tests.support.inside import journal_files
 from tests.support.sandbox import wait_until
 
 
@@ -95,7 +96,7 @@ def test_i3_a_lost_chunk_that_is_written_anew_is_there_again(start: Callable[...
     assert engine.call(image.read, 3 * CHUNK_BYTES, 1) == b"2"
     assert image.view.lost() == []
     engine.call(engine.store.checkpoint)  # which has to say that it is lost, as long as it is not synced
-    wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the checkpoint")
+    wait_until(lambda: len(journal_files(engine.store)) == 1, what="the checkpoint")
     engine.kill()
     engine = start()
     image = engine.store.snapshots[0].images[0]
@@ -119,7 +120,7 @@ def test_a_failed_sync_of_a_deltas_checksums_is_made_good_and_the_journal_stays_
         write(engine, image, number, b"%x" % number)
         engine.call(engine.store.checkpoint)
     engine.call(image.write, 4 * CHUNK_BYTES, b"Z" * CHUNK_BYTES)
-    wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the checkpoints to be saved")
+    wait_until(lambda: len(journal_files(engine.store)) == 1, what="the checkpoints to be saved")
     assert failed
     engine.call(image.sync)
     engine.kill()
@@ -145,7 +146,7 @@ def test_i6_checksums_that_can_never_be_synced_cost_their_snapshot_and_not_the_d
         engine.call(engine.store.checkpoint)
         engine.call(engine.store.space.reserve.refill)
     assert "could not be saved for long" in engine.store.find(b"a").row.reason
-    wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the journal to be short again")
+    wait_until(lambda: len(journal_files(engine.store)) == 1, what="the journal to be short again")
     assert engine.store.find(b"other").row.state == "valid"
     assert engine.call(other.read, 0, 1) == b"o"
 
@@ -309,4 +310,4 @@ def test_checkpoints_are_saved_once_by_whoever_comes_first(start: Callable[..., 
                 nursery.start_soon(engine.store.housekeeping.do_all)
 
     engine.call(twice_at_once)
-    assert len(engine.store._commits._journal.numbers) == 1
+    assert len(journal_files(engine.store)) == 1

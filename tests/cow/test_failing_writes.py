@@ -20,6 +20,7 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer
 from tests.support.engine import Engine, on_a_disk
 from tests.support.failing import BadIo, BadSectors, at_first, take, write
+from tests.support.inside import buffer_of, give_up, journal_files
 from tests.support.sandbox import wait_until
 
 
@@ -161,7 +162,7 @@ def test_the_delta_of_a_snapshot_that_is_given_up_during_a_write_is_removed(
     with ThreadPoolExecutor() as pool:
         writing = pool.submit(engine.call, image.write, 0, b"B" * CHUNK_BYTES)
         waiting.wait()
-        engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+        engine.call(give_up, engine.store, [engine.store.snapshots[0].id], "a test")
         engine.call(engine.store.disposal.sweep)
         go_on.set()
         with suppress(InvalidSnapshotError):
@@ -180,7 +181,7 @@ def test_i6_what_waits_of_a_snapshot_that_is_given_up_is_let_go(start: Callable[
     with pytest.raises(OSError, match="still in memory"):
         engine.call(image.sync)
     assert engine.store.space.waiting_chunks == 1
-    engine.call(engine.store._removal.give_up, [engine.store.snapshots[0].id], "a test")
+    engine.call(give_up, engine.store, [engine.store.snapshots[0].id], "a test")
     wait_until(lambda: engine.store.space.waiting_chunks == 0, what="the buffer to be empty")
 
 
@@ -305,7 +306,7 @@ def test_i1_what_was_preserved_beside_a_lost_chunk_is_kept_where_the_journal_fai
     take(engine, b"a")
     old = (tmp_path / "disk.img").read_bytes()
     origin = engine.store.origins[0]
-    (journal,) = engine.store._commits._journal.numbers
+    (journal,) = journal_files(engine.store)
     appends: list[str] = []
 
     def fails(call: str, path: str) -> bool:
@@ -322,7 +323,7 @@ def test_i1_what_was_preserved_beside_a_lost_chunk_is_kept_where_the_journal_fai
     real, origin.read_chunks = origin.read_chunks, read_chunks
     io.fails = fails
     engine.call(origin.write, 1000 * CHUNK_BYTES, b"N" * 4 * CHUNK_BYTES)
-    wait_until(lambda: journal not in engine.store._commits._journal.numbers, what="the end of the older file")
+    wait_until(lambda: journal not in journal_files(engine.store), what="the end of the older file")
     engine.kill()
     engine = start()
     (snapshot,) = engine.store.snapshots
@@ -387,8 +388,8 @@ def test_i3_a_chunk_whose_rest_is_lost_keeps_no_other_in_memory(
     io.fails = lambda call, path: False
     assert image.view.lost() == [Run(5, 1)]
     if way == "in the background":
-        engine.call(_as_async(image._behind.try_again))
-        wait_until(lambda: not image._behind.chunks, what="the end of the buffer")
+        engine.call(_as_async(buffer_of(image).try_again))
+        wait_until(lambda: not buffer_of(image).chunks, what="the end of the buffer")
     with pytest.raises(LostError, match="part of each of 1 chunks are lost"):
         engine.call(image.sync)
     engine.call(image.sync)

@@ -13,6 +13,7 @@ from cow.geometry import CHUNK_BYTES
 from cow.records import journal
 from cow.records.journal import SECTOR_BYTES
 from tests.support.engine import Engine
+from tests.support.inside import journal_files, preserving_turn
 from tests.support.sandbox import wait_until
 
 CHUNKS = 1000
@@ -32,7 +33,7 @@ def test_i1_old_bytes_are_kept_where_a_journal_file_is_full_in_the_middle_of_a_g
 
     async def write_both() -> None:
         """In one batch of the preserver."""
-        async with trio.open_nursery() as nursery, store._preserver._turn:
+        async with trio.open_nursery() as nursery, preserving_turn(store):
             for origin in store.origins:
                 nursery.start_soon(origin.write, CHUNK * CHUNK_BYTES, b"N" * CHUNK_BYTES)
             await trio.testing.wait_all_tasks_blocked()
@@ -44,7 +45,7 @@ def test_i1_old_bytes_are_kept_where_a_journal_file_is_full_in_the_middle_of_a_g
         for chunk in range(before):
             engine.call(store.origins[0].write, chunk * CHUNK_BYTES, b"x" * CHUNK_BYTES)
         engine.call(write_both)
-        wait_until(lambda: len(store._commits._journal.numbers) == 1, what="the end of the older files")
+        wait_until(lambda: len(journal_files(store)) == 1, what="the end of the older files")
         engine.kill()
         engine = Engine(str(tmp_path / "store"), sources)
         (snapshot,) = engine.store.snapshots

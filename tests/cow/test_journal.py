@@ -22,6 +22,7 @@ from cow.records.journal import (
     Record,
     _seal,
 )
+from tests.support.inside import appending_to, broken
 
 UUID = bytes(range(16))
 
@@ -157,13 +158,12 @@ def test_after_a_failed_append_a_new_file_makes_it_void(directory: Directory) ->
     journal = Journal(directory, UUID)
     journal.start_file()
     journal.append([_record(1)])
-    saved = os.dup(journal._file.fd)
-    with open("/dev/full", "r+b", buffering=0) as full:  # takes no byte
-        os.dup2(full.fileno(), journal._file.fd)
-    with pytest.raises(OSError, match="No space left"):
+    with (
+        open("/dev/full", "r+b", buffering=0) as full,  # takes no byte
+        appending_to(journal, full.fileno()),
+        pytest.raises(OSError, match="No space left"),
+    ):
         journal.append([_record(2)])
-    os.dup2(saved, journal._file.fd)
-    os.close(saved)
     assert not journal.has_room([_record(3)])
     with pytest.raises(CowError, match="closed after an error"):
         journal.append([_record(3)])
@@ -186,7 +186,7 @@ def test_what_a_failed_append_left_may_be_anything(directory: Directory) -> None
     journal = Journal(directory, UUID)
     journal.start_file()
     journal.append([_record(1)])
-    journal._broken = "an append failed"
+    broken(journal)
     journal.start_file()
     journal.append([_record(2)])
     journal.close()

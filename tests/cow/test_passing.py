@@ -12,6 +12,7 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.scrub import Finding, scrub_store
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, take, write
+from tests.support.inside import forget_pauses, journal_files
 
 PLACES = {
     "the map of a layer": ("pread", "/map"),
@@ -43,7 +44,7 @@ def _used(start: Callable[..., Engine]) -> tuple[bytes, bytes]:
     engine.call(origin.write, 0, b"n" * CHUNK_BYTES)
     engine.call(engine.store.checkpoint)
     engine.call(engine.store.housekeeping.do_all)
-    assert engine.store._commits._journal.numbers == [2]
+    assert journal_files(engine.store) == [2]
     engine.call(origin.write, CHUNK_BYTES, b"n" * CHUNK_BYTES)
     write(engine, image, 9, b"9")
     engine.call(image.write, 7 * CHUNK_BYTES, b"7" * CHUNK_BYTES)
@@ -152,7 +153,7 @@ def test_verify_takes_no_error_that_passes_for_damage(
 def test_many_errors_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(passing.time, "sleep", slept.append)
-    passing._pauses.clear()
+    forget_pauses()
 
     def fail() -> None:
         raise OSError(errno.EIO, "a bad sector")

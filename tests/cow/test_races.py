@@ -21,6 +21,7 @@ from cow.records import journal
 from cow.scrub import Finding, OpenScrub
 from cow.store.store import Evidence
 from tests.support.engine import Engine, engines
+from tests.support.inside import catalog_of, commit_lock
 
 SIZE = 1 << 20
 
@@ -100,7 +101,7 @@ def test_i3_a_sync_that_overlaps_a_repair_is_not_undone_by_it(start: Callable[..
 
         scrub = OpenScrub(engine.store, repair=True)
         await scrub.step()  # of the catalog
-        lock = engine.store._commits._lock  # as if somebody else's commit were under way
+        lock = commit_lock(engine.store)  # as if somebody else's commit were under way
         async with trio.open_nursery() as nursery, lock:
             nursery.start_soon(scrub.step)
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -139,7 +140,7 @@ def test_two_snapshots_that_are_found_damaged_at_once_are_both_recorded(start: C
         engine.call(one.write, 0, b"1" * CHUNK_BYTES)
         engine.call(one.sync)
         _damage(engine, one)
-    catalog = engine.store._catalog
+    catalog = catalog_of(engine.store)
     real = catalog.set_state
     both = threading.Event()
 

@@ -15,6 +15,7 @@ from cow.geometry import CHUNK_BYTES, Run
 from cow.images import origin as origin_module
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, BadSectors, take
+from tests.support.inside import rescue_reads
 from tests.support.sandbox import wait_until
 
 SIZE = 2000 * CHUNK_BYTES
@@ -122,14 +123,13 @@ def test_i4_a_loss_that_was_overwritten_by_another_writer_stays(
     image = take(engine, b"a")
     bad = _lose(engine, io)
     bad.chunks = set(RANGE) - {701}
-    real = engine.store.origins[0]._read_past_cache
 
     def not_yet(chunk: int) -> bytes:
         raise OSError(errno.EIO, "cannot be read")
 
-    engine.store.origins[0]._read_past_cache = not_yet
+    rescue_reads(engine.store.origins[0], not_yet)
     _write(engine, 701, b"x" * CHUNK_BYTES)
-    engine.store.origins[0]._read_past_cache = real
+    rescue_reads(engine.store.origins[0], None)
     bad.chunks = set()
     _write(engine, RANGE.start, b"y" * len(RANGE) * CHUNK_BYTES)
     assert image.view.lost() == [Run(701, 1)]

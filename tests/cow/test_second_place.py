@@ -13,6 +13,7 @@ from cow.geometry import CHUNK_BYTES
 from cow.scrub import Finding, scrub_store
 from tests.support.engine import Engine
 from tests.support.failing import BadIo, take
+from tests.support.inside import catalog_of
 
 SIZE = 2000 * CHUNK_BYTES
 
@@ -25,7 +26,7 @@ def _break_store(io: BadIo, monkeypatch: pytest.MonkeyPatch, engine: Engine, num
     def refuse(*_: object) -> list[int]:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(engine.store._catalog, "give_up_snapshot", refuse)
+    monkeypatch.setattr(catalog_of(engine.store), "give_up_snapshot", refuse)
 
 
 def _given_up(start: Callable[..., Engine], io: BadIo, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
@@ -155,7 +156,7 @@ def test_what_is_known_is_not_refused(start: Callable[..., Engine], tmp_path: Pa
 
 
 async def _as_older(engine: Engine) -> None:
-    engine.store._catalog.set_setting("session", "")
+    catalog_of(engine.store).set_setting("session", "")
 
 
 def test_nothing_is_left_in_the_second_place_by_clean_stops(start: Callable[..., Engine], tmp_path: Path) -> None:

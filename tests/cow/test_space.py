@@ -17,6 +17,7 @@ from cow.errors import QuotaError
 from cow.events import Filling, nobody
 from cow.geometry import CHUNK_BYTES
 from tests.support.engine import Engine
+from tests.support.inside import file_system_has, journal_files, layers_directory
 from tests.support.sandbox import wait_until
 
 CHUNKS = 256
@@ -55,7 +56,7 @@ def test_i6_plenty_of_room_is_looked_for_again_once_others_may_have_taken_it(tmp
     async def main() -> None:
         nonlocal free
         space = _space(tmp_path, None)
-        space._directory.free_bytes = lambda: free
+        file_system_has(space, lambda: free)
         for way in ("others write", "it is measured"):
             free = 10 << 30
             assert space.is_roomy(1)
@@ -86,7 +87,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 def _counted(engine: Engine) -> list[str]:
     """Grows by one each time the layers are measured."""
     found: list[str] = []
-    layers = engine.store.space._layers_directory
+    layers = layers_directory(engine.store.space)
     real = layers.allocated
 
     def allocated() -> tuple[int, int]:
@@ -137,7 +138,7 @@ def test_i6_layers_are_measured_after_their_maps_are_saved_and_chunks_punched_ou
     engine.call(engine.store.origins[0].drain)
     counted = _counted(engine)
     engine.call(engine.store.checkpoint)
-    wait_until(lambda: len(engine.store._commits._journal.numbers) == 1 and counted, what="the checkpoint")
+    wait_until(lambda: len(journal_files(engine.store)) == 1 and counted, what="the checkpoint")
     engine.call(engine.store.housekeeping.do_all)
     counted.clear()
 
@@ -169,7 +170,7 @@ def test_i6_scarce_space_is_measured_each_time(engine: Engine) -> None:
 
 
 def test_i6_a_count_that_failed_is_made_again(engine: Engine) -> None:
-    layers = engine.store.space._layers_directory
+    layers = layers_directory(engine.store.space)
     real = layers.allocated
 
     def fail() -> int:

@@ -20,6 +20,7 @@ from cow.geometry import Run
 from cow.layers.layer import Layer
 from cow.store.store import Store
 from tests.support.engine import Engine
+from tests.support.inside import are_writes_held
 from tests.support.sandbox import wait_until
 
 
@@ -59,7 +60,7 @@ def test_i5_a_device_that_cannot_be_synced_leaves_no_snapshot(engine: Engine) ->
 def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: Engine, tmp_path: Path) -> None:
     async def give_up() -> None:
         (*_, pending) = [one.id for one in engine.store.inventory.all_snapshots]
-        await engine.store._removal.give_up([pending], "a test")
+        await give_up(engine.store, [pending], "a test")
 
     engine.call(engine.store.create_snapshot, b"older")
     _sync_that(engine, give_up)
@@ -89,7 +90,7 @@ def test_i2_a_snapshot_waits_for_the_writes_under_way_and_has_them(engine: Engin
         arrived.wait()
         taken = threads.submit(engine.call, engine.store.create_snapshot, b"a")
         try:
-            wait_until(lambda: engine.store._gate.held or taken.done(), what="the hold")
+            wait_until(lambda: are_writes_held(engine.store) or taken.done(), what="the hold")
             engine.call(trio.testing.wait_all_tasks_blocked, 0.05)
             assert not taken.done()
         finally:

@@ -8,6 +8,7 @@ import pytest
 
 from cow import clock
 from tests.support.engine import Engine, engines
+from tests.support.inside import buffer_of
 
 SIZE = 1 << 20
 SECOND_NS = 1_000_000_000
@@ -90,7 +91,7 @@ def test_what_a_crash_may_have_left_half_written_has_another_time(start: Callabl
     backed_up = image.modified_ns
     wall.now_ns = backed_up - 3600 * SECOND_NS
     engine.call(image.write, 0, os.urandom(4096))
-    engine.call(image._behind.drain)  # with an INTENT, and no sync
+    engine.call(buffer_of(image).drain)  # with an INTENT, and no sync
     engine.kill()
     again = start()
     assert again.store.find(b"a").images[0].modified_ns > backed_up

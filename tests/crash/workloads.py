@@ -23,6 +23,7 @@ from cow.store.store import Store
 from tests.crash.disk import ELSEWHERE, STORE, Disk
 from tests.crash.joined import Joined
 from tests.crash.oracle import Oracle, Versions
+from tests.support.inside import are_writes_held
 
 CHUNK = 4096
 SIZE = 6 * CHUNK + 1536  # the last chunk is a partial one
@@ -194,7 +195,7 @@ class Session:
         self._mark(replace(self.oracle.making(name, made), live=self.oracle.live.write(0, data)))
 
         async def write() -> None:
-            while at_the_instant and not self.store._gate.held:
+            while at_the_instant and not are_writes_held(self.store):
                 await _turns(1)
             for start in reversed(range(0, len(data), CHUNK)):  # some before the instant and some after it
                 await self.origin.write(start, data[start : start + CHUNK])

@@ -1,7 +1,6 @@
 """The fast path and time: who is waited for awake, who asleep, and that nobody has to wait for somebody else."""
 
 import math
-import select
 import socket
 import struct
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import trio
 import trio.testing
 
 from hcpfs.daemon import fastpath
+from tests.support.inside import is_patient, poll_of, polls_with
 from tests.support.requests import GETATTR, Scene, fsync, read, request, shows
 
 
@@ -117,7 +117,7 @@ def test_who_asks_again_a_little_later_is_waited_for_without_trio(monkeypatch: p
 
     async def test(scene: Scene) -> None:
         scene.kernel.send(read(1, 0, 1))  # arrives before it sleeps
-        poll = scene.path._poll
+        poll = poll_of(scene.path)
         asked = 0
 
         class Poll:
@@ -128,7 +128,7 @@ def test_who_asks_again_a_little_later_is_waited_for_without_trio(monkeypatch: p
                     scene.kernel.send(read(1 + asked, 0, 1))
                 return poll.poll(milliseconds if asked <= 5 else 0)
 
-        scene.path._poll = Poll()
+        polls_with(scene.path, Poll())
         assert [(await scene.answer())[0] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
         await trio.testing.wait_all_tasks_blocked()
         assert (asked, sleeps) == (6, 1)
@@ -143,11 +143,11 @@ def test_while_a_request_waits_for_something_nobody_sleeps_without_trio() -> Non
                 return pytest.fail("nothing else can run now")
 
         await trio.testing.wait_all_tasks_blocked()
-        scene.path._poll = Poll()
+        polls_with(scene.path, Poll())
         scene.file.nowait = False
         scene.kernel.send(fsync(1))
         await trio.testing.wait_all_tasks_blocked()
-        scene.path._poll = select.poll()
+        polls_with(scene.path)
         scene.file.goes_on.set()
         assert (await scene.answer())[0] == 1
 
@@ -192,7 +192,7 @@ def test_while_libfuse_has_a_request_nobody_stays_awake_for_another(monkeypatch:
 
     async def test(scene: Scene) -> None:
         await trio.testing.wait_all_tasks_blocked()
-        scene.path._patience = 1000.0
+        is_patient(scene.path, 1000.0)
         began = clock.now
         scene.kernel.send(request(GETATTR, 83))
         await scene.message(scene.libfuse)

@@ -1,13 +1,12 @@
 """The daemon's end of the freezer, when that dies."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import trio
 
 from hcpfs.quiesce.helper import Freezer
+from tests.support.inside import kill_freezer
 from tests.support.sandbox import Sandbox
 from tests.support.targets import target_at
 
@@ -30,9 +29,7 @@ def test_a_file_system_is_thawed_although_its_freezer_was_killed(sandbox: Sandbo
         with trio.fail_after(10 * SECONDS):
             async with freezer.frozen([target_at(files)], SECONDS) as answer:
                 assert list(answer["frozen"].values()) == [str(files)]
-                assert freezer._process is not None
-                os.kill(freezer._process.pid, signal.SIGKILL)
-                await freezer._process.wait()
+                await kill_freezer(freezer)
             assert answer["late"] == "the freezer process died before the end"
             writer = sandbox.spawn("touch", files / "probe")
             await trio.to_thread.run_sync(writer.wait)
@@ -46,9 +43,7 @@ def test_a_freezer_that_died_before_is_started_anew(sandbox: Sandbox, files: Pat
     async def main() -> None:
         freezer = Freezer()
         await freezer.start()
-        assert freezer._process is not None
-        os.kill(freezer._process.pid, signal.SIGKILL)
-        await freezer._process.wait()
+        await kill_freezer(freezer)
         async with freezer.frozen([target_at(files)], SECONDS) as answer:
             assert list(answer["frozen"].values()) == [str(files)]
         assert answer["late"] == ""

@@ -11,6 +11,7 @@ import trio.testing
 from cow.buffer.memory import Memory
 from hcpfs.daemon.protocol import FROM_CACHE, Opcode, change_init
 from hcpfs.tree.truncating import FORGETTING_SECONDS, PIECE_BYTES, Truncating, position_in
+from tests.support.inside import serves
 from tests.support.requests import NUMBER, Scene, fsync, request, shows
 
 SIZE = 1 << 20
@@ -270,7 +271,7 @@ def test_a_mapped_page_of_somebody_else_is_not_taken_for_a_write() -> None:
 
     async def test(scene: Scene) -> None:
         opened = Opened()
-        scene.path._handles = {NUMBER: opened.file}  # type: ignore[dict-item]
+        serves(scene.path, NUMBER, opened.file)
         for slow in (False, True):
             opened.image.slow = slow
             opened.image.goes_on.set()
@@ -292,7 +293,7 @@ def test_a_close_is_answered_at_once_or_with_what_went_wrong() -> None:
         scene.kernel.send(request(Opcode.FLUSH, 1, flush))
         assert await scene.answer() == (1, 0, b"")
         opened = Opened()
-        scene.path._handles = {NUMBER: opened.file}  # type: ignore[dict-item]
+        serves(scene.path, NUMBER, opened.file)
         opened.file.claim(5000)
         scene.kernel.send(request(Opcode.FLUSH, 2, flush))
         assert await scene.answer() == (2, 0, b"")

@@ -60,7 +60,7 @@ def test_another_kernel_name(sandbox: Sandbox, ask: Ask) -> None:
         ask(second)
     sandbox.unloop(first)
     run("losetup", first, sandbox.disk("other.img", 4 * MIB))
-    sandbox._loops.append(first)
+    sandbox.devices.append(first)
     with pytest.raises(RefusedError, match=f"{second} has on it what was on the disk"):
         ask(second)
     assert ask(first) == []

@@ -20,7 +20,7 @@ def served(sandbox: Sandbox) -> Served:
 
 def elsewhere(sandbox: Sandbox, script: str, *words: object) -> int:
     """A process in a mount namespace of its own that has done what the script says; its id."""
-    ready = sandbox.path / f"ready{len(sandbox._processes)}"
+    ready = sandbox.path / f"ready{len(sandbox.processes)}"
     process = sandbox.spawn("unshare", "-m", "sh", "-c", f'{script}; touch "$0"; exec sleep 1000', ready, *words)
     wait_until(ready.exists, what="the other namespace")
     return process.pid

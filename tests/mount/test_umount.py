@@ -36,7 +36,7 @@ def refusal(served: Served) -> str:
 
 def elsewhere(sandbox: Sandbox, script: str, *words: object) -> int:
     """A process in a mount namespace of its own that has done what the script says; its id."""
-    ready = sandbox.path / f"ready{len(sandbox._processes)}"
+    ready = sandbox.path / f"ready{len(sandbox.processes)}"
     process = sandbox.spawn("unshare", "-m", "sh", "-c", f'{script}; touch "$0"; exec sleep 1000', ready, *words)
     wait_until(ready.exists, what="the other namespace")
     return process.pid
@@ -132,7 +132,7 @@ def test_a_namespace_without_a_process(sandbox: Sandbox, served: Served, keeper:
     else:
         fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
         words = f"kept by a descriptor of {users.program_of(os.getpid())} (process {os.getpid()})"
-    process = sandbox._processes.pop()
+    process = sandbox.processes.pop()
     process.kill()
     process.wait()
     said = umount(served)

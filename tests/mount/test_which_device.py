@@ -46,7 +46,7 @@ def test_i12_the_wrong_disk_is_refused_and_costs_nothing(sandbox: Sandbox) -> No
     served, content = _with_a_snapshot(sandbox, f"d={device}")
     sandbox.unloop(device)
     run("losetup", device, disks[1])
-    sandbox._loops.append(device)
+    sandbox.devices.append(device)
     sentence = sandbox.refusal(f"d={device}", served.path, "--store", served.store)
     uuids = [run("blkid", "-p", "-s", "UUID", "-o", "value", disk).stdout.strip() for disk in disks]
     assert all(uuid in sentence for uuid in uuids)
@@ -54,7 +54,7 @@ def test_i12_the_wrong_disk_is_refused_and_costs_nothing(sandbox: Sandbox) -> No
     assert "it differs at 0+" in sentence
     sandbox.unloop(device)
     run("losetup", device, disks[0])
-    sandbox._loops.append(device)
+    sandbox.devices.append(device)
     _is_as_it_was(served, content)
 
 

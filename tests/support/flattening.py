@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cow.layers.layer import Layer
 from cow.scrub import Finding, scrub_store
 from cow.store import flatten
 from tests.support.engine import Engine
+from tests.support.inside import copying
 from tests.support.sandbox import wait_until
 
 CHUNKS = 256
@@ -88,19 +90,21 @@ class Stop:
         self.reached, self.go_on = threading.Event(), threading.Event()
         self.layers: tuple[Layer, Layer]
         count = 0
-        real = flatten._copy
 
-        def copy(source: Layer, target: Layer, runs: list[Run]) -> bytes:
-            nonlocal count
-            count += 1
-            self.layers = source, target
-            sums = real(source, target, runs)
-            if count == after:
-                if for_ever:
-                    flatten.REST = FOR_EVER
-                self.reached.set()
-                if not for_ever:
-                    self.go_on.wait()
-            return sums
+        def around(real: Callable[..., bytes]) -> Callable[..., bytes]:
+            def copy(source: Layer, target: Layer, runs: list[Run]) -> bytes:
+                nonlocal count
+                count += 1
+                self.layers = source, target
+                sums = real(source, target, runs)
+                if count == after:
+                    if for_ever:
+                        flatten.REST = FOR_EVER
+                    self.reached.set()
+                    if not for_ever:
+                        self.go_on.wait()
+                return sums
 
-        monkeypatch.setattr(flatten, "_copy", copy)
+            return copy
+
+        copying(monkeypatch, around)

@@ -144,10 +144,10 @@ class Sandbox:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=MARK, dir="/dev/shm"))
-        self._loops: list[str] = []
+        self.devices: list[str] = []
         self._daemons: list[int] = []
         self._mountpoints: set[str] = set()
-        self._processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen] = []
 
     def disk(self, name: str = "disk.img", size: int = 8 << 20, content: bytes | None = None) -> Path:
         """A disk image: zeroes, or `content`."""
@@ -194,12 +194,12 @@ class Sandbox:
         """A loop device on the file."""
         device = apart.free_loop()
         run("losetup", *options, device, file)
-        self._loops.append(device)
+        self.devices.append(device)
         return device
 
     def unloop(self, device: str) -> None:
         run("losetup", "-d", device)
-        self._loops.remove(device)
+        self.devices.remove(device)
 
     def mount_device(self, device: object, name: str = "fs", *options: str) -> Path:
         """Mount a file system at a directory of the sandbox; the option `loop` gets a loop device of ours."""
@@ -236,18 +236,18 @@ class Sandbox:
     def spawn(self, *command: object, **options: object) -> subprocess.Popen:
         """A process that does not outlive the test."""
         process = subprocess.Popen([str(word) for word in command], **options)
-        self._processes.append(process)
+        self.processes.append(process)
         return process
 
     def close(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
             process.wait()
         records = [found for path in self._mountpoints if (found := record.read(path)) is not None]
         self._daemons += [one.pid for one in records if one.pid not in self._daemons and one.is_alive]
-        self._loops += [state.path for state in loops.states() if state.file.startswith(f"{self.path}/")]
+        self.devices += [state.path for state in loops.states() if state.file.startswith(f"{self.path}/")]
         self._unmount_all()
-        for device in reversed(self._loops):
+        for device in reversed(self.devices):
             run("partx", "-d", device, check=False)  # those that were added by hand outlive the losetup -d
             run("blockdev", "--setrw", device, check=False)  # as does this
             run("losetup", "-d", device, check=False)

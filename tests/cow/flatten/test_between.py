@@ -35,12 +35,13 @@ from tests.support.flattening import (
     wait_until_punched,
     write,
 )
+from tests.support.inside import journal_files, make_room, pair_to_merge, punches
 from tests.support.sandbox import wait_until
 
 
 def _first_pair(engine: Engine) -> tuple[Layer, Layer]:
     with patch.object(flatten, "MOST_LAYERS", MOST):
-        found = engine.store._flattener._pair(engine.store.origins[0].epochs, set())
+        found = pair_to_merge(engine.store, engine.store.origins[0].epochs)
     assert found is not None
     _, source, target = found
     return source, target
@@ -48,7 +49,7 @@ def _first_pair(engine: Engine) -> tuple[Layer, Layer]:
 
 def _save(engine: Engine) -> None:
     engine.call(engine.store.checkpoint)
-    wait_until(lambda: len(engine.store._commits._journal.numbers) == 1, what="the checkpoint")
+    wait_until(lambda: len(journal_files(engine.store)) == 1, what="the checkpoint")
 
 
 def test_what_was_in_use_is_punched_out_later_without_anybody_asking(
@@ -194,7 +195,7 @@ def test_i8_room_is_made_only_once_no_files_are_in_use(
     engine, stop = _amid_the_oldest(start, stop_after)
     names = {layer.name for layer in stop.layers}
     with ThreadPoolExecutor() as threads:
-        made = threads.submit(engine.call, engine.store._removal.make_room)
+        made = threads.submit(engine.call, make_room, engine.store)
         wait_until(lambda: not image_of(engine, b"base").view.is_usable, what="the end of the snapshot")
         assert not made.done()
         stop.go_on.set()
@@ -244,8 +245,8 @@ def test_i2_a_read_under_way_goes_on_in_the_old_place(
                 wait_until(lambda: not engine.store.disposal.moving.locked(), what="the commit")
                 assert first not in source.held
             engine.call(engine.store.disposal.sweep)
-            punches = engine.store.disposal._punches
-            wait_until(lambda: all(layer is source for layer, _ in list(punches)), what="the punching of others")
+            left = punches(engine.store)
+            wait_until(lambda: all(layer is source for layer, _ in list(left)), what="the punching of others")
             engine.call(engine.store.disposal.punch)
         finally:
             go_on.set()

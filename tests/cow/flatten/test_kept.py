@@ -31,6 +31,7 @@ from tests.support.flattening import (
     wake,
     write,
 )
+from tests.support.inside import copying
 from tests.support.model import Machine, machine_settings
 from tests.support.sandbox import wait_until
 
@@ -67,14 +68,16 @@ def test_the_smallest_are_merged_first_and_a_chunk_moves_a_few_times(
     chain(engine, 11)
     held = sum(len(layer.held) for layer in layers_of(engine, b"base"))
     moved = 0
-    real = flatten._copy
 
-    def copy(source: Layer, target: Layer, runs: list[Run]) -> bytes:
-        nonlocal moved
-        moved += sum(run.chunks for run in runs)
-        return real(source, target, runs)
+    def around(real: Callable[..., bytes]) -> Callable[..., bytes]:
+        def copy(source: Layer, target: Layer, runs: list[Run]) -> bytes:
+            nonlocal moved
+            moved += sum(run.chunks for run in runs)
+            return real(source, target, runs)
 
-    monkeypatch.setattr(flatten, "_copy", copy)
+        return copy
+
+    copying(monkeypatch, around)
     merge(engine)
     wait_until_flat(engine)
     assert sum(len(layer.held) for layer in layers_of(engine, b"base")) == held
