@@ -77,14 +77,6 @@ def test_the_engine_knows_no_fuse_and_no_command_line() -> None:
 
 #: names that begin so and are public, or none of ours
 _NO_ATTRIBUTES = {"_replace", "_asdict", "_make", "_fields", "_exit", "_getframe", "_core", "_next_send_fn"}
-    "_replace",
-    "_asdict",
-    "_make",
-    "_fields",
-    "_exit",
-    "_getframe",
-    "_core",
-}  # public, in spite of the name
 
 
 def _looks_inside(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import sqlite3
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cow.records.facts import Facts, facts_key
 from cow.records.fingerprint import compare, digests, sampled
 from hcpfs.options import STORES, MountOptions
 from hcpfs.system import blocks, ground
+from hcpfs.system.child import in_child
 from hcpfs.system.superblock import superblock_of
 
 _LINK = "store."  #: followed by a hash of the target
@@ -53,10 +55,14 @@ class _Other:
 def stopped_clean(store: str) -> bool:
     """Whether a store's catalog says that the last stop was clean; False when the store is gone."""
     try:
-        with closing(_catalog(store)) as catalog:
-            return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
-    except sqlite3.Error:
+        return in_child(partial(_stopped_clean, store))
+    except (sqlite3.Error, ChildProcessError):
         return False
+
+
+def _stopped_clean(store: str) -> bool:
+    with closing(_catalog(store)) as catalog:
+        return bool(catalog.execute("SELECT value FROM store WHERE key = 'clean'").fetchone() == (1,))
 
 
 def check_no_other(options: MountOptions) -> list[str]:
@@ -70,7 +76,7 @@ def check_no_other(options: MountOptions) -> list[str]:
         if store == os.path.realpath(options.store_path):
             continue
         try:
-            other = _read(store)
+            other = in_child(partial(_read, store))
         except (sqlite3.Error, OSError, ValueError, KeyError, TypeError) as error:
             if options.store is not None:
                 continue
