@@ -1,11 +1,11 @@
 """Write-behind: writes to an image wait in memory, and go to where they belong many at a time.
 
-A disk has a volatile cache, so a write may be acknowledged before it is durable, as long as a flush waits. So writes
-are acknowledged into a buffer. A task takes all that has gathered to its place, while the next writes gather: with the
-live image that is one commit of old bytes and then the device, with a snapshot's image the delta. Readers ask the
-buffer first. # I3
+A disk has a volatile cache, so a write may be acknowledged before it is durable, as long as a flush waits for it. So
+writes are acknowledged into a buffer. A task writes all that has gathered to its place, while the next writes gather:
+for the live image that is one commit of old bytes and then the device, for a snapshot's image the delta. Readers look
+into the buffer first. # I3
 
-What is not taken stays in the buffer: it is tried again at the next sync, which fails until it succeeds.
+What cannot be written stays in the buffer and is tried again at the next sync, which fails until that succeeds.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,12 +28,12 @@ LINGER_SECONDS = 0.01  # for more to come, when there are not enough
 
 
 class _Generation:
-    """What gathers together, and goes to the device together."""
+    """What gathers together, and is written together."""
 
     def __init__(self) -> None:
         self.contents = Contents()
         self.arrived = trio.Event()  #: fires when something is put into it
-        self.hurry = trio.Event()  #: fires when it shall not wait for more
+        self.hurry = trio.Event()  #: fires when it is not to wait for more
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
@@ -53,10 +53,10 @@ class Unwritten(NamedTuple):
 class Behind:
     """The buffer of one image, called `label`. Trio thread only; `run` must be running.
 
-    `take(contents)` brings them to where they belong and returns what could not be written; when it raises CowError or
-    OSError, that is all of it. With `is_in_memory` it waits for no disk: the buffer is small then, and whoever finds it
-    full empties it, unless there are extents, which are worth a thread. `tell` hears when what was acknowledged is not
-    taken, and `on_change` by how many chunks there are more in memory.
+    `take(contents)` writes them to where they belong and returns what could not be written; when it raises CowError or
+    OSError, that is all of it. `is_in_memory` says that it waits for no disk: the buffer is small then, and whoever
+    finds it full empties it, unless there are extents, which are worth a thread. `tell` hears when something that was
+    acknowledged cannot be written, and `on_change` by how many chunks there are more in memory.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Behind:
                     await _in_place(full)
 
     def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
-        """Take a write, for which there is `room`. A view is copied, unless it is long and its `memory` can be kept."""
+        """Take a write, for which there is `room`. `data` is copied, or `memory` retained, as `Contents.put` says."""
         gathering = self._gathering
         contents = gathering.contents
         before = contents.weight
@@ -170,14 +170,14 @@ class Behind:
                 await _in_place(generation)
 
     async def drain_or(self, error: Exception) -> None:
-        """As `drain` for a reader, who met `error` and is told of that when this fails."""
+        """As `drain`, for a reader who met `error`: raises that when this fails."""
         try:
             await self.drain()
         except (CowError, OSError):
             raise error from None
 
     def try_again(self) -> None:
-        """Have taken what was not taken the last time: now it can be, or nobody needs it any more."""
+        """Have `run` try again what could not be written: now it can be, or nobody needs it any more."""
         if self.chunks:
             self._hurry(self._gathering)
 
@@ -188,14 +188,14 @@ class Behind:
         self._watched.hurry.set()
 
     async def flush(self) -> None:
-        """As `drain`, without waking anybody for it: it must not be cancelled before the buffer is forgotten."""
+        """As `drain`, in this task, so that none has to be woken. It must not be cancelled before `forget`."""
         for generation in (self._leaving, self._gathering):
             if generation.contents:
                 await self._bring(generation)
                 await _in_place(generation)
 
     async def run(self) -> None:
-        """Have taken what gathers, until cancelled."""
+        """Write what gathers, until cancelled."""
         while True:
             gathering = self._watched = self._gathering
             await gathering.arrived.wait()
@@ -204,7 +204,7 @@ class Behind:
             await self._bring(gathering)
 
     async def _bring(self, generation: _Generation) -> None:
-        """Have a generation taken, unless somebody else has."""
+        """Write a generation, unless another task does or did."""
         while self._leaving.contents and not generation.taken.is_set():
             await self._leaving.done.wait()
         if not generation.taken.is_set():
@@ -259,7 +259,7 @@ async def _in_place(generation: _Generation) -> None:
 
 
 def write_out(device: File, contents: Contents) -> Unwritten:
-    """Write contents to their places on a device, and return what it does not take. Blocks; nothing is durable yet."""
+    """Write contents to their places on a device, and return what it refused. Blocks; nothing is durable yet."""
     failed: set[int] = set()
     cause: Exception | None = None
     for row in contents.rows():
@@ -287,7 +287,7 @@ def _write_row(device: File, row: Row) -> None:
 
 
 def _write_singly(device: File, row: Row) -> Iterator[int]:
-    """Perhaps it is one bad sector: the chunks of a row that the device does not take."""
+    """Write a row chunk by chunk, because it may be one bad sector; yields the chunks that the device refused."""
     run, content = row
     if run.chunks == 1:
         yield run.first

@@ -18,7 +18,7 @@ _ROW_CHUNKS = 256  # of single chunks in one write: 1 MiB
 
 
 class Part:
-    """What was written of a chunk, when that is not all of it."""
+    """A chunk that was written in part: its content, and which bytes of it count."""
 
     def __init__(self) -> None:
         self.content = bytearray(CHUNK_BYTES)
@@ -67,7 +67,7 @@ def _first(extent: Extent) -> int:
 
 
 class Contents:
-    """What waits of one image."""
+    """What waits to be written to one image."""
 
     def __init__(self) -> None:
         self.single: dict[int, bytes | Part] = {}  #: by chunk: those that are in no extent
@@ -78,7 +78,7 @@ class Contents:
         self._kept_chunks = 0  #: in the memory of the extents, also what they do not use of it
 
     def __len__(self) -> int:
-        """How many chunks some is written of."""
+        """How many chunks were written, wholly or in part."""
         return len(self.single) + self._extent_chunks
 
     # -- putting in ----------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ class Contents:
     def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
         """Write over what there is.
 
-        A view is copied, unless it is long, and read-only, as what is in it stays, or of `memory`: that is kept until
-        `release`.
+        `data` is copied, unless it is long enough for an extent and a view that is read-only, because then it does not
+        change, or a view of `memory`, which is retained until `release`.
         """
         if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES and not self.extents:
             self.single[offset // CHUNK_BYTES] = bytes(data)
@@ -141,7 +141,7 @@ class Contents:
         self._kept_chunks += run.chunks if memory is None else chunks_of(len(memory.view))
 
     def put_beneath(self, older: "Contents") -> None:
-        """Put in what was written before the rest. All of it is copied."""
+        """Put in what was written before the rest, beneath it. All of it is copied."""
         for chunk, content in older.singly():
             newer = self.single.get(chunk)
             if self._overlapping(Run(chunk, 1)) or isinstance(newer, bytes):
@@ -152,7 +152,7 @@ class Contents:
         self.weight = len(self.single) + self._kept_chunks
 
     def release(self) -> None:
-        """Give back the memory that was kept. Nothing of it may be asked for any more."""
+        """Drop the references to retained memory. The extents in it must not be looked at any more."""
         kept, self._kept = self._kept, []
         for memory in kept:
             memory.release()
@@ -170,18 +170,18 @@ class Contents:
         return bool(self.extents) and bool(self._overlapping(run))
 
     def chunks(self) -> BitMap64:
-        """All of which some is written."""
+        """All chunks that were written, wholly or in part."""
         found = BitMap64(self.single)
         for extent in self.extents:
             found.add_range(extent.run.first, extent.run.end)
         return found
 
     def parts(self) -> dict[int, Part]:
-        """The chunks of which not all is written."""
+        """The chunks that were written in part."""
         return {chunk: content for chunk, content in self.single.items() if isinstance(content, Part)}
 
     def pieces(self, run: Run) -> Iterator[tuple[int, bytes]]:
-        """What there is of a run: offsets and bytes. They stay as they are when it changes, or is released."""
+        """What there is of a run: offsets and bytes. They are copies, which neither changes nor `release` affect."""
         for chunk in self._single_in(run):
             yield from _pieces_of(chunk, self.single[chunk])
         for extent in self._overlapping(run):
@@ -190,7 +190,7 @@ class Contents:
             yield first * CHUNK_BYTES, bytes(extent.content[at : at + (end - first) * CHUNK_BYTES])
 
     def rows(self, filled: dict[int, bytes] | None = None) -> list[Row]:
-        """The whole chunks, with `filled` for those of which not all was written, to be written a row at a time."""
+        """The whole chunks, and those that were written in part as `filled` has them, to be written a row at a time."""
         whole = {chunk: content for chunk, content in self.single.items() if isinstance(content, bytes)}
         if filled:
             whole |= filled
@@ -238,7 +238,7 @@ class Contents:
 
 
 def contents_of(offset: int, data: bytes | memoryview) -> Contents:
-    """One write. Its memory must stay as it is."""
+    """One write. Its memory must not change while they are used."""
     contents = Contents()
     contents.put(offset, memoryview(data).toreadonly())
     return contents

@@ -1,10 +1,10 @@
-"""Memory that a write was received in, which may be kept instead of copied, and given back; and what to say of none."""
+"""Receive buffers that may be retained instead of copied; and the errors of a process that gets no memory."""
 
 from collections.abc import Callable
 
 
 class Memory:
-    """A piece of memory, and how many need what is in it. `on_free` is told when nobody does any more."""
+    """A reference-counted receive buffer. `on_free` is called when the last reference goes."""
 
     def __init__(self, view: memoryview, on_free: Callable[["Memory"], None]) -> None:
         self.view = view
@@ -13,22 +13,22 @@ class Memory:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it may not be used for something else."""
+        """Whether there is a reference, so that it must not be reused."""
         return self._users > 0
 
     def keep(self) -> None:
-        """Need it, until as many calls of `release`."""
+        """Take a reference; dropped by `release`."""
         self._users += 1
 
     def release(self) -> None:
-        """Undo one `keep`."""
+        """Drop a reference."""
         self._users -= 1
         if not self._users:
             self._on_free(self)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that this process got no memory, or no thread, which needs some."""
+    """Whether the error says that this process got no memory, or no thread, which needs some."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
 
 

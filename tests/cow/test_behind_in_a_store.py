@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import trio
@@ -135,6 +136,23 @@ def test_older_bytes_do_not_come_back_after_a_long_write(start: Callable[..., En
     engine.call(check, origin, 0, b"b")
     engine.call(check, image, 0, b"c")
     engine.call(check, image, 700, b"d")
+
+
+def test_what_is_wholly_in_the_buffer_is_read_though_the_device_cannot_be(start: Callable[..., Engine]) -> None:
+    engine = start()
+    image, origin = _image(engine, b"a"), engine.store.origins[0]
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def main() -> None:
+        for written in (image, origin):
+            await written.write(4 * CHUNK_BYTES, b"x" * 3 * CHUNK_BYTES)
+            with patch.multiple(origin.device, pread=fail, pread_nowait=fail, fill=fail, fill_nowait=fail):
+                assert await written.read(4 * CHUNK_BYTES + 100, 2 * CHUNK_BYTES) == b"x" * 2 * CHUNK_BYTES
+            assert written._behind.chunks == 3  # it is there yet, so it was not read from where it belongs
+
+    engine.call(main)
 
 
 @pytest.mark.parametrize(
