@@ -130,6 +130,10 @@ class Disk(Io):
         fault = self.decide(call) if self.decide is not None else None
         return call, fault
 
+    def _fault_of(self, kind: str, inode: int) -> Fault | None:
+        """The same for a call that changes nothing, so that nobody else wants to know of it."""
+        return None if self.decide is None and self.calls is None else self._ask(kind, inode)[1]
+
     def _change(self, op: Op, apply: Callable[[], None]) -> None:
         self.log.append(("begin", op))
         apply()
@@ -256,7 +260,7 @@ class Disk(Io):
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         inode = self._descriptors[fd]
-        _, fault = self._ask("read", inode.number)
+        fault = self._fault_of("read", inode.number)
         if fault is not None and fault.short is None:
             raise OSError(fault.number, os.strerror(fault.number))
         data = bytes(inode.content[offset : offset + length])
@@ -402,35 +406,19 @@ class Disk(Io):
     # -- the catalog ---------------------------------------------------------------------------------------------
 
     def connect(self, path: str) -> sqlite3.Connection:
-        disk = self
-
-        class Connection(sqlite3.Connection):
-            """Each commit is an event in the disk's log."""
-
-            def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
-                if statement == "BEGIN IMMEDIATE":
-                    disk._database_call("begin")
-                    self._before = self.total_changes
-                elif statement == "COMMIT" and (self.total_changes != self._before or disk.database is None):
-                    return disk._commit(self)
-                return super().execute(statement, *arguments)
-
-            def commit_really(self) -> sqlite3.Cursor:
-                return super().execute("COMMIT")
-
-        connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=Connection)
+        connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None, factory=_Connection)
+        connection.disk = self
         if self.database is not None:
             connection.deserialize(self.database)
         return connection
 
-    def _database_call(self, kind: str) -> tuple[Call, Fault | None]:
-        call, fault = self._ask(kind, 0)
-        if fault is not None and kind == "begin":
+    def _begin(self) -> None:
+        fault = self._fault_of("begin", 0)
+        if fault is not None:
             raise _database_error(fault)
-        return call, fault
 
-    def _commit(self, connection: Any) -> sqlite3.Cursor:
-        call, fault = self._database_call("commit")
+    def _commit(self, connection: "_Connection") -> sqlite3.Cursor:
+        call, fault = self._ask("commit", 0)
         op = Op("commit", 0, call.site)
         if fault is not None:
             # SQLite takes the transaction back, but after a crash it may be found in the log all the same.
@@ -448,6 +436,23 @@ class Disk(Io):
             raise _database_error(fault)
         self.database = op.database
         return cursor
+
+
+class _Connection(sqlite3.Connection):
+    """Each commit is an event in the disk's log."""
+
+    disk: Disk
+
+    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+        if statement == "BEGIN IMMEDIATE":
+            self.disk._begin()
+            self._before = self.total_changes
+        elif statement == "COMMIT" and (self.total_changes != self._before or self.disk.database is None):
+            return self.disk._commit(self)
+        return super().execute(statement, *arguments)
+
+    def commit_really(self) -> sqlite3.Cursor:
+        return super().execute("COMMIT")
 
 
 def _image_after(connection: sqlite3.Connection) -> bytes:

@@ -69,8 +69,8 @@ class _Inline:
 
 def _others_can_run() -> bool:
     """Whether a task besides the one that asks is due: more turns would change nothing without one."""
-    tasks = trio._core._run.GLOBAL_RUN_CONTEXT.runner.tasks
-    return any(task._next_send_fn is not None for task in tasks)
+    runner = trio._core._run.GLOBAL_RUN_CONTEXT.runner
+    return bool(runner.runq) or any(task._next_send_fn is not None for task in runner.tasks)
 
 
 @contextmanager

@@ -287,7 +287,7 @@ def test_a_stop_does_not_wait_for_a_snapshot_that_is_being_quiesced(sandbox: San
     mountpoint, daemon = _in_the_foreground(sandbox)
     assert daemon.stderr is not None
     (mountpoint / "snaps" / "before").mkdir()
-    (freezer,) = map(int, run("pgrep", "-P", daemon.pid).stdout.split())
+    (freezer,) = map(int, run("pgrep", "-P", daemon.pid, "-f", "freezer").stdout.split())
     os.kill(freezer, signal.SIGSTOP)
     taking = sandbox.spawn("mkdir", mountpoint / "snaps" / "a", stderr=subprocess.DEVNULL)
     syscall = Path(f"/proc/{taking.pid}/wchan")

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.sandbox import HCPFS, Sandbox, run, wait_until
+from tests.support.sandbox import HCPFS, PROJECT, Sandbox, run, wait_until
 
 MIB = 1 << 20
 
@@ -226,14 +225,16 @@ def test_no_memory_costs_no_snapshot(sandbox: Sandbox) -> None:
     assert again.image("a").read_bytes() == content
 
 
-def _as_nobody(program: str, **limits: int) -> str:
+def _limited(python: list[str], program: str, **limits: int) -> str:
+    """What the program says to a user who has no other process, which would count."""
+    user = ["setpriv", f"--reuid={100_000 + os.getpid()}", "--clear-groups"]
     words = [f"--{name}={value}:{value}" for name, value in limits.items()]
-    command = ["setpriv", "--reuid=65534", "--clear-groups", "prlimit", *words, sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = run(*user, "prlimit", *words, *python, "-c", program, check=False, cwd="/")
     return done.stdout + done.stderr
 
 
-def test_threads_that_cannot_be_had_are_missed_at_the_start() -> None:
+def test_threads_that_cannot_be_had_are_missed_at_the_start(sandbox: Sandbox) -> None:
+    python = sandbox.python_for_all()
     program = (
         "import trio\nfrom hcpfs.system.threads import start_threads\nfrom cow.errors import RefusedError\n"
         "async def main():\n"
@@ -242,9 +243,9 @@ def test_threads_that_cannot_be_had_are_missed_at_the_start() -> None:
         "    except RefusedError as error:\n        print('refused', error)\n"
         "trio.run(main)"
     )
-    assert "refused this process may start 1 threads, and needs 4 at least" in _as_nobody(program, nproc=2)
-    assert "started 9 9" in _as_nobody(program, nproc=10), "no more of them will be wanted than there are"
-    assert "started 40 40" in _as_nobody(program)
+    assert "refused this process may start 1 threads, and needs 4 at least" in _limited(python, program, nproc=2)
+    assert "started 9 9" in _limited(python, program, nproc=10), "no more of them will be wanted than there are"
+    assert "started 40 40" in _limited(python, program)
 
 
 def test_threads_stay(sandbox: Sandbox) -> None:
@@ -252,14 +253,14 @@ def test_threads_stay(sandbox: Sandbox) -> None:
     served = sandbox.mount(sandbox.disk())
     assert len(list(Path(f"/proc/{served.pid}/task").iterdir())) > 40
     program = "from trio._core import _thread_cache; import hcpfs.system.threads; print(_thread_cache.IDLE_TIMEOUT)"
-    assert run(sys.executable, "-c", program, cwd=Path(__file__).parents[2]).stdout.strip() == "10"
+    assert run(sys.executable, "-c", program, cwd=PROJECT).stdout.strip() == "10"
 
 
-def test_memory_is_not_locked_where_that_is_limited() -> None:
+def test_memory_is_not_locked_where_that_is_limited(sandbox: Sandbox) -> None:
     """Locked memory counts, and what does not fit is refused: threads and buffers would be."""
     program = "from hcpfs.system.memory import lock_memory; print('locked', lock_memory())"
-    assert "locked False" in _as_nobody(program, memlock=4 * MIB)
-    assert "locked True" in run(sys.executable, "-c", program, cwd=Path(__file__).parents[2]).stdout
+    assert "locked False" in _limited(sandbox.python_for_all(), program, memlock=4 * MIB)
+    assert "locked True" in run(sys.executable, "-c", program, cwd=PROJECT).stdout
 
 
 # -- places for records ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sandbox import HCPFS, Sandbox, run
+from tests.support.sandbox import Sandbox, run
 
 NOBODY = 65534
 MIB = 1 << 20
@@ -16,7 +16,6 @@ _DEVICE = os.makedev(10, 229)  # /dev/fuse, Documentation/admin-guide/devices.tx
 @pytest.fixture
 def home(sandbox: Sandbox) -> Path:
     """A directory of his, and beside it a /dev/fuse that all may open, as distributions have it."""
-    sandbox.path.chmod(0o755)
     home = sandbox.path / "home"
     (home / "mnt").mkdir(parents=True)
     (home / "disk.img").write_bytes(os.urandom(8 * MIB))
@@ -31,7 +30,7 @@ def _as_nobody(sandbox: Sandbox, home: Path, script: str, *, fuse: bool = True) 
     """What the shell script says, run by him in a mount namespace of its own. `$hcpfs` is the program."""
     bind = f"mount --bind {sandbox.path / 'fuse'} /dev/fuse && " if fuse else ""
     user = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=-all --bounding-set=+all"
-    words = f"HOME={home} XDG_RUNTIME_DIR= hcpfs='{' '.join(HCPFS)}'"
+    words = f"HOME={home} XDG_RUNTIME_DIR= hcpfs='{' '.join(sandbox.python_for_all())} -m hcpfs'"
     inside = f"cd {home} && {bind}exec env {words} {user} sh -c '{script}'"
     done = run("unshare", "--mount", "--propagation", "slave", "sh", "-c", inside, check=False)
     assert "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ from hcpfs.options import STORES
 from hcpfs.system import beneath, loops
 from tests.support import apart
 
+PROJECT = Path(__file__).parents[2]
 HCPFS = [sys.executable, "-m", "hcpfs"]
 MNT_DETACH = 2
 RUN_VARIABLE, WORKER_VARIABLE = "HCPFS_TEST_RUN", "PYTEST_XDIST_WORKER"
@@ -38,13 +39,16 @@ MARK = mark_of(WORKER)  #: of this one
 
 def processes_of(worker: str) -> list[int]:
     """The processes that one of those of this run has started."""
+    return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if _is_of(worker, pid)]
+
+
+def _is_of(worker: str, pid: int) -> bool:
+    """Whether one of those of this run has started the process. The number alone may be somebody else's by now."""
     wanted = {f"{RUN_VARIABLE}={RUN}".encode()} | ({f"{WORKER_VARIABLE}={worker}".encode()} if worker else set())
-    found = []
-    for entry in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to look at
-            if wanted <= set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")):
-                found.append(int(entry))
-    return found
+    try:
+        return wanted <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    except OSError:  # gone, or not ours to look at
+        return False
 
 
 def clear_away(worker: str) -> None:
@@ -120,9 +124,9 @@ class Served:
 
     def kill(self) -> None:
         """Kill -9 the daemon and clear away its dead mount."""
-        if alive(self.pid):
+        if _is_of(WORKER, self.pid):
             os.kill(self.pid, signal.SIGKILL)
-        wait_until(lambda: not alive(self.pid), what="the end of the daemon")
+        wait_until(lambda: not _is_of(WORKER, self.pid), what="the end of the daemon")
         _detach(self.path)
 
     def die(self) -> None:
@@ -163,6 +167,16 @@ class Sandbox:
         """A directory."""
         (self.path / name).mkdir()
         return self.path / name
+
+    def python_for_all(self) -> list[str]:
+        """The Python that has hcpfs, also for users who have no way to the project, which may lie in root's home."""
+        place = self.mkdir("project")
+        run("mount", "--bind", PROJECT, place)
+        self.path.chmod(0o755)
+        python = Path(sys.executable)
+        if python.is_relative_to(PROJECT):
+            python = place / python.relative_to(PROJECT)
+        return ["env", f"PYTHONPATH={place}", str(python)]
 
     def mount(
         self,
@@ -253,8 +267,8 @@ class Sandbox:
             run("losetup", "-d", device, check=False)
         for pid in self._daemons:
             with contextlib.suppress(AssertionError):
-                wait_until(lambda pid=pid: not alive(pid), seconds=10)
-            if alive(pid):
+                wait_until(lambda pid=pid: not _is_of(WORKER, pid), seconds=10)
+            if _is_of(WORKER, pid):
                 os.kill(pid, signal.SIGKILL)
         for one in records:
             record.remove(one.mountpoint, one.pid)
