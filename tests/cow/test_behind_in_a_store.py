@@ -19,7 +19,7 @@ from cow.geometry import CHUNK_BYTES
 from cow.images.image import MOST_WAITING_CHUNKS, Image
 from cow.images.origin import Origin
 from tests.support.engine import Engine, engines, in_memory, on_a_disk
-from tests.support.inside import delta_writes
+from tests.support.inside import buffer_of, delta_writes
 from tests.support.sandbox import wait_until
 
 SIZE = 64 * CHUNK_BYTES + 1536
@@ -150,7 +150,7 @@ def test_what_is_wholly_in_the_buffer_is_read_though_the_device_cannot_be(start:
             await written.write(4 * CHUNK_BYTES, b"x" * 3 * CHUNK_BYTES)
             with patch.multiple(origin.device, pread=fail, pread_nowait=fail, fill=fail, fill_nowait=fail):
                 assert await written.read(4 * CHUNK_BYTES + 100, 2 * CHUNK_BYTES) == b"x" * 2 * CHUNK_BYTES
-            assert written._behind.chunks == 3  # it is there yet, so it was not read from where it belongs
+            assert buffer_of(written).chunks == 3  # it is there yet, so it was not read from where it belongs
 
     engine.call(main)
 
