@@ -31,9 +31,8 @@ class LayerFiles:
         self._directory: Directory | None = None
         self._unsynced: set[int] = set()  #: segments
         self._entries_unsynced = True  #: whether files were made since the directory was synced, or by a killed process
-        self._syncing = (
-            threading.Lock()
-        )  #: serialises syncs: a second one must not return before the first has made its data durable
+        #: Serialises syncs: a second one must not return before the first has made its data durable.
+        self._syncing = threading.Lock()
         self._opening = threading.Lock()  #: guards `_directory`, `opened` and what is unsynced
         self._closing = False
 

@@ -20,7 +20,7 @@ from cow.geometry import Run
 from cow.layers.layer import Layer
 from cow.store.store import Store
 from tests.support.engine import Engine
-from tests.support.inside import are_writes_held
+from tests.support.inside import are_writes_held, give_up
 from tests.support.sandbox import wait_until
 
 
@@ -58,12 +58,12 @@ def test_i5_a_device_that_cannot_be_synced_leaves_no_snapshot(engine: Engine) ->
 
 
 def test_i5_a_snapshot_that_is_given_up_while_it_is_taken_is_not_taken(engine: Engine, tmp_path: Path) -> None:
-    async def give_up() -> None:
+    async def give_the_new_one_up() -> None:
         (*_, pending) = [one.id for one in engine.store.inventory.all_snapshots]
         await give_up(engine.store, [pending], "a test")
 
     engine.call(engine.store.create_snapshot, b"older")
-    _sync_that(engine, give_up)
+    _sync_that(engine, give_the_new_one_up)
     with pytest.raises(StoreFullError, match="could not be kept: a test"):
         engine.call(engine.store.create_snapshot, b"a")
     assert [snapshot.name for snapshot in engine.store.snapshots] == [b"older"]
