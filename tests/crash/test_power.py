@@ -9,7 +9,7 @@ from tests.crash.cut import states_of
 from tests.crash.disk import STORE_INODE, Disk, empty_state
 from tests.crash.harness import CONTENT, SPLIT, Tally, check_workload, record, run, sweep
 
-SHARE, DOUBLES = 0.022, 0.035
+SHARE, DOUBLES = 0.0203, 0.035
 
 
 def test_i1_i2_i3_i4_i5_power_cuts_everywhere() -> None:
