@@ -35,8 +35,9 @@ from cow.entry.secondplace import open_second_place
 from cow.errors import CowError, RefusedError, StoreFullError, printable
 from cow.events import Tell, nobody
 from cow.layers.layer import Layer
-from cow.records.catalog import FILE_NAME, Catalog, OriginRow
+from cow.records.catalog import FILE_NAME, Catalog
 from cow.records.journal import is_journal
+from cow.records.rows import OriginRow
 from cow.store.store import OnDisk, Settings, Store
 
 

@@ -28,8 +28,9 @@ from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer, pinned
 from cow.layers.sums import SUM_BYTES
 from cow.opening import open_directory
-from cow.records.catalog import Catalog, Role, State
+from cow.records.catalog import Catalog
 from cow.records.journal import Journal, JournalDamagedError, Kind, Record
+from cow.records.rows import Role, State
 from cow.store.store import Store
 
 STEP_CHUNKS = 256  # read at a time: 1 MiB

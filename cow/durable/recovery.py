@@ -18,9 +18,10 @@ from cow.errors import CowError, MayPassError, StoreFullError, SyncError
 from cow.geometry import Run, chunks_in, chunks_of
 from cow.layers.layer import Layer
 from cow.layers.layerfiles import check_removable, remove_layer_directory
-from cow.records.catalog import Catalog, LayerRow, Role, State
+from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
 from cow.records.journal import Journal, JournalDamagedError, Kind, Record
+from cow.records.rows import LayerRow, Role, State
 
 _HIGHEST_ID = 1 << 48  # of a layer; whatever names a higher one is damaged
 

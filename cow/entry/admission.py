@@ -13,8 +13,9 @@ from cow.disk.superblock import Superblock
 from cow.errors import WAY, RefusedError, counted, printable
 from cow.images.origin import Origin
 from cow.images.recognition import Verdict, gather, judge
-from cow.records.catalog import Catalog, OriginRow
+from cow.records.catalog import Catalog
 from cow.records.facts import Facts, facts_key
+from cow.records.rows import OriginRow
 from cow.store.store import Store
 
 

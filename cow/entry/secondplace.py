@@ -15,8 +15,9 @@ from cow.disk.directory import Directory
 from cow.disk.io import FULL, Io
 from cow.entry.footing import WHY_NOT_MADE
 from cow.errors import CowError, RefusedError
-from cow.records.catalog import Catalog, SnapshotRow, State
+from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
+from cow.records.rows import SnapshotRow, State
 
 _SETTING = "session"
 

@@ -28,8 +28,8 @@ from cow.images.handle import Handle, read_through
 from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer
 from cow.offload import is_short, offload
-from cow.records.catalog import OriginRow
 from cow.records.fingerprint import digests, sampled
+from cow.records.rows import OriginRow
 
 RESCUE_SECONDS = 1.0  # before what was lost is looked for on the device; then twice that, up to
 MOST_RESCUE_SECONDS = 64.0

@@ -14,17 +14,15 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from cow.disk.directory import Directory
 from cow.disk.file import File
 from cow.errors import CowError, RefusedError, StoreFullError, without_surrogates
+from cow.records.rows import DOUBTED_FROM, LayerRow, OriginRow, Role, SnapshotRow, State
 from cow.records.rowsum import RowSum
 
 FORMAT = 3
 FILE_NAME = "catalog.sqlite"
-DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP}
 _LOG_PAGES = 64  # from here on the write-ahead log starts over: 256 KiB, which `space` has room for
@@ -76,64 +74,6 @@ _SUMMED = ("store", "origins", "snapshots", "evidence", "layers")
 
 class CatalogError(CowError):
     """SQLite could not read or commit; nothing of the transaction is there."""
-
-
-class State(StrEnum):
-    """What a snapshot is worth."""
-
-    PENDING = "pending"  # being taken; recovery drops it
-    VALID = "valid"
-    DAMAGED = "damaged"  # some chunks cannot be read; the others are right
-    SUSPECT = "suspect"  # the device was changed while hcpfs was not running
-    INVALID = "invalid"  # given up
-
-
-class Role(StrEnum):
-    """What a layer holds."""
-
-    PRESERVED = "preserved"
-    DELTA = "delta"
-
-
-@dataclass
-class OriginRow:
-    """An origin as the catalog has it. `fingerprint` is that of the snapshot `fingerprint_of` (fingerprint.py)."""
-
-    id: int
-    name: bytes
-    path: bytes
-    size_bytes: int
-    modified_ns: int
-    fingerprint: bytes = b""
-    fingerprint_of: int = 0
-
-
-@dataclass
-class SnapshotRow:
-    """A snapshot as the catalog has it. Ids grow with time and are never used twice."""
-
-    id: int
-    name: bytes
-    created_ns: int
-    state: State
-    reason: str
-    evidence: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def doubted_from(self) -> int | None:
-        """The first layer that a suspect snapshot must not believe, nor the device; None for any other."""
-        return int(self.evidence.get(DOUBTED_FROM, 0)) if self.state is State.SUSPECT else None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """A layer, and the snapshot that it serves. Ids grow with the epochs and are never used twice."""
-
-    id: int
-    origin: int
-    snapshot: int
-    role: Role
-    generation: int = 0  #: that its map has at least
 
 
 class Catalog:

@@ -16,8 +16,9 @@ from cow.durable.commits import Commits
 from cow.events import Damaged, Rescued, Tell
 from cow.geometry import runs_of
 from cow.layers.layer import Layer
-from cow.records.catalog import Catalog, State
+from cow.records.catalog import Catalog
 from cow.records.journal import Kind, Record
+from cow.records.rows import State
 from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot
 

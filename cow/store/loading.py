@@ -10,7 +10,8 @@ from cow.clock import after
 from cow.errors import RefusedError, printable
 from cow.images.origin import Origin
 from cow.layers.layer import Layer
-from cow.records.catalog import DOUBTED_FROM, Catalog, LayerRow, Role, SnapshotRow, State
+from cow.records.catalog import Catalog
+from cow.records.rows import DOUBTED_FROM, LayerRow, Role, SnapshotRow, State
 from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot
 

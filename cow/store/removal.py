@@ -13,8 +13,9 @@ from cow.durable.space import Space
 from cow.errors import CowError
 from cow.events import GivenUp, Tell, Trouble
 from cow.layers.layer import Layer
-from cow.records.catalog import Catalog, State
+from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
+from cow.records.rows import State
 from cow.store.disposal import Disposal
 from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot

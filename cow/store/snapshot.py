@@ -5,7 +5,7 @@ from pyroaring import BitMap64
 from cow.errors import BadNameError, NameTooLongError, printable
 from cow.images.image import Image
 from cow.layers.layer import Layer
-from cow.records.catalog import SnapshotRow, State
+from cow.records.rows import SnapshotRow, State
 
 MOST_NAME_BYTES = 255
 TRUSTED = (State.VALID, State.DAMAGED)  #: states in which it is certain what is read, and what cannot be

@@ -51,10 +51,11 @@ from cow.images.recognition import gather
 from cow.images.view import View
 from cow.layers.layer import Layer, inodes
 from cow.offload import offload
-from cow.records.catalog import Catalog, OriginRow, Role, SnapshotRow, State
+from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
 from cow.records.facts import facts_key
 from cow.records.journal import Journal
+from cow.records.rows import OriginRow, Role, SnapshotRow, State
 from cow.store import loading
 from cow.store.damage import Damage
 from cow.store.disposal import Disposal

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from cow.errors import printable
-from cow.records.catalog import State
+from cow.records.rows import State
 from cow.store.store import Store
 from hcpfs.options import MountOptions
 from hcpfs.system.words import listed

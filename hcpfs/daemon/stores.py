@@ -20,9 +20,10 @@ from xxhash import xxh3_64_hexdigest
 from cow.config import Source
 from cow.errors import WAY, RefusedError, counted
 from cow.geometry import Run
-from cow.records.catalog import FILE_NAME, State
+from cow.records.catalog import FILE_NAME
 from cow.records.facts import Facts, facts_key
 from cow.records.fingerprint import compare, digests, sampled
+from cow.records.rows import State
 from hcpfs.options import STORES, MountOptions
 from hcpfs.system import blocks, ground
 from hcpfs.system.child import in_child

@@ -13,7 +13,8 @@ from cow.disk.directory import Directory
 from cow.durable.space import CATALOG_BYTES
 from cow.errors import RefusedError
 from cow.records import rowsum
-from cow.records.catalog import FILE_NAME, Catalog, CatalogError, OriginRow, State
+from cow.records.catalog import FILE_NAME, Catalog, CatalogError
+from cow.records.rows import OriginRow, State
 from tests.support.inside import count_steps
 
 TABLES = ["store", "origins", "snapshots", "evidence", "layers"]

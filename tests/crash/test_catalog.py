@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cow.disk.directory import Directory
-from cow.records.catalog import Catalog, State
+from cow.records.catalog import Catalog
+from cow.records.rows import State
 from tests.crash import disk
 from tests.crash.calls import Op
 from tests.crash.cut import Cutter, digest

@@ -15,7 +15,7 @@ from cow.config import OnFull
 from cow.errors import DamagedError, StoreFullError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer, pinned
-from cow.records.catalog import State
+from cow.records.rows import State
 from cow.store import flatten, housekeeping
 from tests.support.engine import Engine, on_a_disk
 from tests.support.failing import BadIo

@@ -12,7 +12,7 @@ from pyroaring import BitMap64
 from cow.errors import DamagedError, LostError
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer
-from cow.records.catalog import State
+from cow.records.rows import State
 from cow.store import flatten
 from tests.cow.test_model import EngineDriver
 from tests.support.engine import Engine

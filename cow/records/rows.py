@@ -1,0 +1,64 @@
+"""The rows of the catalog: an origin, a snapshot and a layer, and the words for what a snapshot is worth."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: see Catalog.suspect_snapshots
+
+
+class State(StrEnum):
+    """What a snapshot is worth."""
+
+    PENDING = "pending"  # being taken; recovery drops it
+    VALID = "valid"
+    DAMAGED = "damaged"  # some chunks cannot be read; the others are right
+    SUSPECT = "suspect"  # the device was changed while hcpfs was not running
+    INVALID = "invalid"  # given up
+
+
+class Role(StrEnum):
+    """What a layer holds."""
+
+    PRESERVED = "preserved"
+    DELTA = "delta"
+
+
+@dataclass
+class OriginRow:
+    """An origin as the catalog has it. `fingerprint` is that of the snapshot `fingerprint_of` (fingerprint.py)."""
+
+    id: int
+    name: bytes
+    path: bytes
+    size_bytes: int
+    modified_ns: int
+    fingerprint: bytes = b""
+    fingerprint_of: int = 0
+
+
+@dataclass
+class SnapshotRow:
+    """A snapshot as the catalog has it. Ids grow with time and are never used twice."""
+
+    id: int
+    name: bytes
+    created_ns: int
+    state: State
+    reason: str
+    evidence: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def doubted_from(self) -> int | None:
+        """The first layer that a suspect snapshot must not believe, nor the device; None for any other."""
+        return int(self.evidence.get(DOUBTED_FROM, 0)) if self.state is State.SUSPECT else None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer, and the snapshot that it serves. Ids grow with the epochs and are never used twice."""
+
+    id: int
+    origin: int
+    snapshot: int
+    role: Role
+    generation: int = 0  #: that its map has at least
