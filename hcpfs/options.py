@@ -25,7 +25,7 @@ STORES = (
     if os.geteuid() == 0
     else os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "hcpfs")
 )
-_TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # other names in a snapshot's directory
+_TAKEN = {b"info", b"lost", b"changed", b"snaps"}  # names in a snapshot's directory, some of them to come
 _HIGHEST_ID = (1 << 32) - 2  # of a user or group; the one above says "none"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 # Options of mount(8) and fstab that it handles itself, or that have no effect on this file system.

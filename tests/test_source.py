@@ -12,7 +12,7 @@ import cow
 import hcpfs
 from cow.layers import layer, layermap, sums
 from cow.layers.sets import LayerSets
-from cow.records import catalog, journal
+from cow.records import catalog, journal, rows
 
 COW = Path(cow.__file__).parent
 HCPFS = Path(hcpfs.__file__).parent
@@ -137,3 +137,14 @@ def test_the_format_document_describes_what_the_code_writes() -> None:
         assert f"Table `{table}`" in headings
         for column in re.findall(r"^    ([a-z_]+) ", columns, re.MULTILINE):
             assert f"`{column}`" in text, f"{table}.{column}"
+
+
+def test_the_states_of_snapshots_stand_where_they_are_read() -> None:
+    states = [state.value for state in rows.State]
+    found = re.search(r"CHECK \(state IN \((.*?)\)\)", catalog._SCHEMA)
+    assert found is not None
+    assert re.findall(r"'(\w+)'", found[1]) == states
+    assert f"`state` ({', '.join(states)})" in (COW / "FORMAT.md").read_text()
+    reference = (COW.parent / "hcpfs" / "REFERENCE.md").read_text()
+    shown = reference.partition("| state | means |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", shown, re.MULTILINE) == [one for one in states if one != rows.State.PENDING]

@@ -21,7 +21,7 @@ from cow.layers.layerfiles import check_removable, remove_layer_directory
 from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
 from cow.records.journal import Journal, JournalDamagedError, Kind, Record
-from cow.records.rows import LayerRow, Role, State
+from cow.records.rows import TRUSTED, LayerRow, Role, State
 
 _HIGHEST_ID = 1 << 48  # of a layer; whatever names a higher one is damaged
 
@@ -91,7 +91,7 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     newest = newest_layer(layers_directory.names(), recorded)
     if doubt := layers_beyond(catalog, newest):
         findings.append(doubt)
-        trusted = [row.id for row in catalog.snapshots() if row.state in (State.VALID, State.DAMAGED)]
+        trusted = [row.id for row in catalog.snapshots() if row.state in TRUSTED]
         for row in catalog.suspect_snapshots(trusted, doubt, newest):
             layers[row.id] = Layer(layers_directory, row.id, chunks[row.origin])
     findings += _invalidate_unknown(catalog, layers)

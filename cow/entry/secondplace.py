@@ -17,7 +17,7 @@ from cow.entry.footing import WHY_NOT_MADE
 from cow.errors import CowError, RefusedError
 from cow.records.catalog import Catalog
 from cow.records.elsewhere import Elsewhere
-from cow.records.rows import SnapshotRow, State
+from cow.records.rows import TRUSTED, SnapshotRow
 
 _SETTING = "session"
 
@@ -143,7 +143,7 @@ def _is_beside(store_path: str, token: str, elsewhere: Elsewhere, io: Io) -> boo
 
 
 def _doubtful(catalog: Catalog) -> list[SnapshotRow]:
-    return [row for row in catalog.snapshots() if row.state in (State.VALID, State.DAMAGED)]
+    return [row for row in catalog.snapshots() if row.state in TRUSTED]
 
 
 def _doubt(store_path: str, catalog: Catalog, elsewhere: Elsewhere) -> str:

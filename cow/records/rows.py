@@ -16,6 +16,9 @@ class State(StrEnum):
     INVALID = "invalid"  # given up
 
 
+TRUSTED = (State.VALID, State.DAMAGED)  #: states in which it is certain what is read, and what cannot be
+
+
 class Role(StrEnum):
     """What a layer holds."""
 

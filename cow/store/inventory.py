@@ -18,8 +18,8 @@ from cow.errors import StoreFullError
 from cow.images.image import Image
 from cow.images.origins import Origins
 from cow.layers.layer import OTHER_OPEN_FILES, Layer, open_files
-from cow.records.rows import LayerRow, State
-from cow.store.snapshot import TRUSTED, Snapshot
+from cow.records.rows import TRUSTED, LayerRow, State
+from cow.store.snapshot import Snapshot
 
 
 class Inventory:

@@ -8,7 +8,6 @@ from cow.layers.layer import Layer
 from cow.records.rows import SnapshotRow, State
 
 MOST_NAME_BYTES = 255
-TRUSTED = (State.VALID, State.DAMAGED)  #: states in which it is certain what is read, and what cannot be
 
 
 class Snapshot:

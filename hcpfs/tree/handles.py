@@ -10,7 +10,7 @@ from cow.images.handle import Handle
 from cow.scrub import Finding, OpenScrub
 
 _SCRUB_LINE_SECONDS = 0.3
-READ_ONLY_TEXT = "status, info and lost can only be read"
+READ_ONLY_TEXT = "texts can only be read"
 
 
 class NotPermittedError(CowError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cow.durable.space import Space
 from cow.errors import printable
+from cow.records.rows import State
 from cow.store.snapshot import Snapshot
 from cow.store.store import Store
 from hcpfs import __version__
@@ -106,7 +107,7 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("on_full", store.settings.on_full.value),
         ("snapshots", len(states)),
     ]
-    pairs += [(f"snapshots.{state}", states.count(state)) for state in ("valid", "damaged", "suspect", "invalid")]
+    pairs += [(f"snapshots.{state}", states.count(state)) for state in State if state is not State.PENDING]
     if trouble := store.presence.trouble():
         pairs.append(("store_trouble", trouble))
     for origin in store.origins:
