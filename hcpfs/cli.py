@@ -53,7 +53,10 @@ def main() -> NoReturn:
         words.insert(0, "mount")
     terminal.prepare()
     try:
-        cli.main(args=words, prog_name="hcpfs")
+        try:
+            cli.main(args=words, prog_name="hcpfs")
+        finally:
+            sys.stdout.flush()  # while its error can be told: at the exit it cannot
     except OSError as error:  # what else can fail says so where it does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or what is left fails again at the exit
         terminal.complain(f"{error.filename or 'standard output'} cannot be used: {error.strerror}")
