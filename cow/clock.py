@@ -1,19 +1,19 @@
-"""Times of changes: each is later than the one before it, also when the clock was set back.
+"""Times of changes: each is later than the one before it, even if the clock was set back.
 
 Backup programs skip a file whose size and times are what they were.
 """
 
 import time
 
-_STEP_NS = 1_000_000_000  # what programs tell apart that compare whole seconds
+_STEP_NS = 1_000_000_000  # programs that compare whole seconds see this difference
 
-_ahead_ns = 0  #: what the clock lacks, since it was set back
+_ahead_ns = 0  #: how far our times run ahead of the clock, since it was set back
 
 
 def after(previous_ns: int) -> int:
-    """The time now, in ns since 1970; or where the clock is not beyond `previous_ns`, a later time than that.
+    """The time now, in ns since 1970; or, if the clock has not passed `previous_ns`, a time later than that.
 
-    A clock that was set back by a second or more goes on from the old time at its own pace.
+    After the clock was set back by a second or more, times go on from the old time at the clock's pace.
     """
     global _ahead_ns
     now = time.time_ns()

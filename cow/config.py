@@ -1,6 +1,6 @@
-"""What the engine is told: which devices it serves, and what becomes of snapshots when their store is full.
+"""The engine's settings: which devices it serves, and what happens to snapshots when their store is full.
 
-By itself, so that a command line that knows these words need not load the engine.
+A module of its own, so that a command line that uses these names need not load the engine.
 """
 
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Every error that the engine raises: an errno for the caller, a sentence for the person.
+"""Every error that the engine raises: an errno for the caller, a sentence for the user.
 
 The sentence names what failed, where, and what to do. Each class stands for one row of the table of errors
 in hcpfs/REFERENCE.md; the file system hands `errno` to the kernel and keeps the sentence for `status`.
@@ -6,26 +6,26 @@ in hcpfs/REFERENCE.md; the file system hands `errno` to the kernel and keeps the
 
 import errno as _errno
 
-WAY = "\n  "  #: before each way to go on, in a sentence that has several
+WAY = "\n  "  #: precedes each way to go on, in a sentence that lists several
 
 
 def counted(count: int, noun: str) -> str:
-    """Such as `1 snapshot` and `2 snapshots`."""
+    """A count with its noun, such as `1 snapshot` and `2 snapshots`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def printable(name: bytes) -> str:
-    """A name from the file system as text that is safe to print: what is not UTF-8 is escaped."""
+    """A name from the file system as text that is safe to print: bytes that are not UTF-8 are escaped."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def without_surrogates(text: str) -> str:
-    """A sentence in which a path that is not UTF-8 may stand (os.fsdecode), as text that can be encoded."""
+    """The sentence, which may contain a path that is not UTF-8 (os.fsdecode), as text that can be encoded."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class CowError(Exception):
-    """Base of all errors of the engine. `str()` of it is the sentence."""
+    """Base class of the engine's errors. `str()` of one is its sentence."""
 
     errno: int = _errno.EIO
 
@@ -85,13 +85,13 @@ class ReadOnlyError(CowError):
 
 
 class StoreGoneError(CowError):
-    """The store was removed, moved or made read-only while it is in use."""
+    """The store was removed, moved or made read-only while in use."""
 
     errno = _errno.ESTALE
 
 
 class NoMemoryError(CowError):
-    """There was no memory, or no thread, for what was asked. Nothing was lost."""
+    """There was no memory, or no thread, for the request. Nothing was lost."""
 
     errno = _errno.ENOMEM
 
@@ -117,7 +117,7 @@ class SyncError(CowError):
 
 
 class HoldTimeoutError(CowError):
-    """Writes under way did not end in time, so no instant could be taken."""
+    """Writes in flight did not end in time, so no instant could be taken."""
 
     errno = _errno.ETIMEDOUT
 
@@ -129,6 +129,6 @@ class RefusedError(CowError):
 
 
 class MayPassError(RefusedError):
-    """An error that may be gone at the next try, so nothing was given up for it."""
+    """An error that may be gone on the next attempt, so nothing was given up because of it."""
 
     errno = _errno.EIO

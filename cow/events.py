@@ -1,8 +1,8 @@
-"""Events: what happens to a store and its snapshots that no caller is told by an errno, for whoever listens.
+"""Events: what happens to a store and its snapshots and is reported to no caller by an errno.
 
-An event is told where it happens, by a plain call on the trio thread: a listener returns at once, does not wait and
-does not raise. `str()` of an event is its sentence for people, with what to do where something can be done. What else
-a listener may want to tell apart stands in the event's own fields.
+An event is reported where it happens, by a plain call on the trio thread: a listener returns at once, does not wait and
+does not raise. `str()` of an event is its sentence for the user, with a remedy if there is one. Details by which a
+listener may tell events apart are in the event's own fields.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from cow.errors import printable
 
 @dataclass(frozen=True)
 class Event(ABC):
-    """Something that a person should know of."""
+    """Something that the user should know."""
 
     @abstractmethod
     def __str__(self) -> str: ...
@@ -24,12 +24,12 @@ Tell = Callable[[Event], None]
 
 
 def nobody(event: Event) -> None:
-    """The listener of a store to which nobody listens."""
+    """The listener for a store that has no other."""
 
 
 @dataclass(frozen=True)
 class Trouble(Event):
-    """Something could not be done, and is tried again or left; nothing is lost by it yet."""
+    """Something could not be done, and is retried or left undone; nothing is lost by it yet."""
 
     sentence: str
 
@@ -39,11 +39,11 @@ class Trouble(Event):
 
 @dataclass(frozen=True)
 class Filling(Event):
-    """The store has come to one of the marks at which it warns. `used_percent` is of bytes or of inodes."""
+    """The store has reached one of the levels at which it warns. `used_percent` is of bytes or of inodes."""
 
     store: str  #: its directory
     used_percent: int
-    fullness: str  #: how full it is of what, in words
+    fullness: str  #: in words: how full it is, and of what
     remedy: str  #: what to do, and what happens until then
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Damaged(Event):
 
 @dataclass(frozen=True)
 class Rescued(Event):
-    """A damaged snapshot has again all that it lacked."""
+    """A damaged snapshot has again everything that it lacked."""
 
     snapshot: bytes
 

@@ -1,7 +1,7 @@
 """Chunks, runs and the arithmetic between bytes and chunks. Pure functions, no I/O, no state.
 
-A *chunk* is the 4 KiB unit in which exceptions are kept. A *run* is a range of chunks. Everything else in the
-engine works on runs; nothing but this module divides by the chunk size.
+A *chunk* is the 4 KiB unit in which exceptions are kept. A *run* is a range of chunks. Most of the
+engine works on runs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +35,7 @@ class Run(NamedTuple):
         return self.chunks * CHUNK_BYTES
 
 
-_as_run: Callable[[tuple[int, int]], Run] = partial(tuple.__new__, Run)  # for very many: without a call of Python
+_as_run: Callable[[tuple[int, int]], Run] = partial(tuple.__new__, Run)  # for very many: no call of a Python function
 
 
 class Split(NamedTuple):
@@ -61,7 +61,7 @@ def covering(offset: int, length: int) -> Run:
 
 
 def covering_bytes(length: int) -> int:
-    """What the chunks take that an extent of this length touches, wherever it is."""
+    """An upper bound, in bytes, of the chunks that an extent of this length touches, wherever it starts."""
     return (chunks_of(length) + 1) * CHUNK_BYTES
 
 
@@ -73,7 +73,7 @@ def split(offset: int, length: int) -> Split:
 
 
 def ragged(offset: int, length: int) -> Iterator[int]:
-    """The chunks, at most two, of which the extent has a part only."""
+    """The chunks, at most two, that the extent covers only in part."""
     first, last = offset // CHUNK_BYTES, (offset + length - 1) // CHUNK_BYTES
     if offset % CHUNK_BYTES or (first == last and length < CHUNK_BYTES):
         yield first
@@ -101,7 +101,7 @@ def chunks_in(runs: Iterable[Run]) -> BitMap64:
 
 
 def place_of(run: Run, first: int) -> slice:
-    """Where a run is, in bytes, in what begins with the chunk `first`."""
+    """Where a run is, in bytes, in a buffer that begins with the chunk `first`."""
     start, chunks = run
     return slice((start - first) * CHUNK_BYTES, (start + chunks - first) * CHUNK_BYTES)
 

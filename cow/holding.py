@@ -1,7 +1,7 @@
-"""Taking a lock that is mostly free.
+"""Taking a lock that is free most of the time.
 
-`async with lock` lets every other task run first, also where nobody has the lock; a sync, which takes three, would cost
-three rounds of the scheduler. The fairness that this is for is kept: a lock that somebody waits for is not free.
+`async with lock` lets every other task run first, even if the lock is free; a sync, which takes three locks, would cost
+three rounds of the scheduler. The fairness that this is for is kept: a lock that a task waits for is not free.
 """
 
 from types import TracebackType
@@ -9,8 +9,8 @@ from types import TracebackType
 import trio
 
 
-class holding:  # noqa: N801 (used as a function is)
-    """As `async with lock`, at once where it is free."""
+class holding:  # noqa: N801 (used like a function)
+    """Like `async with lock`, but without a round of the scheduler if the lock is free."""
 
     __slots__ = ("_lock",)
 

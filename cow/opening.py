@@ -1,7 +1,8 @@
-"""Opening a store: who may, which devices belong to it, recovery, and the clean close. # I7
+"""Opening a store: who may open it, which devices belong to it, recovery, and the clean close. # I7
 
-`open_store` is the engine's front door. Everything that does not fit is refused here, each with its own sentence,
-before anything is written: a store in use, of a newer format, made for other devices, or on devices that changed.
+`open_store` is the engine's front door. Whatever does not fit is refused here, with a sentence of its own: a store that
+is in use, of another format, or made for other devices, before it is recovered; and one whose devices changed, before
+that is recorded.
 """
 
 import os
@@ -43,7 +44,7 @@ from cow.store.store import OnDisk, Settings, Store
 
 @dataclass
 class Opened:
-    """An open store, and what its opening found: sentences, empty after a clean stop."""
+    """An open store, and the sentences that tell what its opening found."""
 
     store: Store
     was_clean: bool
@@ -68,21 +69,22 @@ async def open_store(
     tell: Tell = nobody,
     io: Io = SYSTEM,
 ) -> AsyncIterator[Opened]:
-    """Open the store at `path`, made when missing, with its sources, and recover it.
+    """Open the store at `path` with its sources, and recover it. A missing store is created.
 
     At the end of the block everything is made durable and a clean stop is recorded; after an exception in the block
-    only the files are closed, as after a kill. `tell` hears of what nobody is told by an errno.
+    only the files are closed, as after a kill. `tell` receives the events that are reported to no caller by an errno.
     `elsewhere` is a directory, best on another disk, for the record that snapshots were given up (elsewhere.py).
-    Where it is unknown after a crash whether some were, as that is another one than before, the store is refused, or,
-    with `read_suspect`, its snapshots become suspect.
+    If it is unknown after a crash whether some were, because this is not the directory used before, the store is
+    refused or, with `read_suspect` or `accept_changed`, its snapshots become suspect.
     With `write_behind` a write to an origin is acknowledged before its old bytes are preserved, and may be lost with
-    the process until a sync; not so under the policy block-writes, whose errors are for the writer.
-    A device that is not as it was is refused, and nothing recorded, unless `accept_changed`: then its snapshots become
-    suspect. With `read_suspect` those can be read. Where no sample differs, and the device was written to all the same,
-    `accept_unchanged` says that it has what it had. `superblock_of` reads a device's UUID, for status and sentences.
-    A quota lower than the last one, so that the next write may cost snapshots, is refused unless `accept_quota`.
-    Raises RefusedError, or OSError when something cannot be opened; a store that was made by it is gone again then, and
-    so it is when the block is left with a RefusedError.
+    the process until a sync; but not under the policy block-writes, where the writer must get the error.
+    A device that changed is refused, and nothing recorded, unless `accept_changed`: then the snapshots become suspect.
+    With `read_suspect` those can be read. If no sample differs but the device was written to all the same,
+    `accept_unchanged` says that its contents are what they were. `superblock_of` reads a device's UUID, for status and
+    sentences. A quota lower than the last one, so that the next write may cost snapshots, is refused unless
+    `accept_quota`.
+    Raises RefusedError, or OSError when something cannot be opened; a store that this call created is removed then,
+    and also when the block is left with a RefusedError.
     """
     with ExitStack() as stack:
         new = NewStore()
@@ -93,7 +95,7 @@ async def open_store(
         layers_directory = directory.subdirectory("layers", create=True)
         stack.callback(layers_directory.close)
         check_open_files(layers_directory, (device.size_bytes for device in devices))
-        await trio.to_thread.run_sync(layers_directory.sync)  # entries that a killed process made are there to stay
+        await trio.to_thread.run_sync(layers_directory.sync)  # with entries that a killed process created
         space = Space(directory, layers_directory, quota_bytes, tell)
         journal = open_journal(directory, catalog)
         stack.callback(journal.close)
@@ -128,7 +130,7 @@ async def open_store(
 
 
 async def _drain(store: Store) -> Exception | None:
-    """Empty the buffers, while there is still who does it. What a device says of it, when it does not take all."""
+    """Empty the buffers, while their tasks still run. Returns the error if a device does not take everything."""
     try:
         await store.drain()
     except (CowError, OSError) as error:
@@ -143,7 +145,7 @@ def _load(store: Store, layers: dict[int, Layer], stack: ExitStack) -> None:
 
 
 class NewStore:
-    """A store that this opening makes, if it is one: it does not outlive a refusal."""
+    """Whether this opening creates the store: a store that it creates does not outlive a refusal."""
 
     def __init__(self) -> None:
         self.is_new = False
@@ -151,7 +153,7 @@ class NewStore:
 
     @contextmanager
     def kept_unless_refused(self) -> Iterator[None]:
-        """Around its use."""
+        """The context in which the store is used."""
         self._keep = True
         try:
             yield
@@ -160,7 +162,7 @@ class NewStore:
             raise
 
     def take_back(self, directory: Directory) -> None:
-        """Remove what was made, if it shall not be kept. It has no snapshots, and nobody else has it open."""
+        """Remove what was created, unless it is to be kept. It has no snapshots, and nobody else has it open."""
         if self._keep or not self.is_new:
             return
         with suppress(OSError):
@@ -171,7 +173,7 @@ class NewStore:
             for name in names:
                 if name != "layers" and name not in last:
                     directory.unlink(name)
-            directory.sync()  # what belongs to a catalog may not be there without it
+            directory.sync()  # files that belong to a catalog must not outlive it
             for name in last:
                 if name in names:
                     directory.unlink(name)
@@ -181,14 +183,14 @@ class NewStore:
 def open_directory(
     path: str, io: Io, stack: ExitStack, *, create: NewStore | None = None, repair: bool = False
 ) -> tuple[Directory, Catalog]:
-    """Open the store's directory and its catalog, and lock it; made when missing, with `create`, which is told so.
+    """Open and lock the store's directory, and open its catalog. With `create`, which notes it, a missing one is made.
 
-    What is opened is closed with `stack`. Raises RefusedError when it is in use, writable by others, or no store.
+    `stack` closes what is opened. Raises RefusedError when it is in use, writable by others, or no store.
     """
     directory = claim_directory(path, io, create=create is not None)
     stack.callback(directory.close)
     if create is not None:
-        stack.callback(directory.unmake)  # of what is empty
+        stack.callback(directory.unmake)  # removes empty directories only
         create.is_new = not {FILE_NAME, "layers"} & set(directory.names())
         check_file_system(directory, RESERVE_BYTES, is_new=create.is_new)
     directory.close_to_others()
@@ -199,7 +201,8 @@ def open_directory(
     stack.callback(lock.close)
     if create is not None:
         stack.callback(create.take_back, directory)
-    # On a full disk the catalog alone needs some of what is held back. It is again afterwards, also after a refusal.
+    # On a full disk even the catalog needs some of what is held back. That is held back again afterwards, even after a
+    # refusal.
     if create is not None or repair:
         let_all_go(directory)
         stack.callback(keep_for_opening, directory)
@@ -213,10 +216,10 @@ def open_directory(
 
 
 def claim_directory(path: str, io: Io = SYSTEM, *, create: bool) -> Directory:
-    """Open the directory of a store, or, with `create`, of one to be; made when missing.
+    """Open the directory of a store or, with `create`, one that shall become a store; a missing one is created then.
 
-    Raises RefusedError when it cannot be one, or is not ours alone: others can write it, or it holds other things. Then
-    it is as it was: it may be somebody's home, or /etc.
+    Raises RefusedError when it cannot be one, or is not ours alone: others can write to it, or it holds other things.
+    It is left unchanged then, because it may be somebody's home, or /etc.
     """
     directory = _open_or_make(path, io, create=create)
     try:
@@ -264,7 +267,7 @@ def _is_ours(name: str) -> bool:
 def _check_limits(
     directory: Directory, sources: Sequence[Source], devices: Sequence[OriginDevice], is_new: bool, read_only: bool
 ) -> None:
-    """Refuse what would fail in the middle of a write one day."""
+    """Refuse file systems and limits that would make a write fail some day."""
     if not read_only:
         check_file_system(directory, largest_file_bytes(device.size_bytes for device in devices), is_new=is_new)
         check_source_limits(

@@ -1,9 +1,9 @@
-"""Scrub: read all that the store holds and check it, with the store in use or not, and give up what cannot be used.
+"""Scrub: read and check everything that the store holds, in use or not, and give up what cannot be used.
 
-Every chunk that a layer holds is read and held against its checksum, into which its place and its layer are mixed, so
-that misplaced and stale chunks show too. The catalog is checked for itself and against the layers.
+Every chunk that a layer holds is read and compared with its checksum, into which its place and its layer are mixed, so
+that misplaced and stale chunks show too. The catalog is checked by itself and against the layers.
 
-What is found is told as `Finding`s, with `Progress` in between. Without `repair` nothing is written.
+What is found is reported as `Finding`s, with `Progress` in between. Without `repair` none of it is changed.
 """
 
 from collections import defaultdict
@@ -38,7 +38,7 @@ STEP_CHUNKS = 256  # read at a time: 1 MiB
 
 @dataclass(frozen=True)
 class Progress:
-    """How many of all bytes have been checked."""
+    """How many bytes of the total have been checked."""
 
     done_bytes: int
     total_bytes: int
@@ -46,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not right, in a sentence. `repaired`: it cannot do harm any more."""
+    """Something that is wrong, in a sentence. `repaired`: it can do no more harm."""
 
     sentence: str
     repaired: bool = False
@@ -56,9 +56,9 @@ Chain = tuple[bytes, Sequence[Layer]]  # a snapshot's name, and the layers that 
 
 
 def bad_chunks(layer: Layer, run: Run, renewed: Mapping[int, bytes]) -> BitMap64:
-    """The chunks of `run`, all held, that do not match their checksums or cannot be read. Blocks.
+    """The chunks of `run` that do not match their checksums or cannot be read. All of `run` is held. Blocks.
 
-    `renewed` has the checksums, by chunk, that a journal would still put into their slots. Raises MayPassError.
+    `renewed` has the checksums, by chunk, that replaying the journal would write into their slots. Raises MayPassError.
     """
     bad = BitMap64()
     try:
@@ -124,7 +124,7 @@ class OpenScrub:
                     yield origin, layer, image, run
 
     async def step(self) -> list[Progress | Finding] | None:
-        """Check some more; what was found, and how far it is. None at the end. Raises OSError, CowError."""
+        """Check some more; returns what was found and the progress, None at the end. Raises OSError, CowError."""
         if not self._has_begun:
             self._has_begun = True
             problems = await self._store.catalog_problems()
@@ -134,7 +134,7 @@ class OpenScrub:
             return None
         origin, layer, image, run = step
         found: list[Progress | Finding] = []
-        # Until what is bad is recorded as lost.
+        # Held until the bad chunks are recorded as lost.
         async with image.delta.settled() if image is not None else nullcontext():
             if self._store.inventory.has(layer):
                 found += await self._check(origin, layer, run)
@@ -145,7 +145,7 @@ class OpenScrub:
         found: list[Finding] = []
         with pinned([layer]):
             bad = await trio.to_thread.run_sync(bad_chunks, layer, run, {})
-        bad &= layer.held  # what was dropped meanwhile may be punched out already
+        bad &= layer.held  # chunks that were dropped meanwhile may be punched out already
         if bad and self._store.inventory.has(layer):
             chains: list[Chain] = [
                 (snapshot.name, one.view.layers())
@@ -164,7 +164,7 @@ def scrub_store(
 ) -> Iterator[Progress | Finding]:
     """Scrub the store at `path`, which nobody has open. Its devices are not needed. `elsewhere` as for `open_store`.
 
-    Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as a mount does.
+    Raises RefusedError when it is in use or no store at all. With `repair` it is recovered first, as by a mount.
     """
     with ExitStack() as stack:
         directory, catalog = open_directory(path, io, stack, repair=repair)
@@ -174,7 +174,7 @@ def scrub_store(
         second_place = None
         if elsewhere is not None:
             second_place, given_up = look_at_second_place(elsewhere, catalog, io, stack)
-            if given_up and not repair:  # else recovery says it
+            if given_up and not repair:  # else recovery reports it
                 yield Finding(given_up)
         layers_directory = directory.subdirectory("layers")
         stack.callback(layers_directory.close)
@@ -199,7 +199,7 @@ def scrub_store(
 def _look(
     catalog: Catalog, journal: Journal, layers_directory: Directory
 ) -> tuple[dict[int, Layer], dict[int, dict[int, bytes]], list[str]]:
-    """What recovery would find, without writing anything: the layers, and the checksums that the journal has."""
+    """What recovery would find, without writing anything: the layers, the checksums in the journal, and problems."""
     chunks = {origin.id: chunks_of(origin.size_bytes) for origin in catalog.origins()}
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
     renewed: dict[int, dict[int, bytes]] = {number: {} for number in layers}
@@ -238,7 +238,7 @@ def _follow(record: Record, layer: Layer, renewed: dict[int, bytes]) -> None:
 
 
 def _check_snapshots(catalog: Catalog, repair: bool) -> Iterator[Finding]:
-    """Each snapshot in use has its layers for each origin."""
+    """Check that each snapshot that can be read has its layers for each origin."""
     rows = catalog.layers()
     for snapshot in catalog.snapshots():
         if snapshot.state in (State.INVALID, State.PENDING):
@@ -256,7 +256,7 @@ def _check_snapshots(catalog: Catalog, repair: bool) -> Iterator[Finding]:
 def _check_layers(
     catalog: Catalog, layers: Mapping[int, Layer], renewed: Mapping[int, Mapping[int, bytes]], journal: Journal | None
 ) -> Iterator[Progress | Finding]:
-    """Check all chunks; with a journal, record the damaged ones as lost there, and save the layers' maps."""
+    """Check all chunks; with a journal, take the damaged ones for lost, in the layers' maps, which are saved."""
     names = {origin.id: origin.name for origin in catalog.origins()}
     epochs = _epochs_of(catalog, layers)
     rows = [row for row in catalog.layers() if layers[row.id].damage is None]
@@ -282,9 +282,9 @@ def _check_layers(
 
 
 def _epochs_of(catalog: Catalog, layers: Mapping[int, Layer]) -> dict[int, Epochs]:
-    """By origin, what a mount would make of the catalog.
+    """By origin, the epochs that a mount would build from the catalog.
 
-    A layer drops what an older one of its group knows: an old map may name it, and it may have been punched out.
+    A layer drops chunks that an older layer of its group knows: an old map may name them after they were punched out.
     """
     found: defaultdict[int, Epochs] = defaultdict(Epochs)
     for row in sorted(catalog.layers(), key=lambda row: (row.snapshot, row.id)):
@@ -307,7 +307,7 @@ def _epochs_of(catalog: Catalog, layers: Mapping[int, Layer]) -> dict[int, Epoch
 
 
 def _chains(catalog: Catalog, layers: Mapping[int, Layer], origin: int, epochs: Epochs) -> list[Chain]:
-    """What each snapshot of an origin asks: its delta first."""
+    """The chain of each snapshot of an origin, its delta first."""
     rows = [row for row in catalog.layers() if row.origin == origin and row.role == Role.DELTA]
     deltas = {row.snapshot: layers[row.id] for row in rows}
     return [

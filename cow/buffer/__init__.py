@@ -1,1 +1,1 @@
-"""What was acknowledged and waits to be written."""
+"""Writes that were acknowledged and wait in memory."""

@@ -1,11 +1,11 @@
-"""Write-behind: writes to an image wait in memory, and go to where they belong many at a time.
+"""Write-behind: writes to an image are buffered in memory, and written to their places many at a time.
 
 A disk has a volatile cache, so a write may be acknowledged before it is durable, as long as a flush waits for it. So
-writes are acknowledged into a buffer. A task writes all that has gathered to its place, while the next writes gather:
-for the live image that is one commit of old bytes and then the device, for a snapshot's image the delta. Readers look
-into the buffer first. # I3
+writes are acknowledged into a buffer. A task writes the gathered ones to their places, while the next ones gather: for
+the live image that is one commit of old bytes and then the device, for a snapshot's image the delta. Readers look into
+the buffer first. # I3
 
-What cannot be written stays in the buffer and is tried again at the next sync, which fails until that succeeds.
+Writes that fail stay in the buffer and are tried again at the next sync, which fails until they succeed.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,23 +21,23 @@ from cow.events import Tell, Trouble, nobody
 from cow.geometry import CHUNK_BYTES, covering
 from cow.offload import MOST_CHUNKS_HERE
 
-MOST_CHUNKS = 4096  # that gather where a disk is waited for: 16 MiB. As much again may be on its way to the device
-MOST_IN_EXTENTS_HERE = 2048  # where only memory is: 8 MiB, for which a thread is worth its wake-up
+MOST_CHUNKS = 4096  # that gather if writing waits for a disk: 16 MiB. As much again may be on its way to the device
+MOST_IN_EXTENTS_HERE = 2048  # in memory, with extents: 8 MiB, for which a thread is worth its wake-up
 ENOUGH_CHUNKS = 1024  # that are worth a commit
-LINGER_SECONDS = 0.01  # for more to come, when there are not enough
+LINGER_SECONDS = 0.01  # to wait for more writes, while there are fewer
 
 
 class _Generation:
-    """What gathers together, and is written together."""
+    """Writes that gather together, and are written together."""
 
     def __init__(self) -> None:
         self.contents = Contents()
         self.arrived = trio.Event()  #: fires when something is put into it
-        self.hurry = trio.Event()  #: fires when it is not to wait for more
+        self.hurry = trio.Event()  #: fires when it shall not wait for more writes
         self.taken = trio.Event()  #: fires when nothing more is put into it
         self.done = trio.Event()  #: fires when it is on the device, or `error` says why not
         self.error: Exception | None = None
-        self.is_kept = True  #: whether, after an error, it is in memory yet
+        self.is_kept = True  #: whether, after an error, it is still in memory
 
 
 _NOTHING = _Generation()
@@ -53,10 +53,10 @@ class Unwritten(NamedTuple):
 class Behind:
     """The buffer of one image, called `label`. Trio thread only; `run` must be running.
 
-    `take(contents)` writes them to where they belong and returns what could not be written; when it raises CowError or
-    OSError, that is all of it. `is_in_memory` says that it waits for no disk: the buffer is small then, and whoever
-    finds it full empties it, unless there are extents, which are worth a thread. `tell` hears when something that was
-    acknowledged cannot be written, and `on_change` by how many chunks there are more in memory.
+    `take(contents)` writes them to their places and returns what could not be written; when it raises CowError or
+    OSError, that is all of them. `is_in_memory` says that it waits for no disk: the buffer is small then, and a task
+    that finds it full empties it, unless there are extents, which are worth a thread. `tell` is called when writes that
+    were acknowledged cannot be written, `on_change` with the number of chunks by which the buffer grew.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Behind:
         self._most_chunks = MOST_CHUNKS_HERE if is_in_memory else MOST_CHUNKS
         self._gathering = _Generation()
         self._leaving = _NOTHING  #: on its way to the device; older than what gathers
-        self._watched = _NOTHING  #: what `run` waits for, perhaps yet after somebody else has taken it
-        self._failing = False  #: whether not all was taken the last time
+        self._watched = _NOTHING  #: what `run` waits for, perhaps still after another task has taken it
+        self._failing = False  #: whether the last flush left something unwritten
 
     @property
     def chunks(self) -> int:
@@ -89,7 +89,7 @@ class Behind:
         return self._gathering.contents.weight + self._leaving.contents.weight
 
     def touches(self, offset: int, length: int) -> bool:
-        """Whether the buffer has something of the chunks that an extent touches."""
+        """Whether the buffer has anything in the chunks that an extent touches."""
         newer, older = self._gathering.contents, self._leaving.contents
         if not newer.weight and not older.weight:
             return False
@@ -100,7 +100,7 @@ class Behind:
         return newer.holds(run) or older.holds(run)
 
     def pieces(self, offset: int, length: int) -> list[tuple[int, bytes]]:
-        """What the buffer has of an extent, and perhaps around it: offsets and bytes, the later ones the newer."""
+        """What the buffer has of an extent, and perhaps around it: offsets and bytes, the newer pieces later."""
         newer, older = self._gathering.contents, self._leaving.contents
         if not newer and not older:
             return []
@@ -111,18 +111,18 @@ class Behind:
     def is_full(self) -> bool:
         """Whether there is no `room` for a write."""
         gathering = self._gathering.contents
-        weight = self._weight if self._failing else gathering.weight  # what is on its way may come back
+        weight = self._weight if self._failing else gathering.weight  # writes on their way may come back
         return weight >= (MOST_IN_EXTENTS_HERE if self._is_for_thread(gathering) else self._most_chunks)
 
     def _is_for_thread(self, contents: Contents) -> bool:
         return self._is_in_memory and bool(contents.extents)
 
     def is_long(self, length: int) -> bool:
-        """Whether a write is not worth the wait here: where there is only memory, to copy it would be to write it."""
+        """Whether a write is too long to be buffered: in memory, copying it would cost as much as writing it."""
         return self._is_in_memory and length > MOST_CHUNKS_HERE * CHUNK_BYTES
 
     async def room(self) -> None:
-        """Wait while the buffer is full. Raises why nothing is taken when it stays so."""
+        """Wait while the buffer is full. If it stays full, raises the error that keeps it from being written."""
         while self.is_full:
             full = self._gathering
             if self._failing and self._leaving.contents:
@@ -138,7 +138,7 @@ class Behind:
                     await _in_place(full)
 
     def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
-        """Take a write, for which there is `room`. `data` is copied, or `memory` retained, as `Contents.put` says."""
+        """Put in a write, for which there is `room`. `data` is copied, or `memory` retained, as `Contents.put` says."""
         gathering = self._gathering
         contents = gathering.contents
         before = contents.weight
@@ -152,17 +152,17 @@ class Behind:
             gathering.hurry.set()
 
     def forget(self) -> None:
-        """Nobody wants what is in memory any more, nor will put anything there."""
+        """Drop what is in memory: nobody needs it any more, and nobody puts in anything else."""
         self._on_change(-self._weight)
-        self._on_change = lambda chunks: None  # of what is on its way yet
+        self._on_change = lambda chunks: None  # for what is still on its way
         self._tell = nobody
         self._gathering.contents.release()
         self._gathering, self._leaving = _Generation(), _NOTHING
 
     async def drain(self) -> None:
-        """Return when all that was put is where it belongs, not yet durable there. # I3
+        """Return when everything that was put in is in its place, not yet durably. # I3
 
-        Raises OSError or CowError when something is not; it stays in the buffer, to be tried again by the next drain.
+        Raises OSError or CowError when something is not; it stays in the buffer, and the next drain tries it again.
         """
         for generation in (self._leaving, self._gathering):
             if generation.contents:
@@ -170,25 +170,25 @@ class Behind:
                 await _in_place(generation)
 
     async def drain_or(self, error: Exception) -> None:
-        """As `drain`, for a reader who met `error`: raises that when this fails."""
+        """Like `drain`, for a reader that got `error`: raises that one if this fails."""
         try:
             await self.drain()
         except (CowError, OSError):
             raise error from None
 
     def try_again(self) -> None:
-        """Have `run` try again what could not be written: now it can be, or nobody needs it any more."""
+        """Have `run` retry what could not be written: now it can be, or nobody needs it any more."""
         if self.chunks:
             self._hurry(self._gathering)
 
     def _hurry(self, generation: _Generation) -> None:
-        """Have `run` bring a generation now, whatever else it waits for."""
-        generation.arrived.set()  # what was not taken the last time does not count as arrived
+        """Have `run` write a generation now, whatever else it waits for."""
+        generation.arrived.set()  # contents that came back unwritten do not count as arrived
         generation.hurry.set()
         self._watched.hurry.set()
 
     async def flush(self) -> None:
-        """As `drain`, in this task, so that none has to be woken. It must not be cancelled before `forget`."""
+        """Like `drain`, but in this task, so that no other has to be woken. Must not be cancelled before `forget`."""
         for generation in (self._leaving, self._gathering):
             if generation.contents:
                 await self._bring(generation)
@@ -213,7 +213,7 @@ class Behind:
     async def _flush(self) -> None:
         taken = self._leaving = self._gathering
         self._gathering = _Generation()
-        taken.arrived.set()  # so that `run` looks for the next one; what was not taken before has not arrived
+        taken.arrived.set()  # so that `run` goes on to the next one; contents that came back have not arrived
         taken.taken.set()
         taken.error = CowError("hcpfs was stopped before")  # until we know better
         left = Unwritten(taken.contents, None)
@@ -233,7 +233,7 @@ class Behind:
         self._note(taken.error if taken.is_kept else None)
 
     def _note(self, error: Exception | None) -> None:
-        """Whether the last flush left something here, and why."""
+        """Note whether the last flush left something in the buffer, and tell why."""
         if error is not None and not self._failing:
             self._tell(
                 Trouble(
@@ -287,7 +287,7 @@ def _write_row(device: File, row: Row) -> None:
 
 
 def _write_singly(device: File, row: Row) -> Iterator[int]:
-    """Write a row chunk by chunk, because it may be one bad sector; yields the chunks that the device refused."""
+    """Write a row chunk by chunk, because only one sector may be bad; yields the chunks that the device refused."""
     run, content = row
     if run.chunks == 1:
         yield run.first

@@ -1,8 +1,8 @@
-"""What was written and waits: chunks, parts of chunks, and extents, the newer bytes over the older ones.
+"""Writes that wait: chunks, parts of chunks, and extents, newer bytes over older ones.
 
-It has what was written, byte for byte and nothing more, so that it never covers what somebody wrote beside it. A long
-write is one extent, in one piece of memory, however many chunks it has: nothing is done for each of them. Later writes
-into an extent change its bytes, so that extents never overlap and none is ever cut.
+Exactly the bytes that were written are kept, so that they never overwrite what somebody wrote beside them. A long write
+is one extent, in one piece of memory, however many chunks it has: there is no work per chunk. Later writes into an
+extent change its bytes, so that extents never overlap and none is ever split.
 """
 
 from bisect import bisect
@@ -18,14 +18,14 @@ _ROW_CHUNKS = 256  # of single chunks in one write: 1 MiB
 
 
 class Part:
-    """A chunk that was written in part: its content, and which bytes of it count."""
+    """A chunk that was written in part: its content, and which of its bytes were written."""
 
     def __init__(self) -> None:
         self.content = bytearray(CHUNK_BYTES)
         self.extents: list[tuple[int, int]] = []  #: (start, end) in the chunk; ascending, and none touches another
 
     def put(self, start: int, data: bytes | memoryview) -> None:
-        """Write over what there is."""
+        """Write over the bytes that are there."""
         end = start + len(data)
         self.content[start:end] = data
         beside = [one for one in self.extents if one[1] < start or one[0] > end]
@@ -34,23 +34,23 @@ class Part:
         self.extents = sorted([*beside, (min(starts), max(ends))])
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Where in the chunk, and what."""
+        """The bytes that were written: offsets in the chunk and bytes."""
         return ((start, bytes(self.content[start:end])) for start, end in self.extents)
 
 
 Whole = bytes | memoryview  # all of a chunk, or of the chunks of an extent
-Row = tuple[Run, Whole | list[Whole]]  # chunks that follow each other and their bytes: in one piece, or chunk by chunk
+Row = tuple[Run, Whole | list[Whole]]  # consecutive chunks and their bytes: in one piece, or chunk by chunk
 
 
 class Extent:
-    """Whole chunks that follow each other, in one piece of memory."""
+    """Consecutive whole chunks, in one piece of memory."""
 
     def __init__(self, run: Run, content: Whole) -> None:
         self.run = run
         self.content = content
 
     def put(self, offset: int, data: memoryview) -> None:
-        """Write over what there is, all of it within the extent."""
+        """Write over the bytes that are there. `data` lies within the extent."""
         at = offset - self.run.offset
         if not isinstance(self.content, memoryview) or self.content.readonly:
             self.content = memoryview(bytearray(self.content))
@@ -67,7 +67,7 @@ def _first(extent: Extent) -> int:
 
 
 class Contents:
-    """What waits to be written to one image."""
+    """The writes that wait for one image."""
 
     def __init__(self) -> None:
         self.single: dict[int, bytes | Part] = {}  #: by chunk: those that are in no extent
@@ -75,7 +75,7 @@ class Contents:
         self.weight = 0  #: what it takes in memory, in chunks
         self._kept: list[Memory] = []
         self._extent_chunks = 0
-        self._kept_chunks = 0  #: in the memory of the extents, also what they do not use of it
+        self._kept_chunks = 0  #: the size of the extents' memory, with what they do not use of it
 
     def __len__(self) -> int:
         """How many chunks were written, wholly or in part."""
@@ -84,10 +84,10 @@ class Contents:
     # -- putting in ----------------------------------------------------------------------------------------------
 
     def put(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> None:
-        """Write over what there is.
+        """Put in a write, over the bytes that are there.
 
-        `data` is copied, unless it is long enough for an extent and a view that is read-only, because then it does not
-        change, or a view of `memory`, which is retained until `release`.
+        `data` is copied, unless it is long enough for an extent and is either a read-only view, because then it does
+        not change, or a view of `memory`, which is retained until `release`.
         """
         if len(data) == CHUNK_BYTES and not offset % CHUNK_BYTES and not self.extents:
             self.single[offset // CHUNK_BYTES] = bytes(data)
@@ -108,7 +108,7 @@ class Contents:
             self._put_beside(done, view[done - offset :], memory)
 
     def _put_beside(self, offset: int, view: memoryview, memory: Memory | None = None) -> None:
-        """Put in what overlaps no extent."""
+        """Put in a write that overlaps no extent."""
         head, body, tail = split(offset, len(view))
         if head:
             self._put_part(offset, view[:head])
@@ -141,7 +141,7 @@ class Contents:
         self._kept_chunks += run.chunks if memory is None else chunks_of(len(memory.view))
 
     def put_beneath(self, older: "Contents") -> None:
-        """Put in what was written before the rest, beneath it. All of it is copied."""
+        """Put in older contents, beneath what is there. Everything is copied."""
         for chunk, content in older.singly():
             newer = self.single.get(chunk)
             if self._overlapping(Run(chunk, 1)) or isinstance(newer, bytes):
@@ -160,11 +160,11 @@ class Contents:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def has(self, chunk: int) -> bool:
-        """Whether some of the chunk is here."""
+        """Whether any byte of the chunk is here."""
         return chunk in self.single or (bool(self.extents) and bool(self._overlapping(Run(chunk, 1))))
 
     def holds(self, run: Run) -> bool:
-        """Whether some of the run is here."""
+        """Whether any byte of the run is here."""
         if self.single and not self.single.keys().isdisjoint(range(run.first, run.end)):
             return True
         return bool(self.extents) and bool(self._overlapping(run))
@@ -181,7 +181,7 @@ class Contents:
         return {chunk: content for chunk, content in self.single.items() if isinstance(content, Part)}
 
     def pieces(self, run: Run) -> Iterator[tuple[int, bytes]]:
-        """What there is of a run: offsets and bytes. They are copies, which neither changes nor `release` affect."""
+        """What is here of a run: offsets and bytes. These are copies, which neither changes nor `release` affect."""
         for chunk in self._single_in(run):
             yield from _pieces_of(chunk, self.single[chunk])
         for extent in self._overlapping(run):
@@ -190,7 +190,7 @@ class Contents:
             yield first * CHUNK_BYTES, bytes(extent.content[at : at + (end - first) * CHUNK_BYTES])
 
     def rows(self, filled: dict[int, bytes] | None = None) -> list[Row]:
-        """The whole chunks, and those that were written in part as `filled` has them, to be written a row at a time."""
+        """The whole chunks, and partly written ones as `filled` has them, to be written a row at a time."""
         whole = {chunk: content for chunk, content in self.single.items() if isinstance(content, bytes)}
         if filled:
             whole |= filled
@@ -207,7 +207,7 @@ class Contents:
         return found
 
     def only(self, chunks: Iterable[int]) -> "Contents":
-        """These chunks alone."""
+        """Contents with these chunks alone."""
         wanted, found = frozenset(chunks), Contents()
         found.single = {
             chunk: content if isinstance(content, Part) else bytes(content)
@@ -238,14 +238,14 @@ class Contents:
 
 
 def contents_of(offset: int, data: bytes | memoryview) -> Contents:
-    """One write. Its memory must not change while they are used."""
+    """The contents of one write. Its memory must not change while they are used."""
     contents = Contents()
     contents.put(offset, memoryview(data).toreadonly())
     return contents
 
 
 def overlaid(data: bytes | bytearray, offset: int, pieces: Iterable[tuple[int, Whole]]) -> bytes:
-    """What was read at `offset`, with the pieces (offsets and bytes) put over it, one after the other."""
+    """What was read at `offset`, overlaid with the pieces (offsets and bytes), one after the other."""
     result = bytearray(data)
     for start, piece in pieces:
         at = start - offset
@@ -255,7 +255,7 @@ def overlaid(data: bytes | bytearray, offset: int, pieces: Iterable[tuple[int, W
 
 
 def covers(pieces: Iterable[tuple[int, Whole]], offset: int, length: int) -> bool:
-    """Whether the pieces (offsets and bytes) have all of an extent."""
+    """Whether the pieces (offsets and bytes) cover all of an extent."""
     at = offset
     for start, piece_bytes in sorted((start, len(piece)) for start, piece in pieces):
         if start > at:

@@ -28,7 +28,7 @@ class Memory:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that this process got no memory, or no thread, which needs some."""
+    """Whether the error says that this process got no memory, or no thread, which needs memory."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "start new thread" in str(error))
 
 

@@ -1,1 +1,1 @@
-"""Raw I/O: the system calls, and what the store and the devices are reached through."""
+"""Raw I/O: the system calls, and the files, directories and devices that use them."""

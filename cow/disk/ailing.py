@@ -1,8 +1,8 @@
-"""What an error of a source means: one bad sector, or a device that is away; and the sentence for it.
+"""What an error of a source means, one bad sector or a device that is away, and the sentence for it.
 
-A chunk that cannot be read is lost to the snapshots when it is overwritten, and overwriting may be what heals it (I8).
-But where the device as a whole does not answer, the write would fail as well: nothing is overwritten, and all is there
-again when the device is. So then it is the writer who is told. # I1
+A chunk that cannot be read is lost to the snapshots when it is overwritten, but overwriting may repair the sector (I8).
+If the device as a whole does not respond, the write would fail as well: nothing is overwritten, and everything is there
+again when the device is back. So the writer gets the error then. # I1
 """
 
 import errno
@@ -12,8 +12,8 @@ from cow.disk.passing import BAD_SECTOR
 from cow.disk.source import OriginDevice, SourceError
 from cow.geometry import CHUNK_BYTES
 
-_PLACES = 8  # that are tried, spread over the device, and its end
-_NEAR_CHUNKS = 256  # what is bad around a bad sector says nothing of the device
+_PLACES = 8  # to try, spread over the device, besides its end
+_NEAR_CHUNKS = 256  # errors this close to a bad sector say nothing about the device
 
 _MEANINGS = {
     errno.ENOSPC: "the file system that it is on is full, which is not the store's: it is a sparse file, and the write "
@@ -41,12 +41,12 @@ def told(error: OSError, device: OriginDevice, image: str, action: str, offset: 
 
 
 def why_away(device: OriginDevice, chunk: int, error: OSError) -> OSError | None:
-    """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks.
+    """Why a chunk that cannot be read is no bad sector; None when the device responds elsewhere. Blocks.
 
-    Read past the cache, which may know what the device does not give any more. Most places must answer, and a flush
-    must work: those that answer may be in a cache further down.
+    Reads bypass the page cache, which may have what the device no longer returns. Most places must respond, and a flush
+    must work, because the data of those places may come from a cache further down.
     """
-    if isinstance(error, SourceError):  # it was cut, or is gone
+    if isinstance(error, SourceError):  # it was truncated, or is gone
         return error
     if error.errno in BAD_SECTOR:
         places = _places(chunk, -(-device.size_bytes // CHUNK_BYTES))
@@ -64,7 +64,7 @@ def why_away(device: OriginDevice, chunk: int, error: OSError) -> OSError | None
 
 
 def check_size(device: OriginDevice) -> None:
-    """`OriginDevice.check_size`, with a sentence where a file cannot even be looked at. Raises SourceError."""
+    """`OriginDevice.check_size`, with a sentence for a file whose size cannot even be read. Raises SourceError."""
     try:
         device.check_size()
     except SourceError:

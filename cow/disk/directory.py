@@ -23,13 +23,13 @@ class Directory:
         self.label = label
         self.is_in_memory = io.is_in_memory(fd)  #: nothing in it ever waits for a disk
         self._io = io
-        self._made: list[str] = []  #: what was made for it, outermost first
+        self._made: list[str] = []  #: the directories that were created for it, outermost first
 
     @classmethod
     def open_path(cls, path: str, io: Io = SYSTEM, *, create: bool = False) -> Self:
         """Open the directory at `path`, whose last component may not be a symbolic link.
 
-        With `create` it is made, 0700, with those above it, when missing.
+        With `create` a missing one is created, mode 0700, with its missing parents.
         """
         try:
             made = io.make_directories(path, 0o700) if create else []
@@ -40,14 +40,14 @@ class Directory:
         return directory
 
     def unmake(self) -> None:
-        """Remove what `open_path` made, as far as it is empty."""
+        """Remove the directories that `open_path` created, as far as they are empty."""
         with suppress(OSError):
             for path in reversed(self._made):
                 self._io.rmdir(path)
 
     @property
     def io(self) -> Io:
-        """The system calls that this directory is used through."""
+        """The system calls through which this directory is used."""
         return self._io
 
     def check_ours(self) -> None:
@@ -55,10 +55,10 @@ class Directory:
         _check_ours(self._io.fstat(self.fd), self.label)
 
     def check_ours_below(self) -> None:
-        """Raise RefusedError when others own or could change what is below, or files there are also files elsewhere.
+        """Raise RefusedError when others own or could change something below, or a file there has other hard links.
 
-        This is for the opening, where a refusal costs nothing. What is opened later is checked for its type alone: who
-        makes hard links of a store in use, or opens it to others, shall not lose snapshots by it. # I8
+        This is for the opening, where a refusal costs nothing. Files opened later are checked for their type alone: a
+        user who makes hard links to a store in use, or opens it to others, shall not lose snapshots by it. # I8
         """
         for path, status in self.entries_below():
             label = f"{self.label}/{path}"
@@ -71,7 +71,7 @@ class Directory:
                 )
 
     def entries_below(self) -> Iterator[tuple[str, os.stat_result]]:
-        """All that is below: its path from here, and what it is."""
+        """Everything below: its path from here, and its status (lstat(2))."""
         return self._io.entries_below(self.fd)
 
     @property
@@ -86,16 +86,16 @@ class Directory:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether its file system takes no writes."""
+        """Whether its file system is mounted read-only."""
         return bool(self._io.fstatvfs(self.fd).f_flag & os.ST_RDONLY)
 
     def identity(self, name: str) -> tuple[int, int] | None:
-        """Device and inode of what has that name here, None when nothing has."""
+        """Device and inode number of the entry of that name, None when there is none."""
         return self._io.identity(self.fd, name)
 
     @property
     def own_identity(self) -> tuple[int, int] | None:
-        """The same of the directory itself."""
+        """The same for the directory itself."""
         return self._io.identity(self.fd)
 
     def close_to_others(self) -> None:
@@ -105,8 +105,8 @@ class Directory:
     def open(self, name: str, *, create: bool = False) -> File:
         """Open a regular file for reading and writing.
 
-        With `create` a missing one is made, 0600; the new entry is durable after `sync` of this directory.
-        Raises FileNotFoundError, or RefusedError when something else than a regular file stands there.
+        With `create` a missing one is created, mode 0600; the new entry is durable after `sync` of this directory.
+        Raises FileNotFoundError, or RefusedError when the entry is not a regular file.
         """
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_CREAT if create else 0)
         label = f"{self.label}/{name}"
@@ -122,9 +122,9 @@ class Directory:
         return File(self._io, fd, label)
 
     def subdirectory(self, name: str, *, create: bool = False) -> "Directory":
-        """Open a directory below; with `create` a missing one is made, 0700, and its entry is durable on return.
+        """Open a subdirectory; with `create` a missing one is created, mode 0700, and its entry is durable on return.
 
-        Raises FileNotFoundError, or RefusedError when something else than a directory stands there.
+        Raises FileNotFoundError, or RefusedError when the entry is not a directory.
         """
         if create:
             self._make_directory(name)
@@ -138,13 +138,13 @@ class Directory:
         try:
             self._io.mkdir(name, 0o700, dir_fd=self.fd)
         except FileExistsError:
-            self.sync()  # it may be from a try whose sync failed
+            self.sync()  # the entry may be from an attempt whose sync failed
             return
         try:
             self.sync()
         except OSError:
             with suppress(OSError):
-                self.rmdir(name)  # so that the next try makes, and syncs, a new entry
+                self.rmdir(name)  # so that the next attempt makes, and syncs, a new entry
             raise
 
     def names(self) -> list[str]:
@@ -168,30 +168,30 @@ class Directory:
         self._io.fsync(self.fd)
 
     def free_bytes(self) -> int:
-        """Space that the file system still has for us."""
+        """The bytes that the file system still has for us."""
         stats = self._io.fstatvfs(self.fd)
         return stats.f_bavail * stats.f_frsize
 
     def filesystem_bytes(self) -> int:
-        """The size of the file system."""
+        """The size of the file system, in bytes."""
         stats = self._io.fstatvfs(self.fd)
         return stats.f_blocks * stats.f_frsize
 
     def free_inodes(self) -> int | None:
-        """How many files the file system can still make for us; None where it does not count them, as btrfs."""
+        """How many inodes the file system still has for us; None if it does not count them, like btrfs."""
         stats = self._io.fstatvfs(self.fd)
         return stats.f_favail if stats.f_files else None
 
     def allocated(self) -> tuple[int, int]:
-        """What all that is below takes on the file system: bytes, and inodes."""
+        """The bytes and the inodes that everything below takes on the file system."""
         return self._io.allocated(self.fd)
 
     def allocated_bytes(self) -> int:
-        """The bytes of that."""
+        """The bytes that everything below takes on the file system."""
         return self.allocated()[0]
 
     def allocated_here(self) -> int:
-        """What its entries take on the file system, without what is below them."""
+        """The bytes that its entries take on the file system, without what is below them."""
         return self._io.allocated_here(self.fd)
 
     def lock(self, name: str) -> File:

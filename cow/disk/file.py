@@ -1,4 +1,4 @@
-"""An open file or block device. What a call makes durable is said at each method; nothing else is durable."""
+"""An open file or block device. Each method says what it makes durable; nothing else is durable."""
 
 import errno
 import os
@@ -22,11 +22,11 @@ class File:
         self.label = label
         self._io = io
         self._sync_failure: OSError | None = None
-        self._syncing = threading.Lock()  #: the kernel tells a lost write to one sync only: no two at once
+        self._syncing = threading.Lock()  #: one sync at a time: the kernel reports a lost write once
         self.is_in_memory = io.is_in_memory(fd)  #: it never waits for a disk; such file systems refuse RWF_NOWAIT
-        #: (length, offset): reads without waiting for a disk; raises BlockingIOError where that cannot be done in full
+        #: (length, offset): reads without waiting for a disk; raises BlockingIOError if that cannot be done in full
         self.pread_nowait: Callable[[int, int], bytes] = self._pread_memory if self.is_in_memory else self._pread_cached
-        #: (into, offset): the same of `fill`
+        #: (into, offset): the same for `fill`
         self.fill_nowait: Callable[[memoryview, int], int] = self.fill if self.is_in_memory else self._fill_cached
         self._can_write_nowait = True
 
@@ -41,7 +41,7 @@ class File:
         return data
 
     def _check_end(self, end: int, wanted: int) -> None:
-        """Called when there is nothing at `end`, and a read wanted what is before `wanted`."""
+        """Called when the file has nothing at `end`, and a read wanted the bytes up to `wanted`."""
 
     def _pread_memory(self, length: int, offset: int) -> bytes:
         data = self._io.pread(self.fd, length, offset)
@@ -100,7 +100,7 @@ class File:
             self.pwrite(b"".join(parts)[written:], offset + written)
 
     def pwrite_nowait(self, data: bytes | memoryview, offset: int) -> bool:
-        """Write without waiting for a disk; False when that could not be done in full, and `pwrite` has to."""
+        """Write without waiting for a disk; False when that could not be done in full, and `pwrite` has to do it."""
         if self.is_in_memory:
             self.pwrite(data, offset)
             return True
@@ -119,8 +119,8 @@ class File:
     def sync(self) -> None:
         """Make all earlier writes durable.
 
-        Raises OSError when the kernel says so, and SyncError ever after: the kernel reports a lost write once and
-        then marks the pages clean (fsyncgate), so success on a retry would be a lie. # I3
+        Raises OSError when the kernel does, and SyncError ever after: the kernel reports a lost write once and then
+        marks the pages clean (fsyncgate), so success on a retry would be a lie. # I3
         """
         with self._syncing:
             if self._sync_failure is not None:
@@ -135,7 +135,7 @@ class File:
                 raise
 
     def forget_sync_failure(self) -> None:
-        """Let syncs of later writes count again. What the failed one covered must have been given up, durably."""
+        """Let later syncs succeed again. What the failed one covered must be written anew, or durably given up."""
         self._sync_failure = None
 
     def allocate(self, length: int) -> None:
@@ -151,7 +151,7 @@ class File:
         self._io.ftruncate(self.fd, length)
 
     def punch(self, offset: int, length: int) -> None:
-        """Give the extent's space back; it reads as zeroes. Not durable by itself."""
+        """Punch a hole: the extent's space is freed, and it reads as zeroes. Not durable by itself."""
         self._io.fallocate(self.fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
 
     @property
@@ -166,15 +166,15 @@ class File:
 
     @property
     def allocated_bytes(self) -> int:
-        """What the file takes on its file system."""
+        """The bytes that the file takes on its file system."""
         return self._io.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
-        """Close the descriptor. Nothing is synced by it."""
+        """Close the descriptor. Nothing is synced."""
         self._io.close(self.fd)
 
 
 def _raise_file_limit(error: OSError) -> None:
-    """Raise the error, unless it is of a limit that somebody has lowered since and that can be raised again."""
+    """Raise the error, unless it comes from RLIMIT_FSIZE, which was lowered since and could be raised again."""
     if error.errno != errno.EFBIG or not raise_limit(resource.RLIMIT_FSIZE):
         raise error

@@ -1,4 +1,4 @@
-"""The system calls of the engine, each a method of one `Io` object, in whose place tests stand a simulated disk.
+"""The system calls of the engine, each a method of one `Io` object, which tests replace by a simulated disk.
 
 Every call on the files of a store and on the devices, and every connection to the catalog's database, is made here; the
 simulated disk keeps what a power cut would leave. Calls block: callers decide on which thread they run.
@@ -20,7 +20,7 @@ from cow.disk import trial, unwritable
 from cow.disk.witness import witness_of
 from cow.errors import RefusedError
 
-MOST_PARTS = 1024  #: in one call: IOV_MAX, limits.h(0p)
+MOST_PARTS = 1024  #: of one pwritev(2): IOV_MAX, limits.h(0p)
 FULL = {errno.ENOSPC, errno.EDQUOT}  #: the errnos of "no room"
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Geometry(NamedTuple):
-    """What a source is: its size, and 512 or 4096 bytes a logical block (512 for a regular file)."""
+    """A source's size and logical block size, which is 512 or 4096 bytes (512 for a regular file)."""
 
     size_bytes: int
     logical_block_bytes: int
@@ -67,7 +67,7 @@ class Io:
     check_writable = staticmethod(unwritable.check_writable)
 
     def make_directories(self, path: str, mode: int) -> list[str]:
-        """Make a directory and those above it that are missing. Returns those made, outermost first."""
+        """Create a directory and its missing parents. Returns those created, outermost first."""
         missing = []
         while path and not os.path.lexists(path):
             missing.append(path)
@@ -75,7 +75,7 @@ class Io:
         made: list[str] = []
         try:
             for one in reversed(missing):
-                with suppress(FileExistsError):  # by another just now
+                with suppress(FileExistsError):  # another process just created it
                     os.mkdir(one, mode)
                     made.append(one)
         except OSError:
@@ -93,7 +93,7 @@ class Io:
         return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
 
     def identity(self, fd: int, name: str = "") -> tuple[int, int] | None:
-        """Which file a descriptor has open, or which one has that name in its directory: None when there is none."""
+        """Device and inode number of what a descriptor has open, or of the entry `name` in it; None without one."""
         try:
             status = os.stat(name, dir_fd=fd, follow_symlinks=False) if name else os.fstat(fd)
         except FileNotFoundError:
@@ -105,7 +105,7 @@ class Io:
         return os.fstat(fd).st_nlink == 0
 
     def is_at(self, fd: int, path: str) -> bool:
-        """Whether `path` is what the descriptor has open, and no symbolic link to it."""
+        """Whether `path` is what the descriptor has open, and not a symbolic link to it."""
         try:
             return os.path.samestat(os.fstat(fd), os.lstat(path))
         except OSError as error:
@@ -120,9 +120,9 @@ class Io:
             raise OSError(number, os.strerror(number))
 
     def pread_direct(self, fd: int, length: int, offset: int) -> bytes:
-        """Read past the page cache, through a descriptor of its own; both figures are multiples of 4096.
+        """Read bypassing the page cache, through a descriptor of its own; both numbers are multiples of 4096.
 
-        Where there is no O_DIRECT, what is cached of it is dropped before.
+        Without O_DIRECT, cached pages of the extent are dropped first.
         """
         try:
             own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -131,7 +131,7 @@ class Io:
                 raise
         else:
             try:
-                with mmap.mmap(-1, length) as buffer:  # which is aligned
+                with mmap.mmap(-1, length) as buffer:  # is page-aligned
                     return buffer[: os.preadv(own, [buffer], offset)]
             except OSError as error:
                 if error.errno != errno.EINVAL:
@@ -142,7 +142,7 @@ class Io:
         return self.pread(fd, length, offset)
 
     def flush_by_another(self, fd: int) -> None:
-        """Flush the device through a descriptor of its own, so that an error of that flush is told to no other."""
+        """Flush the device through a descriptor of its own, so that an error of that flush is reported to no other."""
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(own)
@@ -150,7 +150,7 @@ class Io:
             os.close(own)
 
     def pwrite_direct(self, fd: int, data: bytes | memoryview, offset: int) -> None:
-        """Write all of it past the page cache, as `pread_direct` reads; where that cannot be had, into the cache."""
+        """Write all of `data` bypassing the page cache, as `pread_direct` reads; without O_DIRECT, into the cache."""
         try:
             own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
         except OSError as error:
@@ -167,7 +167,7 @@ class Io:
             os.close(own)
 
     def is_in_memory(self, fd: int) -> bool:
-        """Whether it is a file or a directory that never waits for a disk."""
+        """Whether the descriptor is of a file or a directory that never waits for a disk."""
         buffer = ctypes.create_string_buffer(256)
         if _libc.fstatfs(fd, buffer) != 0:
             number = ctypes.get_errno()
@@ -183,7 +183,7 @@ class Io:
         return os.open(path, flags | (os.O_EXCL if stat.S_ISBLK(kind) else 0))
 
     def geometry(self, fd: int) -> Geometry:
-        """The size and the logical block of a source."""
+        """The size and the logical block size of a source."""
         status = os.fstat(fd)
         if not stat.S_ISBLK(status.st_mode):
             return Geometry(status.st_size, 512, is_block=False)
@@ -192,7 +192,7 @@ class Io:
         return Geometry(size_bytes, logical_block_bytes, is_block=True)
 
     def entries_below(self, fd: int) -> Iterator[tuple[str, os.stat_result]]:
-        """All that is below a directory: its path from there, and what it is."""
+        """Everything below a directory: its path from there, and its status (lstat(2))."""
         for above, directories, files, place in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
             for name in [*directories, *files]:
                 with suppress(FileNotFoundError):  # removed while we looked
@@ -200,12 +200,12 @@ class Io:
                     yield os.path.normpath(os.path.join(above, name)), status
 
     def allocated(self, fd: int) -> tuple[int, int]:
-        """What all that is below a directory takes on the file system: bytes, and inodes."""
+        """The bytes and the inodes that everything below a directory takes on the file system."""
         blocks = [status.st_blocks for _, status in self.entries_below(fd)]
         return sum(blocks) * 512, len(blocks)
 
     def allocated_here(self, fd: int) -> int:
-        """What the entries of a directory take on the file system, without what is below them."""
+        """The bytes that the entries of a directory take on the file system, without what is below them."""
         total = 0
         for name in os.listdir(fd):
             with suppress(FileNotFoundError):  # removed while we looked

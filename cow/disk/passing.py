@@ -1,7 +1,8 @@
-"""Errors that may pass, told from those that stay, before anything is recorded for good.
+"""Telling errors that may pass from errors that stay, before anything is recorded for good.
 
-At an opening what cannot be read is given up, so that the rest can be used. But too many open files, no memory, or an
-error that is gone a moment later are no reason to: the opening is refused then, and the next one finds all as it was.
+An opening gives up what cannot be read, so that the rest can be used. An error that is gone a moment later is no reason
+for that, so the call is retried; nor are too many open files, or a lack of memory: the opening is refused then, and the
+next one finds everything as it was.
 """
 
 import errno
@@ -12,7 +13,8 @@ from typing import TypeVar
 
 from cow.errors import MayPassError
 
-# What a disk, or what stands for one, answers for a sector that it cannot give or take. Others are not about a sector.
+# What a disk, or a driver that acts as one, returns for a sector that it cannot read or write. No other errno is about
+# a sector.
 BAD_SECTOR = {
     errno.EIO,
     errno.ENODATA,
@@ -22,21 +24,21 @@ BAD_SECTOR = {
     errno.EUCLEAN,
     errno.ETIMEDOUT,
 }
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT}  # which have a sentence of their own
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}  # errors that have a sentence of their own
 TRIES = 3
-PAUSE_SECONDS = 0.3  # between two of them
+PAUSE_SECONDS = 0.3  # between two tries
 MOST_PAUSES = 16  # in a minute
 _FORGET_SECONDS = 60.0
 
 T = TypeVar("T")
-_pauses: deque[float] = deque(maxlen=MOST_PAUSES)  #: when the latest were
+_pauses: deque[float] = deque(maxlen=MOST_PAUSES)  #: the times of the latest
 
 
 def stays(call: Callable[[], T], what: str) -> T:
-    """The result of `call`, which is made again after a moment while it fails as at a bad sector. Blocks.
+    """The result of `call`, which is retried after a pause while it fails as at a bad sector. Blocks.
 
-    Raises the OSError when it stayed, FileNotFoundError and those of a full disk at once, and MayPassError for all
-    others; `what` says what cannot be done then.
+    Raises the OSError when it stays, FileNotFoundError and the errors of a full disk at once, and MayPassError for all
+    others; its sentence begins with `what`, which says what cannot be done.
     """
     for tries_left in reversed(range(TRIES)):
         try:
@@ -50,7 +52,7 @@ def stays(call: Callable[[], T], what: str) -> T:
 
 
 def pause() -> None:
-    """Give an error a moment to pass. Blocks; not where there are so many errors that this would go on for long."""
+    """Give an error a moment to pass. Blocks, but not when there are so many errors that the pauses would take long."""
     now = time.monotonic()
     if len(_pauses) < MOST_PAUSES or now - _pauses[0] > _FORGET_SECONDS:
         _pauses.append(now)
@@ -58,7 +60,7 @@ def pause() -> None:
 
 
 def raise_if_passing(error: Exception, what: str) -> None:
-    """Raise MayPassError for an OSError that says nothing of a sector, nor of room, nor that there is no such file."""
+    """Raise MayPassError for an OSError that is not about a sector, nor a lack of room, nor a missing file."""
     if not isinstance(error, OSError) or error.errno in BAD_SECTOR | NO_ROOM | {errno.ENOENT}:
         return
     raise MayPassError(

@@ -1,4 +1,4 @@
-"""A source: the block device or the file that snapshots are taken of, held for as long as it is served. # I7"""
+"""A source: the block device or the file that snapshots are taken of, locked for as long as it is served. # I7"""
 
 import errno
 import fcntl
@@ -13,11 +13,11 @@ from cow.disk.superblock import Superblock, SuperblockOf, no_superblock
 from cow.disk.witness import Witness
 from cow.errors import RefusedError
 
-_PAGE_BYTES = 4096  # what O_DIRECT takes everywhere
+_PAGE_BYTES = 4096  # an alignment that O_DIRECT accepts everywhere
 
 
 class PastCache(File):
-    """A source, written to past the page cache where whole chunks are: into that a write to a disk never fails."""
+    """A source whose writes of whole chunks bypass the page cache, where a write to a failing disk never fails."""
 
     def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of `data`."""
@@ -32,15 +32,15 @@ class PastCache(File):
 
 
 class SourceError(OSError):
-    """What a source answered, in a sentence that names it."""
+    """An error of a source, in a sentence that names it."""
 
 
 class ShrunkError(SourceError):
-    """A file that is a source was cut while it was served."""
+    """A source shrank, or was truncated, while it was served."""
 
 
 class OriginDevice(File):
-    """A source: a block device, held O_EXCL, or a regular file, held by flock(2). # I7
+    """A source: a block device, locked by O_EXCL, or a regular file, locked by flock(2). # I7
 
     `size_bytes` is fixed at opening; `logical_block_bytes` is 512 or 4096 (512 for a regular file).
     """
@@ -57,9 +57,9 @@ class OriginDevice(File):
     ) -> None:
         super().__init__(io, fd, label)
         self._size_bytes, self.logical_block_bytes, self.is_block = geometry
-        self.is_read_only = is_read_only  #: so it is open
+        self.is_read_only = is_read_only  #: it was opened so
         self._superblock_of = superblock_of
-        self.intact_bytes = geometry.size_bytes  #: what is beyond is not what it was: the source was cut there
+        self.intact_bytes = geometry.size_bytes  #: what is beyond is not what it was: the source was truncated
 
     @property
     def size_bytes(self) -> int:
@@ -67,15 +67,15 @@ class OriginDevice(File):
         return self._size_bytes
 
     def _check_end(self, end: int, wanted: int) -> None:
-        """Raise ShrunkError when the device ends where it did not when it was opened: that is not zeroes. # I4"""
+        """Raise ShrunkError when the device ends earlier than when it was opened: that is not zeroes. # I4"""
         if end < min(wanted, self._size_bytes):
-            if self.is_block:  # it refuses writes there, and may be back: a disk whose connection was lost
+            if self.is_block:  # it refuses writes there, and may be back: a disk that lost its connection
                 raise ShrunkError(errno.EIO, f"{self.label} has no byte at offset {end} any more: it shrank")
             self._note_cut(end)
             raise self.shrunk()
 
     def _note_cut(self, end: int) -> None:
-        """From now on every read has to pass who looks at `intact_bytes`."""
+        """Have every read wait from now on, so that it passes the code that checks `intact_bytes`."""
         self.intact_bytes = min(self.intact_bytes, end)
         self.pread_nowait = self.fill_nowait = self._look_first
 
@@ -83,7 +83,7 @@ class OriginDevice(File):
         raise BlockingIOError(errno.EAGAIN, "the source was cut")
 
     def shrunk(self) -> "ShrunkError":
-        """The error for what is beyond `intact_bytes`."""
+        """The error for an access beyond `intact_bytes`."""
         return ShrunkError(
             errno.EIO,
             f"{self.label} was cut from {self._size_bytes} to {self.intact_bytes} bytes, or less, while it was served: "
@@ -92,9 +92,9 @@ class OriginDevice(File):
         )
 
     def check_size(self) -> None:
-        """Raise ShrunkError when the file was cut, now or before. # I4
+        """Raise ShrunkError if the file is truncated now, or was found so before. # I4
 
-        A write beyond its end would give it its size back, with a hole that reads like zeroes that were always there.
+        A write beyond its end would extend it again, with a hole that reads like zeroes that were always there.
         Block devices refuse such writes themselves.
         """
         if not self.is_block and (size_bytes := self._io.fstat(self.fd).st_size) < self.intact_bytes:
@@ -103,28 +103,28 @@ class OriginDevice(File):
             raise self.shrunk()
 
     def flush_by_another(self) -> None:
-        """Have the device flush its cache, for no other purpose than to see whether it does. Raises OSError."""
+        """Have the device flush its cache, only to see whether that works. Raises OSError."""
         self._io.flush_by_another(self.fd)
 
     def pread_past_cache(self, length: int, offset: int) -> bytes:
-        """Read from the device itself; fewer bytes only at its end. Both figures are multiples of 4096."""
+        """Read from the device itself; fewer bytes only at its end. Both numbers are multiples of 4096."""
         return self._io.pread_direct(self.fd, length, offset)
 
     def past_cache(self) -> "PastCache":
-        """The same device for writes whose errors are to be told at once."""
+        """The same device, for writes whose errors must be reported at once."""
         return PastCache(self._io, self.fd, self.label)
 
     @property
     def modified_ns(self) -> int:
-        """When the file system last saw a write to it."""
+        """When the file system last saw a write to it (mtime), in ns since 1970."""
         return self._io.fstat(self.fd).st_mtime_ns
 
     def witness(self) -> Witness | None:
-        """What the kernel counts of the writes to it; None where it does not. Blocks."""
+        """The kernel's counter of writes to it (witness.py); None where there is none. Blocks."""
         return self._io.witness(self.fd)
 
     def superblock(self) -> Superblock:
-        """What its superblock is called. Blocks."""
+        """The kind and UUID of its superblock. Blocks."""
         return self._superblock_of(self.fd)
 
     @classmethod
@@ -136,7 +136,7 @@ class OriginDevice(File):
         read_only: bool = False,
         superblock_of: SuperblockOf = no_superblock,
     ) -> Self:
-        """Open and own the source at `path`.
+        """Open the source at `path` and lock it.
 
         Raises RefusedError when it is in use, empty, or neither a block device nor a regular file; OSError when it
         cannot be opened at all.
@@ -154,7 +154,7 @@ class OriginDevice(File):
             ) from error
         try:
             geometry = io.geometry(fd)
-            if not geometry.is_block:  # O_EXCL holds those
+            if not geometry.is_block:  # O_EXCL locks block devices
                 io.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             io.close(fd)

@@ -1,6 +1,6 @@
-"""What a device is called by the superblock at its beginning: the best name of a disk, as it moves with the bytes.
+"""What the superblock at its beginning calls a device: the best name of a disk, because it moves with the bytes.
 
-The engine does not read superblocks: whoever opens a store says how they are read.
+The engine does not know how to read superblocks: the caller that opens a store passes a function for it.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Superblock(NamedTuple):
-    """The kind, such as ext4, and the UUID; empty: none, or not known."""
+    """The kind, such as ext4, and the UUID; empty if there is none, or it is not known."""
 
     kind: str = ""
     uuid: str = ""
@@ -17,9 +17,9 @@ class Superblock(NamedTuple):
         return f"{self.kind} with the UUID {self.uuid}" if self.uuid else "no UUID"
 
 
-SuperblockOf = Callable[[int], Superblock]  #: reads that of an open descriptor; blocks, and does not raise
+SuperblockOf = Callable[[int], Superblock]  #: reads the superblock of an open descriptor; blocks, does not raise
 
 
 def no_superblock(fd: int) -> Superblock:
-    """For those who need no names."""
+    """For callers that need no names."""
     return Superblock()

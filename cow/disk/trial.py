@@ -1,6 +1,6 @@
-"""What the file system of a store can do, tried with a file that has no name, before anything is made there.
+"""What the file system of a store can do, tried on an unnamed file before anything is created there.
 
-Raw calls, as those of cow/device.py, which has them as methods of its `Io`.
+These are raw system calls, like those of io.py, whose `Io` has them as methods.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-NAME = "trial"  #: of the file, for a moment, where a file system makes none without a name
+NAME = "trial"  #: of the file, for a moment, if the file system has no O_TMPFILE
 _HOLE_BYTES = 1 << 20
 _PAGE_BYTES = 4096
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # <linux/falloc.h>
@@ -22,18 +22,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Trial:
-    """The errno that each thing gave; 0 where it was done, or where something before it was not."""
+    """The errno of each step; 0 if it was done, or not tried because of an earlier one."""
 
-    make: int = 0  #: a file, and a write to it
-    allocate: int = 0  #: room for it
-    punch: int = 0  #: that room given back
-    map: int = 0  #: the file in memory, shared
-    grow: int = 0  #: the size asked for, all of it a hole
-    keeps_holes: bool = True  #: whether what was never written takes no room
+    make: int = 0  #: creating a file and writing to it
+    allocate: int = 0  #: reserving room for it
+    punch: int = 0  #: freeing that room by a hole
+    map: int = 0  #: mapping it into memory, shared
+    grow: int = 0  #: extending it to the size asked for, by a hole
+    keeps_holes: bool = True  #: whether parts that were never written take no room
 
 
 def try_out(directory: int, size_bytes: int) -> Trial:
-    """Try all of it in the directory with that descriptor. Nothing is left there. Blocks, and never raises OSError."""
+    """Try all steps in the directory of that descriptor, and leave nothing there. Blocks; never raises OSError."""
     try:
         fd = _unnamed(directory)
     except OSError as error:

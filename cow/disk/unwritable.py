@@ -16,8 +16,8 @@ _READ_ONLY = "mount it with -o ro to look at its snapshots, or make it writable"
 
 
 def check_writable(fd: int) -> None:
-    """Raise OSError when what is open for writing takes no writes all the same. Nothing is written."""
-    os.pwrite(fd, b"", 0)  # the kernel looks at a device's read-only flag, and for swap, before it looks at the length
+    """Raise OSError when a source takes no writes although it is open for writing. Nothing is written."""
+    os.pwrite(fd, b"", 0)  # the kernel checks a device's read-only flag, and for swap, before it looks at the length
 
 
 def refusal(path: str, error: OSError) -> RefusedError:

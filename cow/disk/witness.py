@@ -1,9 +1,9 @@
-"""The kernel's own witness of writes to a source: a counter that no write to it leaves as it was.
+"""The kernel's own witness of writes to a source: a counter that every write to it changes.
 
-Of a regular file that is its time of modification, of a loop device over a whole file the same of that file, of any
-other block device the sectors that were written and discarded, as its `stat` in sysfs counts them
-(Documentation/block/stat.rst). A counter says nothing after a reboot, or of another file; so it has a name, and two
-marks can be compared only where the names are the same.
+For a regular file it is the time of modification, for a loop device over a whole file that of the file, for any other
+block device the sectors that were written and discarded, as counted by its `stat` in sysfs
+(Documentation/block/stat.rst). The counter of a device says nothing after a reboot, and none says anything about
+another file; so each has a name, and two marks can be compared only if the names are the same.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ class Backing(NamedTuple):
 
 
 def backing_of(fd: int) -> Backing | None:
-    """What an open loop device shows; None for any other device, or when it has no file. Asks that file system."""
+    """What an open loop device shows; None for any other device, or without a file. Asks the file's file system."""
     try:
         information = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
     except OSError:
@@ -41,9 +41,9 @@ def backing_of(fd: int) -> Backing | None:
 
 
 def backing_file_of(device: int) -> str:
-    """The path of a loop device's file as sysfs shows it: perhaps not this process's, or another file's by now.
+    """The path of a loop device's file as sysfs shows it: perhaps not valid for this process, or another file's by now.
 
-    Raises OSError for what is no loop device with a file.
+    Raises OSError for anything but a loop device with a file.
     """
     return os.fsdecode((_sysfs(device) / "loop/backing_file").read_bytes().removesuffix(b"\n"))
 
@@ -65,7 +65,7 @@ def witness_of(fd: int) -> Witness | None:
         status = os.fstat(fd)
         if not stat.S_ISBLK(status.st_mode):
             return _of_file(fd)
-        with suppress(OSError):  # its file is not to be had here
+        with suppress(OSError):  # its file cannot be opened from here
             if (found := _of_loop(fd, status.st_rdev)) is not None:
                 return found
         return _of_device(status.st_rdev)
@@ -76,7 +76,7 @@ def witness_of(fd: int) -> Witness | None:
 def _of_file(fd: int) -> Witness:
     status = os.fstat(fd)
     try:
-        # A number of an inode is used again, with another generation.
+        # An inode number is reused, with another generation.
         (generation,) = struct.unpack_from("i", fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(8)))
     except OSError:
         generation = 0  # not on every file system
@@ -84,7 +84,7 @@ def _of_file(fd: int) -> Witness:
 
 
 def _of_loop(fd: int, device: int) -> Witness | None:
-    """That of the file, where the device shows all of it and the file is found."""
+    """The witness of the file, if the device shows all of it and the file is found."""
     backing = backing_of(fd)
     if backing is None or backing.offset or backing.size_limit:
         return None

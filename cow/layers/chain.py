@@ -1,4 +1,4 @@
-"""Reading from a chain: a chunk is read in the first layer that knows it, else from the origin."""
+"""Reading from a chain: a chunk is read from the first layer that knows it, else from the origin."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -16,17 +16,17 @@ class Share(NamedTuple):
 
 
 class ReadOrigin(Protocol):
-    """The origin, as far as a chain asks it."""
+    """The origin, as far as a chain needs it."""
 
     def __call__(self, run: Run, into: memoryview, *, nowait: bool = False) -> None:
         """Read whole chunks. Blocks; under `nowait` raises BlockingIOError instead."""
 
 
 def resolve(layers: Iterable[Layer], run: Run) -> list[Share]:
-    """Divide `run` among those who have it, in the order in which they are asked.
+    """Divide `run` among the layers that have it, in the order in which they are asked, and the origin.
 
-    Raises LostError when a chunk of it could not be kept, DamagedError when a layer that would have to be asked does
-    not know any more what it holds. # I4
+    Raises LostError when a chunk of it could not be kept, DamagedError when a layer that would have to be asked no
+    longer knows what it holds. # I4
     """
     if run.chunks == 1:
         return [Share(holder_of(layers, run.first), [run])]
@@ -70,11 +70,11 @@ def _lost(chunk: int) -> LostError:
 def gather(
     shares: Sequence[Share], first: int, into: memoryview, read_origin: ReadOrigin, *, nowait: bool = False
 ) -> None:
-    """Read all shares into `into`, which begins with the chunk `first`. What comes from layers is checked. # I4
+    """Read all shares into `into`, which begins with the chunk `first`. Chunks from layers are checked. # I4
 
-    Blocks, save under `nowait`. Raises BlockingIOError then, DamagedError, OSError.
+    Blocks; under `nowait` raises BlockingIOError instead. Raises DamagedError, OSError.
     """
-    for layer, runs in reversed(shares):  # the origin first: it may also read what is the layers'
+    for layer, runs in reversed(shares):  # the origin first: its reads may cover chunks of the layers too
         if layer is None:
             _fill_from_origin(read_origin, runs, first, into, nowait)
         else:
@@ -82,7 +82,7 @@ def gather(
 
 
 def _fill_from_origin(read: ReadOrigin, runs: list[Run], first: int, into: memoryview, nowait: bool) -> None:
-    """Runs of the origin: all with one call where they are most of what they span."""
+    """Read runs of the origin, all with one call if they are at least half of what they span."""
     span = Run(runs[0].first, runs[-1].end - runs[0].first)
     if len(runs) > 1 and 2 * sum([chunks for _, chunks in runs]) >= span.chunks:
         try:
@@ -90,7 +90,7 @@ def _fill_from_origin(read: ReadOrigin, runs: list[Run], first: int, into: memor
         except BlockingIOError:
             raise
         except OSError:
-            pass  # perhaps of a sector between them that nobody needs
+            pass  # perhaps from a sector between them that nobody needs
     for run in runs:
         read(run, into[place_of(run, first)], nowait=nowait)
     return None

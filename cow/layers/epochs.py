@@ -4,7 +4,7 @@ Each snapshot opens an epoch: from then on a chunk that the origin overwrites is
 nowhere else. A snapshot reads a chunk from the first layer, from its own group onwards, that knows it, else from the
 device. So one copy serves all snapshots, and what an older snapshot needs from the device, a newer one needs too.
 
-Sets and nothing else: no I/O, no lock. What is returned to be punched out is out of the sets already.
+Sets and nothing else: no I/O, no lock. Chunks that are returned to be punched out have left the sets already.
 """
 
 from collections.abc import Iterator
@@ -31,38 +31,39 @@ class Group:
 class Epochs:
     """The groups of one origin. The caller guards them: `groups` and the layers in them change by these methods only.
 
-    Snapshots are known by their ids, which grow. What takes one raises InvalidSnapshotError where it has no group.
+    Snapshots are known by their ids, which grow. Methods that need a snapshot's group raise InvalidSnapshotError if it
+    has none.
     """
 
     def __init__(self) -> None:
         self.groups: list[Group] = []  #: one for each usable snapshot, oldest first
-        self.version = 0  #: grows when the groups change, so that what follows from them can be remembered until then
+        self.version = 0  #: grows when the groups change, so that results derived from them can be cached until then
 
     # -- changes -------------------------------------------------------------------------------------------------
 
     def open_epoch(self, snapshot: int, layer: Layer) -> None:
-        """Have a new snapshot, and old bytes preserved in `layer` from now on. No write may be under way."""
+        """Add a new snapshot; from now on old bytes are preserved in `layer`. No write may be in flight."""
         self.groups.append(Group(snapshot, [layer]))
         self.version += 1
 
     def add_layer(self, snapshot: int, layer: Layer) -> BitMap64:
         """Have one more layer serve a snapshot, asked after those that do.
 
-        What those know is not needed twice: the layer drops it, and those chunks that it held are returned.
+        Chunks that those know are not needed twice: the layer drops them, and those that it held are returned.
         """
         self.group_of(snapshot).layers.append(layer)
         self.version += 1
         return self.drop_shadowed(layer)
 
     def remove_layer(self, layer: Layer) -> None:
-        """Have a layer serve nobody any more."""
+        """Have a layer serve no snapshot any more."""
         for group in self.groups:
             if layer in group.layers:
                 group.layers.remove(layer)
         self.version += 1
 
     def drop_shadowed(self, layer: Layer) -> BitMap64:
-        """Have a layer drop what the layers of its group that are asked before it know; the chunks that it held."""
+        """Have a layer drop the chunks that layers asked before it in its group know. Returns those that it held."""
         group = self.group_with(layer)
         shadowed = BitMap64()
         for earlier in group.layers[: group.layers.index(layer)] if group is not None else ():
@@ -96,7 +97,7 @@ class Epochs:
         return self.groups[self._position(snapshot)]
 
     def group_with(self, *layers: Layer) -> Group | None:
-        """The group that has all these layers; None where there is none, because nobody needs them any more."""
+        """The group that has all these layers; None when there is none, because no snapshot needs them any more."""
         return next((group for group in self.groups if all(layer in group.layers for layer in layers)), None)
 
     def layers_for(self, snapshot: int) -> Iterator[Layer]:
@@ -126,7 +127,7 @@ class Epochs:
         """Whether no snapshot reads any chunk of the run from the device."""
         groups = self.groups
         if not groups or any([layer.held.contains_range(run.first, run.end) for layer in groups[-1].layers]):
-            return True  # mostly, and without making a set
+            return True  # the usual case, without making a set
         return self.is_preserved(run.first) and not self.unpreserved(chunks_in([run]))
 
     def unpreserved(self, chunks: BitMap64) -> BitMap64:
@@ -164,7 +165,7 @@ class Epochs:
             yield group.snapshot, lost
 
     def freed_by(self, snapshot: int, heir: int | None) -> int:
-        """How many chunks `release` would give back: those that it returns; with no heir all that its layers hold."""
+        """How many chunks `release` would free: those that it returns; with no heir all that the layers hold."""
         layers = self.group_of(snapshot).layers
         if heir is None:
             return sum(len(layer.held) for layer in layers)

@@ -4,7 +4,7 @@ On disk it is a directory, made when first written: `data.NNNN` (sparse, at the 
 `sums` (8 bytes a chunk) and `map` (the set of chunks at the last checkpoint). The bytes are described in FORMAT.md.
 
 Its sets of chunks (sets.py) change only on the trio thread; file calls are made from any thread. The layer does not
-decide when anything is durable: its owner calls `files.sync_data`, commits to the journal, then has the sets changed.
+decide when anything is durable: its owner calls `files.sync_data`, commits to the journal, then changes the sets.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +26,12 @@ from cow.layers.sums import FILE_NAME as SUMS
 from cow.layers.sums import MASK_64, SLOTS_IN_PAGE, SUM_BYTES, Sums
 
 SEGMENT_CHUNKS = (1 << 40) // CHUNK_BYTES  # ext4 files end at 16 TiB
-OTHER_OPEN_FILES = 64  #: of a process, beside those of layers
+OTHER_OPEN_FILES = 64  #: of a process, besides those of layers
 _REHASH_CHUNKS = 256  # read at a time: 1 MiB
 
 
 def segments_of(chunks: int) -> int:
-    """How many files the data of a device with so many chunks may be in."""
+    """How many files the data of a layer may take, for a device with that many chunks."""
     return -(-chunks // SEGMENT_CHUNKS)
 
 
@@ -69,7 +69,7 @@ class Layer(LayerSets):
         return self.files.name
 
     def close(self) -> None:
-        """Close the files, now or when nobody works on them any more. Nothing is synced. Trio thread only."""
+        """Close the files, now or when the last thread has finished with them. Nothing is synced. Trio thread only."""
         self.files.close()
 
     # -- chunks --------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Layer(LayerSets):
         return sums
 
     def write_data(self, first: int, data: bytes | memoryview) -> bytes:
-        """As `write`, and the caller writes the checksums."""
+        """Like `write`, but the caller writes the checksums."""
         segment, place = divmod(first, SEGMENT_CHUNKS)
         if place + len(data) // CHUNK_BYTES > SEGMENT_CHUNKS:
             here = (SEGMENT_CHUNKS - place) * CHUNK_BYTES
@@ -95,7 +95,7 @@ class Layer(LayerSets):
         return self.sums.of_data(first, data)
 
     def write_chunks(self, first: int, chunks: Sequence[bytes | memoryview]) -> bytes:
-        """As `write_data`, of chunks that lie apart in memory."""
+        """Like `write_data`, for chunks that are not contiguous in memory."""
         segment, place = divmod(first, SEGMENT_CHUNKS)
         here = SEGMENT_CHUNKS - place
         if len(chunks) > here:
@@ -105,13 +105,13 @@ class Layer(LayerSets):
         return self.sums.of_chunks(first, chunks)
 
     def read(self, run: Run) -> memoryview:
-        """Read whole chunks, checked. Raises as `fill`."""
+        """Read whole chunks, checked. Raises what `fill` raises."""
         data = memoryview(bytearray(run.length))
         self.fill([run], run.first, data)
         return data
 
     def read_chunk_nowait(self, chunk: int) -> bytes | None:
-        """The same of one chunk; None where a disk would have to be waited for, or something is amiss."""
+        """The same for one chunk; None when it would wait for a disk, or anything is wrong."""
         segment, place = divmod(chunk, SEGMENT_CHUNKS)
         file, sums = self.files.opened.get(segment), self.files.opened.get(SUMS)
         if file is None or sums is None or self.damage is not None:
@@ -126,12 +126,12 @@ class Layer(LayerSets):
     def fill(self, runs: Sequence[Run], first: int, into: memoryview, *, nowait: bool = False) -> None:
         """Read runs, ascending, to their places in `into`, which begins with the chunk `first`, and check them. # I4
 
-        Their checksums are read with one call: they should lie close. Raises DamagedError naming the first chunk that
-        does not match; BlockingIOError under `nowait` when a disk would have to be waited for.
+        Their checksums are read with one call, so they should be close together. Raises DamagedError naming the first
+        chunk that does not match; BlockingIOError under `nowait` when it would wait for a disk.
         """
         if self.damage is not None:
             raise DamagedError(self.damage)
-        if nowait and SUMS not in self.files.opened:  # to open it may take a while
+        if nowait and SUMS not in self.files.opened:  # opening it may wait for a disk
             raise BlockingIOError
         start, end = runs[0].first, runs[-1].end
         segment = start // SEGMENT_CHUNKS
@@ -143,7 +143,7 @@ class Layer(LayerSets):
         read, digest, seed = self._reader(segment, nowait), xxh3_64_digest, self.sums.seed_of(start)
         sums = self._expected(Run(start, end - start), nowait)
         beginning = segment * SEGMENT_CHUNKS
-        for run in runs:  # many of one chunk where an image was written here and there
+        for run in runs:  # many of one chunk each if an image was written at random
             chunk, chunks = run
             at, size, slot = (chunk - first) * CHUNK_BYTES, chunks * CHUNK_BYTES, (chunk - start) * SUM_BYTES
             part = into[at : at + size]
@@ -160,7 +160,7 @@ class Layer(LayerSets):
             raise DamagedError(self._mismatch(run, found, sums))
 
     def read_unchecked(self, run: Run) -> tuple[memoryview, bytes]:
-        """Whole chunks and what their checksums should be. Raises DamagedError when a file is missing or too short."""
+        """Whole chunks, and the checksums expected of them. Raises DamagedError if a file is missing or too short."""
         data = memoryview(bytearray(run.length))
         for segment, part in _by_segment(run):
             into = data[place_of(part, run.first)]
@@ -176,7 +176,7 @@ class Layer(LayerSets):
         return file.fill_nowait if nowait else file.fill
 
     def _expected(self, run: Run, nowait: bool) -> bytes:
-        """What the checksums of the run should be."""
+        """The checksums that the run should have."""
         try:
             sums = self.sums.read(run, nowait=nowait)
         except FileNotFoundError as error:
@@ -215,8 +215,8 @@ class Layer(LayerSets):
         """Take the chunks' bytes as they stand, make them durable, and write their checksums anew.
 
         For chunks under an INTENT after a crash: unflushed writes may be there, gone, or torn, as on any disk. They are
-        written once more, as after a failed sync the kernel may show what the disk has not. Returns those that cannot
-        be read, whose checksums stay as they are.
+        written once more, because after a failed sync the kernel may show what the disk does not have. Returns those
+        that cannot be read, whose checksums stay as they are.
         """
         unreadable = BitMap64()
         for found in runs_of(chunks):
@@ -244,13 +244,13 @@ class Layer(LayerSets):
         except OSError:
             if part.chunks > 1:
                 return BitMap64.union(*(self._rehash_part(chunk) for chunk in pieces(part, 1)))
-            # It stays as it can be read. Where the disk has something else, the checksum will tell.
+            # The chunk stays as it was read. If the disk has something else, the checksum will show it.
         self.sums.write(part.first, self.sums.of_data(part.first, data))
         self.files.note_unsynced(segment)
         return BitMap64()
 
     def unreadable(self, chunks: BitMap64) -> BitMap64:
-        """Those of `chunks` that cannot be read, without a look at what they are. Raises MayPassError."""
+        """Those of `chunks` that cannot be read; their contents are not checked. Raises MayPassError."""
         bad = BitMap64()
         for chunk in chunks:
             segment, place = divmod(chunk, SEGMENT_CHUNKS)
@@ -267,13 +267,13 @@ class Layer(LayerSets):
     # -- space ---------------------------------------------------------------------------------------------------
 
     def new_bytes(self, chunks: BitMap64) -> int:
-        """An upper bound of what holding `chunks`, at least one, will add to the store, in bytes."""
+        """An upper bound, in bytes, of what holding `chunks`, at least one, will add to the store."""
         fresh = len(chunks) - chunks.intersection_cardinality(self.held)
         pages = min(len(chunks), chunks.max() // SLOTS_IN_PAGE - chunks.min() // SLOTS_IN_PAGE + 1)
         return fresh * CHUNK_BYTES + pages * 4096
 
     def punch(self, chunks: BitMap64) -> None:
-        """Give back the space of chunks that nobody reads here any more."""
+        """Punch out chunks that no snapshot reads here any more."""
         for run in runs_of(chunks):
             for segment, part in _by_segment(run):
                 self.files.file(segment).punch(part.first % SEGMENT_CHUNKS * CHUNK_BYTES, part.length)
@@ -301,8 +301,8 @@ class Layer(LayerSets):
     def renew_sums(self, records: Iterable[tuple[Sequence[Run], bytes]]) -> None:
         """Write checksums anew after a sync of them failed; what it covered may be lost. # I3
 
-        `records` has those that are in the journal; of chunks that are not committed the bytes count. No write to the
-        layer may be under way.
+        `records` has those in the journal; those of chunks that are not committed are computed from their bytes. No
+        write to the layer may be in flight.
         """
         for runs, sums in records:
             self.sums.write_runs(runs, sums)
@@ -312,7 +312,7 @@ class Layer(LayerSets):
     def load(self, generation: int) -> None:
         """Read `map` into `held` and `lost`; a bad one sets `damage`, and so does one older than `generation`.
 
-        A layer that has none, and none of which the catalog knows (generation 0), holds nothing.
+        A layer without a map, if the catalog knows of none (generation 0), holds nothing.
         """
         try:
             file = self.files.directory().open(layermap.FILE_NAME)

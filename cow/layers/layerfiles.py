@@ -1,7 +1,7 @@
-"""The open files of a layer: opened when they are needed, and kept open while somebody works on them.
+"""The open files of a layer: opened when they are needed, and kept open while a thread works on them.
 
-Any thread may ask for a file. Pins say on the trio thread how many threads may be working: a closed layer keeps its
-files until the last of them is done.
+Any thread may ask for a file. Pins, which the trio thread counts, say how many threads may be working: a closed layer
+keeps its files until the last of them is done.
 """
 
 import errno
@@ -14,14 +14,14 @@ from cow.disk.file import File
 from cow.disk.io import FULL
 from cow.errors import CowError, SyncError
 
-OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more of devices beyond a TiB
-INODES_OF_A_LAYER = OPEN_FILES_OF_A_LAYER + 2  # the same and its map, and for a moment a new one
+OPEN_FILES_OF_A_LAYER = 3  # its directory, the checksums, and a segment; more segments beyond a TiB
+INODES_OF_A_LAYER = OPEN_FILES_OF_A_LAYER + 2  # these, its map, and for a moment a new map
 NEW_MAP_NAME = "map.new"  # of a map that is not in its place yet
 Key = int | str  # of a file: the number of a segment of the data, or another file's name
 
 
 class LayerFiles:
-    """The directory called `name` in `parent`, which is made when the first file is."""
+    """The files in the directory `name` of `parent`, which is created with the first of them."""
 
     def __init__(self, parent: Directory, name: str) -> None:
         self.name = name
@@ -30,7 +30,7 @@ class LayerFiles:
         self._parent = parent
         self._directory: Directory | None = None
         self._unsynced: set[int] = set()  #: segments
-        self._entries_unsynced = True  #: whether files were made since the directory was synced, or by a killed process
+        self._entries_unsynced = True  #: whether files were created since its last sync, or by a killed process
         #: Serialises syncs: a second one must not return before the first has made its data durable.
         self._syncing = threading.Lock()
         self._opening = threading.Lock()  #: guards `_directory`, `opened` and what is unsynced
@@ -42,7 +42,7 @@ class LayerFiles:
         return self._parent.is_in_memory
 
     def file(self, key: Key, *, create: bool = False) -> File:
-        """An open file. Raises FileNotFoundError where there is none, unless it is to be made."""
+        """An open file. With `create` a missing one is created, else raises FileNotFoundError."""
         file = self.opened.get(key)
         if file is not None:
             return file
@@ -75,7 +75,7 @@ class LayerFiles:
 
     @property
     def are_removed(self) -> bool:
-        """Whether somebody removed the directory or a file of it, of those that are open."""
+        """Whether somebody removed the directory or a file in it; only open ones are looked at."""
         with self._opening:
             if self._directory is not None and self._directory.is_removed:
                 return True
@@ -91,8 +91,8 @@ class LayerFiles:
     # -- syncing -------------------------------------------------------------------------------------------------
 
     def note_unsynced(self, segment: int) -> None:
-        """A segment of the data was written."""
-        if segment not in self._unsynced:  # when it is, the write before this came before the sync
+        """Note that a segment of the data was written."""
+        if segment not in self._unsynced:  # if it is in the set, its sync is still to come, after this write
             with self._opening:
                 self._unsynced.add(segment)
 
@@ -119,7 +119,7 @@ class LayerFiles:
             raise
 
     def give_up_unsynced(self) -> None:
-        """After a failed sync whose chunks are durably lost: later writes can be synced again."""
+        """After a failed sync whose chunks are durably recorded as lost: let later writes be synced again."""
         with self._opening:
             for segment in self._unsynced & self.opened.keys():
                 self.opened[segment].forget_sync_failure()
@@ -152,13 +152,13 @@ class LayerFiles:
 
 
 def _hold_inode_for_map(directory: Directory) -> None:
-    """Make the layer's first map to be, empty, so that it can be saved when there are no inodes left."""
+    """Create an empty `map.new`, so that the layer's first map can be saved when there are no inodes left."""
     if directory.free_inodes() is not None:
         try:
             directory.open(NEW_MAP_NAME, create=True).close()
         except OSError as error:
             if error.errno not in FULL:
-                raise  # else it is as if others had taken the inode later
+                raise  # else it is as if the inode had been taken later
 
 
 def remove_layer_directory(layers: Directory, name: str) -> None:
@@ -176,7 +176,7 @@ def remove_layer_directory(layers: Directory, name: str) -> None:
 
 
 def check_removable(layers: Directory, name: str) -> None:
-    """Raise what `remove_layer_directory` would, as far as that can be seen, and remove nothing."""
+    """Raise what `remove_layer_directory` would, as far as that can be foreseen, and remove nothing."""
     directory = layers.subdirectory(name)
     try:
         below = next((path for path, status in directory.entries_below() if stat.S_ISDIR(status.st_mode)), None)

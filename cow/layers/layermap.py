@@ -17,11 +17,11 @@ MAP_FORMAT = 2
 FILE_NAME = "map"
 _HEADER = struct.Struct("<8sIQQQQQ")  # magic, format, layer, generation, written_ns, bytes of held, bytes of lost
 _DIGEST_BYTES = 8
-_MOST_EMPTY_BYTES = 1 << 16  # a map takes well below a byte for each chunk of the device, and this
+_MOST_EMPTY_BYTES = 1 << 16  # a map takes well below this and a byte for each chunk of the device
 
 
 class BadMapError(CowError):
-    """A map that cannot be believed; the sentence says what is wrong with it."""
+    """A map that cannot be trusted; the sentence says what is wrong with it."""
 
 
 class LayerMap(NamedTuple):
@@ -35,7 +35,7 @@ class LayerMap(NamedTuple):
 
 
 class MapImage(NamedTuple):
-    """What a `map` file shall contain."""
+    """The content for a `map` file."""
 
     generation: int
     content: bytes
@@ -55,7 +55,7 @@ def encode(what: LayerMap) -> MapImage:
 def replace(directory: Directory, image: MapImage) -> None:
     """Put a new map into the layer's directory, in the place of the old one; durable on return. Raises OSError."""
     with suppress(FileNotFoundError):
-        directory.unlink(NEW_MAP_NAME)  # from a crash in the middle of the rename it may be the same file as the map
+        directory.unlink(NEW_MAP_NAME)  # after a crash during the rename it may be the same file as the map
     file = directory.open(NEW_MAP_NAME, create=True)
     try:
         file.pwrite(image.content, 0)
@@ -71,12 +71,12 @@ def replace(directory: Directory, image: MapImage) -> None:
 
 
 def read(file: File, layer: int, chunks: int) -> LayerMap:
-    """Read the map of a layer of a device with so many chunks. Raises BadMapError, and OSError when a disk fails."""
+    """Read the map of a layer of a device with that many chunks. Raises BadMapError, and OSError when a disk fails."""
     return _decode(_read_content(file, chunks), layer, chunks)
 
 
 def _read_content(file: File, chunks: int) -> bytes:
-    """The file's content, of which no more is read than there can be."""
+    """The file's content; no more is read than a map can have."""
     header = file.pread(_HEADER.size, 0).ljust(_HEADER.size, b"\0")
     *_, held_bytes, lost_bytes = _HEADER.unpack(header)
     size = file.size_bytes

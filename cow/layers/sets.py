@@ -1,6 +1,6 @@
 """The sets of a layer: which chunks it holds, and what is known of them. Pure: no I/O, nothing durable.
 
-Whoever writes a chunk or a journal record says so by one of the methods below; nothing else changes the sets. Readers
+Code that writes a chunk or a journal record says so by one of the methods below; nothing else changes the sets. Readers
 look at the attributes themselves.
 """
 
@@ -8,18 +8,18 @@ from pyroaring import BitMap64
 
 
 class LayerSets:
-    """Trio thread only."""
+    """The sets of one layer. Trio thread only."""
 
     def __init__(self) -> None:
-        self.held = BitMap64()  #: what readers find here
-        self.lost = BitMap64()  #: what should be here and could not be kept: readers get EIO, unless it is held again
+        self.held = BitMap64()  #: the chunks that readers find here
+        self.lost = BitMap64()  #: chunks that should be here but could not be kept: readers get EIO, unless held again
         self.uncommitted = BitMap64()  #: held, but recovery would not find it: written since the last commit
         self.intended = BitMap64()  #: committed earlier, perhaps overwritten in place since
-        self.dirty = False  #: whether the journal has commits that the last checkpoint had not
+        self.dirty = False  #: whether the journal has commits that the last checkpoint does not cover
 
     @property
     def known(self) -> BitMap64:
-        """The chunks that readers look for here and no further: those held and those lost."""
+        """The chunks for which readers ask no further layer: those held and those lost."""
         return self.held | self.lost if self.lost else self.held
 
     def commit(self, chunks: BitMap64) -> None:
@@ -55,16 +55,16 @@ class LayerSets:
         self.intended -= chunks
 
     def settle(self) -> None:
-        """After `rehash`: what may have been overwritten in place is as it is, and the next map says so."""
+        """After `rehash`: chunks that may have been overwritten in place count as they are, also in the next map."""
         self.intended = BitMap64()
         self.dirty = True
 
     def pass_over_intended(self) -> None:
-        """Hold what may have been overwritten in place no more: it cannot be checked before it is rehashed."""
+        """Stop holding chunks that may have been overwritten in place: they cannot be checked before a rehash."""
         self.held -= self.intended
 
     def shadow(self, known: BitMap64) -> BitMap64:
-        """Drop what a layer knows that is asked before this one. Returns what was held of it, to be punched out."""
+        """Drop the chunks that a layer asked before this one knows. Returns those that were held, to be punched out."""
         shadowed = self.held & known
         self.lost -= known
         if shadowed:
@@ -73,10 +73,10 @@ class LayerSets:
         return shadowed
 
     def hand_over(self, target: "LayerSets", held: BitMap64, lost: BitMap64) -> None:
-        """Have `target` take over chunks that this layer held or had lost, as the journal has it.
+        """Have `target` take over chunks that this layer held or had lost, as recorded in the journal.
 
-        What this layer has dropped since they were copied, because the group came to serve an older snapshot, is not
-        wanted any more: `target` does not take it.
+        Chunks that this layer has dropped since they were copied, because the group came to serve an older snapshot,
+        are not needed any more: `target` does not take them.
         """
         target.commit(held & self.known)
         target.lose(lost & self.lost)
@@ -85,7 +85,7 @@ class LayerSets:
         self.dirty = True
 
     def take_over(self, held: BitMap64, lost: BitMap64) -> None:
-        """Begin with what a map says."""
+        """Begin with the sets of a map."""
         self.held, self.lost = held, lost
 
     def note_encoded(self) -> None:

@@ -2,7 +2,7 @@
 
 A checksum is the XXH3-64 of a chunk, with a seed from its layer and its place: a chunk at a wrong place, or of a wrong
 layer, does not match. Each has a slot of 8 bytes in the layer's file `sums`. The slots become durable with a
-checkpoint; until then the journal has what they say.
+checkpoint; until then the journal has their contents.
 """
 
 import threading
@@ -36,7 +36,7 @@ class Sums:
         self._writing = threading.Lock()  #: guards the slots against two writers of one page
 
     def seed_of(self, chunk: int) -> int:
-        """What the checksum of a chunk begins with."""
+        """The seed of a chunk's checksum."""
         return (self._seed + chunk) & MASK_64
 
     def of_data(self, first: int, data: bytes | memoryview) -> bytes:
@@ -47,19 +47,19 @@ class Sums:
         return self.of_chunks(first, [view[at : at + CHUNK_BYTES] for at in range(0, len(view), CHUNK_BYTES)])
 
     def of_chunks(self, first: int, chunks: Iterable[bytes | memoryview]) -> bytes:
-        """The same of chunks that follow each other."""
+        """The same for consecutive chunks."""
         seed = self.seed_of(first)
         if seed + self._chunks > MASK_64:
             return b"".join([xxh3_64_digest(chunk, one & MASK_64) for one, chunk in enumerate(chunks, seed)])
         return b"".join(list(map(xxh3_64_digest, chunks, count(seed))))
 
     def write(self, first: int, sums: bytes) -> None:
-        """Put the checksums of chunks that follow each other into their slots."""
+        """Write the checksums of consecutive chunks into their slots."""
         with self._writing:
             self._files.file(FILE_NAME, create=True).pwrite(sums, first * SUM_BYTES)
 
     def write_runs(self, runs: Sequence[Run], sums: bytes) -> None:
-        """The same of several runs, ascending: those of one page with one write."""
+        """The same for several runs, ascending: those of one page with one write."""
         if len(runs) == 1:
             return self.write(runs[0].first, sums)
         file, at = self._files.file(FILE_NAME, create=True), 0
@@ -72,7 +72,7 @@ class Sums:
         return None
 
     def read_runs(self, runs: Sequence[Run]) -> bytes:
-        """What the slots of several runs, ascending, have: those of one page with one read."""
+        """The checksums in the slots of several runs, ascending: those of one page with one read."""
         file, found = self._files.file(FILE_NAME), list[bytes]()
         for near in _by_page(runs):
             start = near[0][0]
@@ -82,15 +82,15 @@ class Sums:
         return b"".join(found)
 
     def read(self, run: Run, *, nowait: bool = False) -> bytes:
-        """What the slots of a run have; less where the file ends.
+        """The checksums in the slots of a run; fewer if the file ends before.
 
-        Raises FileNotFoundError, and BlockingIOError under `nowait` when a disk would have to be waited for.
+        Raises FileNotFoundError, and BlockingIOError under `nowait` when it would wait for a disk.
         """
         file = self._files.file(FILE_NAME)
         return (file.pread_nowait if nowait else file.pread)(run.chunks * SUM_BYTES, run.first * SUM_BYTES)
 
     def sync(self) -> None:
-        """Make the slots durable. After an error they are `in_doubt`, and have to be written anew before the next."""
+        """Make the slots durable. After an error they are `in_doubt`, and must be written anew before the next."""
         try:
             self._files.file(FILE_NAME, create=True).sync()
         except (OSError, SyncError):
@@ -98,12 +98,12 @@ class Sums:
             raise
 
     def forget_sync_failure(self) -> None:
-        """They were written anew, so that the next `sync` counts."""
+        """The slots were written anew, so let the next `sync` succeed."""
         self._files.file(FILE_NAME).forget_sync_failure()
 
 
 def _woven(file: File, near: Sequence[Run], sums: bytes) -> bytearray:
-    """The slots that the runs span as they shall be: those between them stay."""
+    """The new content of the slots that the runs span: those between the runs stay."""
     start, at = near[0].first, 0
     length = (near[-1].end - start) * SUM_BYTES
     slots = bytearray(file.pread(length, start * SUM_BYTES).ljust(length, b"\0"))
@@ -115,7 +115,7 @@ def _woven(file: File, near: Sequence[Run], sums: bytes) -> bytearray:
 
 
 def _by_page(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Those together whose slots begin in the same page."""
+    """The runs, grouped by the page in which their slots begin."""
     near: list[Run] = []
     page = -1
     for run in runs:

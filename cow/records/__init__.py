@@ -1,1 +1,1 @@
-"""What is written down: the catalog, the journal, the record in the second place, fingerprints."""
+"""The store's records: the catalog, the journal, the record in the second place, fingerprints."""

@@ -25,7 +25,7 @@ FORMAT = 3
 FILE_NAME = "catalog.sqlite"
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _NO_ROOM = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_SHMMAP}
-_LOG_PAGES = 64  # from here on the write-ahead log starts over: 256 KiB, which `space` has room for
+_LOG_PAGES = 64  # the write-ahead log starts over at this size: 256 KiB, for which `space` has room
 _SHARED_BYTES = 32768  # one region, enough for the index of 4,096 pages in the -wal: walformat.html of SQLite
 
 _SCHEMA = """
@@ -68,32 +68,32 @@ CREATE TABLE checksum (
 );
 """
 
-# All that says what belongs to what: SQLite has no checksums, and a flipped bit there is a wrong answer.
+# The tables that say what belongs to what: SQLite has no checksums, and a flipped bit there is a wrong answer.
 _SUMMED = ("store", "origins", "snapshots", "evidence", "layers")
 
 
 class CatalogError(CowError):
-    """SQLite could not read or commit; nothing of the transaction is there."""
+    """SQLite could not read or commit; nothing of the transaction is kept."""
 
 
 class Catalog:
-    """The catalog of a store. Made when missing.
+    """The catalog of a store. Created when missing.
 
     Raises RefusedError when the file is not a catalog, or one of another format.
     """
 
     def __init__(self, directory: Directory, *, repair: bool = False) -> None:
-        """With `repair`, where the contents do not match their checksum, all snapshots are given up; see `repaired`.
+        """With `repair`, all snapshots are given up if the contents do not match their checksum; see `repaired`.
 
-        Rows that belong to one that is gone are removed then.
+        Rows that refer to a missing row are removed then.
         """
         self.repaired = ""  #: a sentence on what was given up
         self._path = os.path.join(directory.label, FILE_NAME)
         self._lock = threading.Lock()  #: guards `_connection` and `_sum`
         present = set(directory.names())
-        # SQLite opens its files by path, and follows symbolic links. So each of them is opened here before, through the
-        # directory's descriptor, which refuses what is not a plain file; that they are ours alone was seen when the
-        # directory was claimed. Afterwards the path must still lead to that directory, in which only we can write.
+        # SQLite opens its files by path, and follows symbolic links. So each of them is opened here first, through the
+        # directory's descriptor, which refuses anything but a regular file; that they are ours alone was checked when
+        # the directory was claimed. Afterwards the path must still lead to that directory, in which only we can write.
         for name in (FILE_NAME, *(f"{FILE_NAME}{suffix}" for suffix in _COMPANIONS)):
             if name == FILE_NAME or name in present:
                 directory.open(name, create=True).close()
@@ -103,7 +103,7 @@ class Catalog:
         self._sum = RowSum(self._connection, _SUMMED)
         try:
             self._open(repair, has_contents)
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what a killed process left of it only grows
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a log that a killed process left only grows
             self._shared = _allocated_shared_memory(directory)
             if not directory.is_at_its_path:
                 raise RefusedError(f"the store {directory.label} was moved while it was opened: try again")
@@ -153,7 +153,7 @@ class Catalog:
 
         with self._transaction() as do:
             intact = self._sum.is_right()
-            # That the indexes say the same as the rows; the checksum is over the rows alone.
+            # Whether the indexes agree with the rows; the checksum covers the rows alone.
             intact = intact and do.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",)
         if not intact:
             self._mend(repair)
@@ -165,7 +165,7 @@ class Catalog:
             raise RefusedError(f"{sentence}; `hcpfs verify --repair` gives up its snapshots and makes the store usable")
         with self._transaction() as do:
             do.execute("UPDATE snapshots SET state = ?, reason = ?", (State.INVALID, sentence))
-            # What belongs to a row that is gone would be taken for part of the catalog, and belongs to nothing.
+            # Rows that refer to a missing one would be taken for part of the catalog, and belong to nothing.
             for table, row, _, _ in do.execute("PRAGMA foreign_key_check").fetchall():
                 do.execute(f"DELETE FROM {table} WHERE rowid = ?", (row,))
             _have_blobs(do)
@@ -182,7 +182,7 @@ class Catalog:
                 self._sum.write()
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # errors of the module have none
+                if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # errors of the module have no code
                     raise StoreFullError(f"no space left for the catalog {self._path}: make room there") from error
                 raise CatalogError(f"the catalog {self._path} failed: {error}") from error
             finally:
@@ -204,7 +204,7 @@ class Catalog:
         ]
 
     def close(self) -> None:
-        """Close the database; SQLite folds the write-ahead log in."""
+        """Close the database; SQLite checkpoints the write-ahead log."""
         with self._lock:
             self._connection.close()
             if self._shared is not None:
@@ -235,7 +235,7 @@ class Catalog:
         return [OriginRow(*row) for row in rows]
 
     def add_origins(self, rows: Iterable[OriginRow]) -> None:
-        """Record the origins of a new store, all or none; their ids are given here."""
+        """Record the origins of a new store, all or none; their ids are assigned here."""
         with self._transaction() as do:
             do.executemany(
                 "INSERT INTO origins (name, path, size_bytes, modified_ns) VALUES (?, ?, ?, ?)",
@@ -250,7 +250,7 @@ class Catalog:
             )
 
     def record_clean_stop(self, origins: Iterable[tuple[int, bytes, int]], settings: Mapping[str, str]) -> None:
-        """Record that all is durable, and of each origin (its id) where it is and when it was last written, in ns.
+        """Record that all is durable, and for each origin (by id) its path and the time of its last write, in ns.
 
         `settings` are values of the `store` table.
         """
@@ -279,18 +279,18 @@ class Catalog:
         return [LayerRow(row[0], row[1], row[2], Role(row[3]), row[4]) for row in rows]
 
     def newest_layer(self) -> int:
-        """The highest id that a layer was ever given; 0 when there was none."""
+        """The highest layer id that was ever assigned; 0 when there was none."""
         with self._transaction() as do:
             row = do.execute("SELECT seq FROM sqlite_sequence WHERE name = 'layers'").fetchone()
         return int(row[0]) if row is not None else 0
 
     def record_saved(self, generations: Sequence[tuple[int, int]]) -> None:
-        """Record the generations, by layer, of maps that are durable. Layers that are gone are passed over."""
+        """Record the generations, by layer, of maps that are durable. Layers that are gone are skipped."""
         with self._transaction() as do:
             do.executemany("UPDATE layers SET generation = ?2 WHERE id = ?1", generations)
 
     def remove_layer(self, layer: int) -> None:
-        """Remove a layer whose chunks are all in others."""
+        """Remove a layer whose chunks are all in other layers."""
         with self._transaction() as do:
             do.execute("DELETE FROM layers WHERE id = ?", (layer,))
 
@@ -322,7 +322,7 @@ class Catalog:
             do.execute("UPDATE snapshots SET name = ? WHERE id = ?", (name, snapshot))
 
     def set_state(self, snapshot: int, state: State, reason: str) -> None:
-        """Record what a snapshot is worth; its layers stay as they are."""
+        """Record the state of a snapshot; its layers stay as they are."""
         with self._transaction() as do:
             _set_state(do, snapshot, state, reason)
 
@@ -330,8 +330,8 @@ class Catalog:
         """Make snapshots suspect, and give the newest of them one more preserved layer for each origin.
 
         Old bytes that are preserved from now on go into those or into later ones, so `DOUBTED_FROM` in the evidence
-        tells which layers a suspect snapshot must not believe; where it is there already it stays. The ids of layers
-        are higher than `newest_layer` from then on.
+        tells which layers a suspect snapshot must not trust; a value that is there already stays. New layers get ids
+        higher than `newest_layer` from then on.
         """
         with self._transaction() as do:
             if not do.execute(
@@ -350,18 +350,18 @@ class Catalog:
         return layers
 
     def give_up_snapshot(self, snapshot: int, heir: int | None, reason: str) -> list[int]:
-        """Make a snapshot invalid: its delta goes, its preserved layers go to `heir`, or go when there is none.
+        """Make a snapshot invalid, removing its delta; its preserved layers pass to `heir`, or are removed without one.
 
-        Returns the layers that are gone.
+        Returns the layers that were removed.
         """
         with self._transaction() as do:
             _set_state(do, snapshot, State.INVALID, reason)
             return _release_layers(do, snapshot, heir)
 
     def delete_snapshot(self, snapshot: int, heir: int | None) -> list[int]:
-        """Remove a snapshot: its delta goes, its preserved layers go to `heir`, or go when there is none.
+        """Remove a snapshot and its delta; its preserved layers pass to `heir`, or are removed without one.
 
-        Returns the layers that are gone.
+        Returns the layers that were removed.
         """
         with self._transaction() as do:
             gone = _release_layers(do, snapshot, heir)
@@ -370,7 +370,7 @@ class Catalog:
 
 
 def _have_blobs(do: sqlite3.Connection) -> None:
-    """Make bytes again of names and paths that damage made text or numbers; two that become the same get their ids."""
+    """Turn names and paths that damage made text or numbers back into bytes; duplicates get their ids appended."""
     for table, column in (("snapshots", "name"), ("origins", "name"), ("origins", "path"), ("origins", "fingerprint")):
         odd = f"WHERE typeof({column}) != 'blob'"
         do.execute(f"UPDATE OR IGNORE {table} SET {column} = CAST({column} AS BLOB) {odd}")
@@ -390,10 +390,11 @@ def _has_layers(directory: Directory) -> bool:
 
 
 def _allocated_shared_memory(directory: Directory) -> File | None:
-    """Leave no holes in what SQLite maps: on a full disk who writes into one is killed (SIGBUS, mmap(2)).
+    """Leave no holes in the file that SQLite maps: on a full disk a write into one is deadly (SIGBUS, mmap(2)).
 
-    SQLite writes one byte in 4,096, which is not enough where the blocks are smaller. The file is to be closed after
-    the database: to close it drops SQLite's lock on it (fcntl(2)), and who opens the database next would cut it.
+    SQLite writes one byte in 4,096, which is not enough if the blocks are smaller. The file must be closed after the
+    database: closing it drops SQLite's lock on it (fcntl(2)), and the next process to open the database would truncate
+    it.
     """
     try:
         file = directory.open(f"{FILE_NAME}-shm")

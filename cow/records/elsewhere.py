@@ -1,12 +1,12 @@
 """The second place for the one record that must not fail: that snapshots were given up.
 
-When the store's disk takes no more writes, old bytes cannot be preserved, and that this was so cannot be recorded in
-the store. To stop the origin for that would be the tail wagging the dog (I8). So the record goes into a small file in a
-directory that is, one hopes, on another disk; the next opening of the store reads it first. # I1
+When the store's disk takes no more writes, old bytes cannot be preserved, and that cannot be recorded in the store
+either. The origin must not be stopped for that (I8). So the record goes into a small file in a directory that should be
+on another disk; the next opening of the store reads it first. # I1
 
-A file is called after the store's uuid and holds one decimal number: the snapshots up to this id are given up. Another
-one holds tokens, of which each opening of the store leaves one here and the same in the catalog: after a crash it shows
-that this is the directory which would have the record (entry/secondplace.py).
+One file is named after the store's UUID and holds one decimal number: the snapshots up to this id are given up. Another
+file holds tokens: each opening of the store leaves one there and the same one in the catalog. After a crash it shows
+that this is the directory that would have the record (entry/secondplace.py).
 """
 
 from contextlib import suppress
@@ -16,7 +16,7 @@ from cow.errors import RefusedError
 
 _MOST_BYTES = 20
 _TOKEN_BYTES = 32  # hexadecimal digits
-_MOST_TOKENS = 16  # copies of a store have one uuid, and may be in use at once
+_MOST_TOKENS = 16  # copies of a store share one UUID, and may be in use at once
 
 
 class Elsewhere:
@@ -49,7 +49,7 @@ class Elsewhere:
         self._directory.sync()
 
     def read(self) -> int:
-        """Up to which id snapshots were given up; 0 when none were.
+        """The id up to which snapshots were given up; 0 when none were.
 
         Raises RefusedError when the record cannot be understood.
         """
@@ -69,7 +69,7 @@ class Elsewhere:
         return int(content or b"0")
 
     def clear(self) -> None:
-        """Forget the record, when the store has it. A missing one is fine."""
+        """Remove the record once the store has it. A missing one is fine."""
         self._remove(self._name)
 
     def _remove(self, name: str) -> None:
@@ -86,11 +86,11 @@ class Elsewhere:
         return token in self._tokens()
 
     def begin_session(self, token: str) -> None:
-        """Leave a token; durable on return. Raises OSError; the others are there then."""
+        """Leave a token; durable on return. Raises OSError; the other tokens are kept then."""
         self._write_tokens([token, *self._tokens()][:_MOST_TOKENS])
 
     def end_session(self, token: str) -> None:
-        """Take a token away, after a clean stop. Raises OSError."""
+        """Remove a token, after a clean stop. Raises OSError."""
         left = [one for one in self._tokens() if one != token]
         if left:
             self._write_tokens(left)

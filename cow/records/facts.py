@@ -15,12 +15,12 @@ class Facts(NamedTuple):
     superblock: Superblock = Superblock()
 
     def to_text(self) -> str:
-        """As the catalog keeps it (FORMAT.md)."""
+        """The text that the catalog keeps (FORMAT.md)."""
         return json.dumps({"sample": self.sample.hex(), "witness": self.witness, "superblock": self.superblock})
 
     @classmethod
     def from_text(cls, text: object) -> "Facts":
-        """Back from the catalog's text; nothing is known where there is none."""
+        """The facts from the catalog's text; without a text nothing is known."""
         if not isinstance(text, str):
             return cls()
         values = json.loads(text)
@@ -29,5 +29,5 @@ class Facts(NamedTuple):
 
 
 def facts_key(origin: int) -> str:
-    """Where the catalog's table `store` has the facts of an origin."""
+    """The key in the catalog's table `store` of the facts of an origin."""
     return f"device.{origin}"

@@ -32,7 +32,7 @@ def sampled(size_bytes: int) -> list[Run]:
 
 
 def digests(runs: Sequence[Run], read: Callable[[Run], bytes]) -> bytes:
-    """The fingerprint: 8 bytes a chunk. `read` gives the whole chunks of a run, or raises OSError."""
+    """The fingerprint: 8 bytes a chunk. `read` returns the whole chunks of a run, or raises OSError."""
     found = []
     for run in runs:
         try:
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def is_another_device(self) -> bool:
-        """Whether nothing but zeroes is as it was."""
+        """Whether chunks changed, and none but zeroes are as they were."""
         return bool(self.changed) and self.same == 0
 
 

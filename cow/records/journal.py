@@ -8,7 +8,7 @@ Every 512-byte sector carries its own checksum, and a new file is all zeroes. So
 or was never written, and everything else is damage: a torn append cannot be mistaken for a flipped bit, nor a flipped
 bit for a torn append. The bytes are described in FORMAT.md.
 
-This module does not know layers or snapshots. It has no lock: the store serialises `append` and `start_file`.
+This module does not know layers or snapshots. It has no lock: the caller serialises `append` and `start_file`.
 """
 
 import re
@@ -38,7 +38,7 @@ _FILE_HEADER = struct.Struct("<8sI16sQQ")  # magic, format, store uuid, number, 
 _RECORD_HEADER = struct.Struct("<8sQIIQQQ")  # magic, sequence, kind, runs, layer, time_ns, bytes of the record
 _ZERO_SECTOR = bytes(SECTOR_BYTES)
 _DAMAGED = b"damaged"
-_LOGICAL_BLOCK_BYTES = 4096  #: the largest; an unreadable one costs no others
+_LOGICAL_BLOCK_BYTES = 4096  #: the largest there is; an unreadable block costs no others
 _PREFIX = "journal."
 
 
@@ -60,7 +60,7 @@ class JournalDamagedError(CowError):
 
 @dataclass(frozen=True)
 class Record:
-    """One commit: `runs` of `layer`, at `time_ns`. `sums` has 8 bytes a chunk, none for an INTENT and a LOST."""
+    """One commit: `runs` of `layer`, at `time_ns`. `sums` has 8 bytes a chunk, none for INTENT and LOST."""
 
     kind: Kind
     layer: int
@@ -78,7 +78,7 @@ class Record:
 
 
 def is_journal(name: str) -> bool:
-    """Whether a file is called as a journal file is."""
+    """Whether the name is that of a journal file."""
     return re.fullmatch(r"journal\.[0-9]{8,9}", name, re.ASCII) is not None
 
 
@@ -98,7 +98,7 @@ class Journal:
     """
 
     def __init__(self, directory: Directory, store_uuid: bytes, expected: int = 0) -> None:
-        """`expected`: the number of a file that must be there, or a newer one; 0 when there need be none."""
+        """`expected`: the file with this number, or a newer one, must exist; 0 when none needs to."""
         self._directory = directory
         self._expected = expected
         self._uuid = store_uuid
@@ -108,7 +108,7 @@ class Journal:
         self._next_sector = 0
         self._sequence = 1
         self._broken: str | None = None
-        self._without_header: int | None = None  #: the newest file, when its header failed: the next try is with it
+        self._without_header: int | None = None  #: the newest file, when its header failed: `start_file` retries it
 
     @property
     def numbers(self) -> list[int]:
@@ -127,7 +127,7 @@ class Journal:
 
     @property
     def is_broken(self) -> bool:
-        """Whether an append failed since the last `start_file`, so that recovery may find it or not."""
+        """Whether an append failed since the last `start_file`, so that recovery may or may not find it."""
         return self._broken is not None
 
     def has_room(self, records: Sequence[Record]) -> bool:
@@ -152,7 +152,7 @@ class Journal:
                 payload = encoded[start : start + SECTOR_PAYLOAD_BYTES].ljust(SECTOR_PAYLOAD_BYTES, b"\0")
                 sealed += _seal(payload, self._numbers[-1], self._next_sector + len(sealed) // SECTOR_BYTES)
         if self._next_sector * SECTOR_BYTES + len(sealed) > FILE_BYTES:
-            raise CowError(f"{len(records)} records do not fit into {self._file.label}")  # and nothing beyond is read
+            raise CowError(f"{len(records)} records do not fit into {self._file.label}")  # nothing beyond is ever read
         try:
             self._file.pwrite(bytes(sealed), self._next_sector * SECTOR_BYTES)
             self._file.sync()
@@ -165,8 +165,8 @@ class Journal:
     def start_file(self, records: Sequence[Record] = ()) -> list[int]:
         """Begin a new, preallocated file with `records` in it; durable on return.
 
-        Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`). Records of
-        theirs with the number of the first one here, or a later one, are void.
+        Returns the numbers of the older files; they are needed until a checkpoint covers them (`retire`). Records in
+        them with the sequence number of the first one here, or a later one, are void.
         On an error the present file stays in use, unless an append failed or the new file may have got its header.
         """
         number = self._without_header or self._newest + 1
@@ -175,12 +175,12 @@ class Journal:
         file = self._directory.open(name, create=True)
         try:
             file.allocate(FILE_BYTES)
-            file.sync()  # so that a file with a header that is too short was cut by somebody
+            file.sync()  # so that a short file that has a header was truncated by somebody
             self._directory.sync()
         except OSError:
             file.close()
             if self._without_header is None:
-                with suppress(OSError):  # it will be written over; recovery passes over a file without a header
+                with suppress(OSError):  # else it is overwritten later; recovery skips a file without a header
                     self._directory.unlink(name)
             raise
         header = _FILE_HEADER.pack(FILE_MAGIC, 1, self._uuid, number, self._sequence)
@@ -191,7 +191,7 @@ class Journal:
             file.close()
             self._add(number)
             self._without_header = number
-            self._broken = f"{error.strerror} in the header of {name}"  # which may be there, and ends the older files
+            self._broken = f"{error.strerror} in the header of {name}"  # if it is on the disk, it ends the older files
             raise
         self.close()
         self._file, self._next_sector, self._broken, self._without_header = file, 1, None, None
@@ -210,7 +210,7 @@ class Journal:
         for number in sorted(numbers):
             self._directory.unlink(f"{_PREFIX}{number:08d}")
             self._numbers.remove(number)
-            self._directory.sync()  # one by one: a gap between those that a crash leaves would look like damage
+            self._directory.sync()  # one by one: a gap between files that a crash leaves would look like damage
 
     def close(self) -> None:
         """Close the present file. All its records are durable already."""
@@ -226,13 +226,13 @@ class Journal:
         self._sequence = yield from self._all_records()
 
     def records(self) -> Iterator[Record]:
-        """Yield the records once more. No append may be under way. Raises JournalDamagedError as `replay` does."""
+        """Yield the records once more. No append may be in flight. Raises JournalDamagedError as `replay` does."""
         yield from self._all_records()
 
     def _all_records(self) -> Generator[Record, None, int]:
         """Yield the records, and return the number of the next one."""
         sequence = 1
-        waiting: _Content | None = None  # how far a file is valid is known from the header of the next one
+        waiting: _Content | None = None  # the header of the next file tells how far a file is valid
         for number in self._numbers:
             content = self._read_file(number)
             if content is None:
@@ -254,7 +254,7 @@ class Journal:
         return sequence
 
     def _read_file(self, number: int) -> "_Content | None":
-        """A file's sectors and its first record's number; None after a crash while it was made."""
+        """A file's sectors and its first record's number; None after a crash while it was created."""
         file = self._directory.open(f"{_PREFIX}{number:08d}")
         try:
             content = _read_what_can_be(file)
@@ -301,9 +301,9 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
         yield record
         sequence += 1
         at += used
-    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing. What is
-    # there from `limit` on is of an append that failed, and may be anything. Of several records at once are only the
-    # INTENTs that a file begins with; where there is nothing else, those were the last append.
+    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing. The
+    # sectors from `limit` on are of an append that failed, and may be anything. The INTENTs that a file begins with are
+    # one append of several records; if there is nothing else, it was the last.
     missing = False
     for sector in range(at, len(sectors)) if sequence != limit else ():
         if sectors[sector] is _DAMAGED:
@@ -318,9 +318,9 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
 
 
 def _read_what_can_be(file: File) -> bytes:
-    """A journal file's content, with rubbish for what cannot be read: perhaps nobody needs that.
+    """A journal file's content, with invalid bytes for blocks that cannot be read, which may not be needed.
 
-    Raises MayPassError, and OSError where it is not about a sector.
+    Raises MayPassError, and OSError when it is not about a sector.
     """
     what = f"{file.label} cannot be read"
     try:

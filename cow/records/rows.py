@@ -1,4 +1,4 @@
-"""The rows of the catalog: an origin, a snapshot and a layer, and the words for what a snapshot is worth."""
+"""The rows of the catalog: an origin, a snapshot and a layer, with the state of one and the role of the other."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,7 +7,7 @@ DOUBTED_FROM = "doubted_from_layer"  #: in the evidence of a suspect snapshot: s
 
 
 class State(StrEnum):
-    """What a snapshot is worth."""
+    """The state of a snapshot: what of it can be trusted."""
 
     PENDING = "pending"  # being taken; recovery drops it
     VALID = "valid"
@@ -41,7 +41,7 @@ class OriginRow:
 
 @dataclass
 class SnapshotRow:
-    """A snapshot as the catalog has it. Ids grow with time and are never used twice."""
+    """A snapshot as the catalog has it. Ids grow with time and are never reused."""
 
     id: int
     name: bytes
@@ -52,16 +52,16 @@ class SnapshotRow:
 
     @property
     def doubted_from(self) -> int | None:
-        """The first layer that a suspect snapshot must not believe, nor the device; None for any other."""
+        """The first layer that a suspect snapshot must not trust, nor the device; None for any other snapshot."""
         return int(self.evidence.get(DOUBTED_FROM, 0)) if self.state is State.SUSPECT else None
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer, and the snapshot that it serves. Ids grow with the epochs and are never used twice."""
+    """A layer, and the snapshot that it serves. Ids grow with the epochs and are never reused."""
 
     id: int
     origin: int
     snapshot: int
     role: Role
-    generation: int = 0  #: that its map has at least
+    generation: int = 0  #: its map has at least this one

@@ -1,13 +1,13 @@
-"""A checksum of the rows of database tables, kept up row by row: what a change costs does not depend on their number.
+"""A checksum of the rows of database tables, updated row by row: the cost of a change does not depend on their number.
 
-It is the sum, modulo 2^128, of the XXH3-128 of each row. A row that comes is added, one that goes is taken away, one
-that changes both; so equal rows count, and their order does not. What it covers is read as a whole only to be checked.
+It is the sum, modulo 2^128, of the XXH3-128 of each row. An inserted row is added, a deleted one subtracted, and an
+updated one both; so equal rows count, and their order does not. All rows are read only to check it, or make it anew.
 
-SQLite itself tells of the changes, by triggers on this connection that are not part of the database: no statement can
-forget its rows, be it a cascade or a REPLACE. A row is taken away as it is found, and so is the sum that this changes:
-what was damaged meanwhile does not become right by the changes that follow, and the next check notices it.
+SQLite itself reports the changes, by triggers on this connection that are not part of the database: no statement can
+forget its rows, not even a cascade or a REPLACE. A row is subtracted as it is found, and the sum is changed as it is
+found: rows that were damaged meanwhile do not become right by later changes, and the next check notices them.
 
-Callers see to it that nobody else uses the connection. Errors are SQLite's.
+The caller ensures that nobody else uses the connection. Errors are SQLite's.
 """
 
 import sqlite3
@@ -22,31 +22,31 @@ Value = int | float | str | bytes | None
 
 
 def row_sum(table: str, values: Sequence[Value]) -> int:
-    """What one row adds."""
+    """The term that one row adds to the sum."""
     return xxh3_128_intdigest(repr((table, *values)).encode("utf-8", "backslashreplace"))
 
 
 class RowSum:
-    """The checksum of `tables`. It lies in a table of its own: `checksum`, with one row, and `digest` in it."""
+    """The checksum of `tables`. It is stored in a table of its own, `checksum`: the column `digest` of the only row."""
 
     def __init__(self, connection: sqlite3.Connection, tables: Sequence[str]) -> None:
         self._connection = connection
         self._tables = tables
-        self._change = 0  #: by the open transaction
+        self._change = 0  #: of the sum by the open transaction
 
     def is_right(self) -> bool:
-        """Whether the rows are those that the checksum is of."""
+        """Whether the checksum matches the rows."""
         return self._connection.execute("SELECT digest FROM checksum").fetchall() == [(_digest(self._counted()),)]
 
     def make_anew(self) -> None:
-        """Take the rows as they are, whatever the checksum was. Part of the open transaction; before `follow`."""
+        """Compute it from the rows as they are, whatever it was. Part of the open transaction; before `follow`."""
         self._connection.execute("DELETE FROM checksum")
         self._connection.execute("INSERT INTO checksum VALUES (?)", (_digest(self._counted()),))
 
     def follow(self) -> None:
-        """Notice each change from now on. Called once."""
-        self._connection.execute("PRAGMA recursive_triggers=ON")  # or else REPLACE does not tell what it deletes
-        self._connection.execute("PRAGMA temp_store=MEMORY")  # the triggers shall need no file: it may be on an image
+        """Track each change from now on. Called once."""
+        self._connection.execute("PRAGMA recursive_triggers=ON")  # else REPLACE does not report what it deletes
+        self._connection.execute("PRAGMA temp_store=MEMORY")  # the triggers must need no file: it may be on an image
         self._connection.create_function("row_changes", -1, self._row_changes)
         self._connection.create_function("changed", 1, self._changed)
         for table in self._tables:
@@ -61,11 +61,11 @@ class RowSum:
                 )
 
     def begin(self) -> None:
-        """A transaction begins; what an earlier one did, and maybe did not commit, is forgotten."""
+        """A transaction begins; the changes of an earlier one, which may not have committed, are forgotten."""
         self._change = 0
 
     def write(self) -> None:
-        """Have the checksum say what the open transaction did, as the last part of it."""
+        """Add the open transaction's changes to the checksum, as the last part of it."""
         if self._change:
             self._connection.execute("UPDATE checksum SET digest = changed(digest)")
 
