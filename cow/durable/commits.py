@@ -1,8 +1,8 @@
 """Commits: the one road from "written" to "durable", and the checkpoints that keep the journal short.
 
 A commit appends records and then, in the same critical section, updates the layers' sets, so that a checkpoint sees
-both or neither. A full journal file is followed by a new one at once, and what the layers knew then is a checkpoint.
-It waits here until the store's housekeeping has it saved; then the older journal files go.
+both or neither. A full journal file is followed by a new one at once, and the layers' sets at that moment are captured
+as a checkpoint. It waits here until the store's housekeeping has saved it; then the older journal files are removed.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -34,20 +34,20 @@ class Checkpoint:
     journals: list[int]
 
     def merged(self, later: "Checkpoint") -> "Checkpoint":
-        """One that does for both. A layer's later map has all that the earlier one had."""
+        """One checkpoint in place of both. A layer's later map has all that the earlier one had."""
         maps = {layer.id: (layer, image) for layer, image in [*self.maps, *later.maps]}
         return Checkpoint(list(maps.values()), sorted({*self.journals, *later.journals}))
 
 
 class LayersInUse(Protocol):
-    """The layers of a store, as far as commits ask for them."""
+    """What commits need to know of a store's layers."""
 
     @property
     def layers(self) -> Collection[Layer]:
         """All of them."""
 
     def settled(self, layer: Layer) -> AbstractAsyncContextManager[None]:
-        """While no image writes to the layer."""
+        """A context in which no image writes to the layer."""
 
 
 class Commits:
@@ -66,17 +66,17 @@ class Commits:
         self._wake = wake
         self._lock = trio.Lock()  #: guards the journal, and the layers' sets against a half-applied commit
         self._checkpoints: list[Checkpoint] = []  #: not saved yet, oldest first
-        self.unsaved: Layer | None = None  #: at which the last save failed
+        self.unsaved: Layer | None = None  #: the layer at which the last save failed
 
     @property
     def intents_are_many(self) -> bool:
-        """Whether images should commit what they overwrote in place, as a new journal file has to take all INTENTs."""
+        """Whether images should commit what they overwrote in place: a new journal file has to take all INTENTs."""
         return sum(len(layer.intended) for layer in self._inventory.layers) > MOST_INTENDED_CHUNKS
 
     async def mend(self) -> None:
-        """After a failed append that could not be made void: do so now, or raise OSError or CowError.
+        """Make a failed append void, where that could not be done before, or raise OSError or CowError.
 
-        What it says of chunks may be on the disk. Where they are written anew, recovery must not believe it. # I4
+        Its record may be on the disk. Where the chunks it names are written anew, recovery must not believe it. # I4
         """
         if self._journal.is_broken:
             async with holding(self._lock):
@@ -90,7 +90,7 @@ class Commits:
         Raises OSError or CowError; nothing is applied then.
         """
         async with holding(self._lock):
-            # All go to one file: a new one tells what to save, and that is without what is not applied yet. # I1
+            # All go to one file: a new one captures a checkpoint, which would lack what is not applied yet. # I1
             if not self._journal.has_room(records):
                 await self._start_file()
             try:
@@ -112,7 +112,7 @@ class Commits:
             await self._start_file()
 
     async def _start_file(self) -> None:
-        # What may be half overwritten must still be known once the older files are gone.
+        # Chunks that may be half overwritten must still be known once the older files are gone.
         intents = [
             Record(Kind.INTENT, layer.id, layer.written_ns, list(runs_of(layer.intended)))
             for layer in self._inventory.layers
@@ -144,7 +144,7 @@ class Commits:
         return bool(self._checkpoints)
 
     async def save(self) -> None:
-        """Save the checkpoints there are, as one, and drop the journal files that they cover.
+        """Save the waiting checkpoints, as one, and drop the journal files that they cover.
 
         Raises OSError or CowError. The files stay then, and the checkpoints are saved with the next ones; `unsaved`
         is the layer that could not be saved, if it was one. One save at a time.
@@ -187,7 +187,7 @@ class Commits:
             async with self._inventory.settled(layer), self._lock:
                 in_use = layer.files.pins > 1
                 await trio.to_thread.run_sync(self._renew_sums, layer)
-                layer.sums.in_doubt = in_use  # what the preserver wrote and has not committed yet: the next time
+                layer.sums.in_doubt = in_use  # what the preserver has not committed yet is renewed the next time
         await trio.to_thread.run_sync(layer.save, image)
 
     def _renew_sums(self, layer: Layer) -> None:

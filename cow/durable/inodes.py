@@ -1,8 +1,8 @@
-"""Inodes: a file system may run out of them while it has room, through any program on it. # I6
+"""Inodes: a file system may run out of them while it has space, because of any program that uses it. # I6
 
-They are counted as bytes are: those that the store has, and those that its layers may still need, as a layer makes its
-files at its first write. Spare ones are held back by empty files, as space is by the reserve: for the next old bytes,
-and for what an opening needs. Where a file system does not count inodes (btrfs) all of this is nothing.
+They are counted as bytes are: those that the store has, and those that its layers may still need, because a layer makes
+its files at its first write. Spare ones are held back by empty files, as space is by the reserve: for the next old
+bytes, and for what an opening needs. Where a file system does not count inodes (btrfs) none of this has any effect.
 """
 
 import re
@@ -17,12 +17,12 @@ _PREFIX = "spare."
 
 
 def is_spare(name: str) -> bool:
-    """Whether a file is called as a spare one is."""
+    """Whether a file has the name of a spare inode."""
     return re.fullmatch(r"spare\.[0-9]{1,6}", name, re.ASCII) is not None
 
 
 class Inodes:
-    """Those of a store, whose files and directories are in `directory`. Calls that change something block."""
+    """The inodes of the store in `directory`. Calls that change something block."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -31,10 +31,10 @@ class Inodes:
         self._of_a_write = INODES_OF_A_LAYER
         self._beside_layers = 0
         self._spares_missing = 0
-        self.in_layers = 0  #: as they were counted last
+        self.in_layers = 0  #: as last counted
 
     def expect(self, of_a_snapshot: int, origins: int, of_all_layers: Callable[[], int]) -> None:
-        """Take over how many the layers of a snapshot, and those that there are, may take. Called once."""
+        """Set how many inodes the layers of one snapshot, and all layers that there are, may take. Called once."""
         self._of_a_snapshot, self._of_all_layers = of_a_snapshot, of_all_layers
         self._of_a_write = origins * INODES_OF_A_LAYER
 
@@ -43,14 +43,14 @@ class Inodes:
         return OPENING_SPARES + self._of_a_write
 
     def count_beside_layers(self) -> None:
-        """Look at what is there, with all spare ones: those that were let go are made again."""
+        """Count what is there, with all spare ones: those that were released are made again."""
         names = self._directory.names()
         self._spares_missing = max(0, self._wanted_spares - sum(map(is_spare, names)))
         self._beside_layers = len(names) + self._spares_missing
 
     @property
     def used(self) -> int:
-        """How many the store has, and its layers may still need."""
+        """How many the store has, plus those that its layers may still need."""
         return self._beside_layers + max(self.in_layers, self._of_all_layers())
 
     @property
@@ -63,7 +63,7 @@ class Inodes:
 
     @property
     def used_percent(self) -> int:
-        """How full the file system is in this respect, at most 100."""
+        """How full the store is by its inodes, in percent, at most 100."""
         available = self.available
         return 0 if available is None else min(100, 100 * self.used // max(1, self.used + available))
 
@@ -75,13 +75,13 @@ class Inodes:
 
     @property
     def has_for_snapshot(self) -> bool:
-        """Whether there are enough for one snapshot more, and for all that there is."""
+        """Whether there are enough for one more snapshot, besides those that the present layers may need."""
         available = self.available
         return available is None or available >= self._of_a_snapshot
 
     @property
     def too_few(self) -> str:
-        """What is wrong when that is not so."""
+        """What is wrong when there are not, in words."""
         return (
             f"the file system of the store {self._directory.label} has {self.available} inodes left for it, and a "
             f"snapshot may need {self._of_a_snapshot}"
@@ -89,21 +89,21 @@ class Inodes:
 
     @property
     def are_short(self) -> bool:
-        """Whether what is left is for the next old bytes alone."""
+        """Whether so few are left that they are for the next old bytes alone."""
         free = self._directory.free_inodes()
         return free is not None and free < self._of_a_write
 
     def let_go_for_write(self) -> bool:
-        """Where they are short, give back those that are held back for old bytes. Whether there were some."""
+        """Where inodes are short, release those held back for old bytes. Returns whether there were any."""
         return self.are_short and let_go(self._directory, OPENING_SPARES) > 0
 
     def hold_back(self) -> bool:
-        """Make the spare ones that are missing, as long as others are left too. Whether all are there."""
+        """Make the missing spare ones, as long as others are left too. Returns whether all are there."""
         return fill_up(self._directory, self._wanted_spares, self._of_a_write)
 
 
 def let_go(directory: Directory, most: int) -> int:
-    """Remove all spare inodes but so many. How many are removed. Blocks."""
+    """Remove all but `most` spare inodes. Returns how many were removed. Blocks."""
     gone = [name for name in directory.names() if is_spare(name)][most:]
     for name in gone:
         directory.unlink(name)
@@ -111,7 +111,7 @@ def let_go(directory: Directory, most: int) -> int:
 
 
 def fill_up(directory: Directory, wanted: int, left: int) -> bool:
-    """Make spare inodes up to `wanted`, as long as so many others are `left`. Whether all are there. Blocks."""
+    """Make spare inodes up to `wanted`, while more than `left` are free. Returns whether all are there. Blocks."""
     free = directory.free_inodes()
     if free is None:
         return True

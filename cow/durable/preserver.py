@@ -1,13 +1,13 @@
 """The preserver: copies old bytes of the origins into the newest layers before they are overwritten. # I1
 
-Writers that need chunks preserved join the next batch. One batch is taken at a time: read the old bytes, write them to
-the layers, make them durable, commit once for all, wake the writers. The first writer takes its own; while that is
-being committed the next one gathers, so the number of syncs follows the disk and not the number of writes.
+Writers that need chunks preserved join the next batch. One batch is processed at a time: read the old bytes, write them
+to the layers, make them durable, commit once for all, wake the writers. The first writer processes its own batch; while
+that is being committed the next one gathers, so the number of syncs follows the disk and not the number of writes.
 
 The origin comes first (I8). Chunks that cannot be kept because a disk fails are recorded as lost, so that reading them
 gives EIO; where that cannot be recorded either, the snapshots that need them are given up. When there is no room the
 policy decides. All of it is durable before any writer goes on. But where the origin's device as a whole does not answer
-(`why_away`), the write would fail as well: then the writer is told, and nothing is lost.
+(`why_away`), the write would fail as well: then the writer gets the error, and nothing is lost.
 """
 
 import time
@@ -48,30 +48,30 @@ class PreservedOrigin(Protocol):
 
     @property
     def epochs(self) -> Epochs:
-        """What its snapshots read from where."""
+        """Which layers its snapshots read."""
 
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device."""
 
     def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
-        """They were lost by the layer, and may be overwritten now."""
+        """Note that the layer has lost the chunks, which may be overwritten now."""
 
     def why_away(self, chunk: int, error: OSError) -> OSError | None:
-        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+        """Why an unreadable chunk is not just a bad sector; None when the device answers elsewhere. Blocks."""
 
 
 class GivesUp(Protocol):
-    """What the preserver asks of the one who gives up snapshots."""
+    """What the preserver asks of the object that gives up snapshots."""
 
     async def make_room(self) -> bool:
-        """Give up the least wanted snapshot, durably. Whether there was one. Raises as `give_up`."""
+        """Give up the least wanted snapshot, durably. Returns whether there was one. Raises as `give_up`."""
 
     async def give_up(self, numbers: Sequence[int], reason: str) -> None:
         """Make snapshots invalid, durably. Raises CowError or OSError when that can be recorded nowhere."""
 
 
 class NotesLosses(Protocol):
-    """Whom the preserver tells what became of old bytes."""
+    """The object that the preserver tells what became of old bytes."""
 
     def lost(self, numbers: Sequence[int], sentence: str) -> None:
         """Chunks were lost to these snapshots."""
@@ -96,7 +96,7 @@ class _Job:
     layer: Layer
     chunks: BitMap64
     lost: BitMap64 = field(default_factory=BitMap64)
-    sums: dict[int, bytes] = field(default_factory=dict)  #: of those that are not lost, by the first of some
+    sums: dict[int, bytes] = field(default_factory=dict)  #: of those that are not lost, by the first chunk of a part
     cause: str = ""
     away: OSError | None = None  #: why the device cannot be read; what was not copied before stays as it is
     _runs: list[Run] | None = None
@@ -109,7 +109,7 @@ class _Job:
         self.lost, self.sums, self.cause, self._runs = self.chunks, {}, str(error), None
 
     def keep_what_was_copied(self, copied: BitMap64) -> None:
-        """The device is away: nothing is lost, as nothing will be overwritten."""
+        """The device is away: nothing is lost, because nothing will be overwritten."""
         self.sums = {first: sums for first, sums in self.sums.items() if first in copied}
         self.chunks, self.lost, self._runs = copied, BitMap64(), None
 
@@ -119,14 +119,14 @@ class _Job:
 
     @property
     def runs(self) -> list[Run]:
-        """What is kept."""
+        """The runs of the chunks that are kept."""
         if self._runs is None:
             self._runs = list(runs_of(self.kept))
         return self._runs
 
     @property
     def joined_sums(self) -> bytes:
-        """The checksums of what is kept, ascending."""
+        """The checksums of the chunks that are kept, ascending."""
         return b"".join(self.sums[first] for first in sorted(self.sums))
 
     def records(self) -> Iterator[Record]:
@@ -146,15 +146,15 @@ class Preserver:
         self._damage = damage
         self._on_full = on_full
         self._next = _Batch()
-        self._arrived = trio.Event()  #: fires when something joins a batch that somebody else has to take
-        self._turn = trio.Lock()  #: of the one whose batch is taken
+        self._arrived = trio.Event()  #: fires when a writer joins a batch that another task has to process
+        self._turn = trio.Lock()  #: held by the task that processes a batch
 
     async def preserve(self, origin: PreservedOrigin, chunks: BitMap64) -> None:
         """Return when no snapshot reads any of `chunks` from the device: they may be overwritten.
 
         Raises StoreFullError under the policy block-writes, OSError when the device is away, so that it can neither be
-        read nor written, NoMemoryError where there is none, and CowError when the chunks could neither be preserved nor
-        recorded as lost nor the snapshots be given up.
+        read nor written, NoMemoryError when there is no memory, and CowError when the chunks could neither be preserved
+        nor recorded as lost nor the snapshots be given up.
         """
         while missing := origin.epochs.unpreserved(chunks):
             batch = self._next
@@ -177,9 +177,9 @@ class Preserver:
                 raise away
 
     async def keep_late(self, layer: Layer, chunk: int, data: bytes) -> None:
-        """Keep old bytes of a chunk that the layer lost; durable on return. Raises OSError or CowError.
+        """Preserve old bytes of a chunk that the layer lost; durable on return. Raises OSError or CowError.
 
-        Nothing changes when the chunk is known to the layer, or lost to it no more, meanwhile.
+        Nothing is committed when the chunk is not lost to the layer any more.
         """
         one = BitMap64([chunk])
         with pinned([layer]):
@@ -191,7 +191,7 @@ class Preserver:
         self._damage.rescued()
 
     async def run(self) -> None:
-        """Take the batches that gathered while another was taken, until cancelled."""
+        """Process the batches that gathered while another was processed, until cancelled."""
         while True:
             await self._arrived.wait()
             async with holding(self._turn):
@@ -219,7 +219,7 @@ class Preserver:
                         batch.away[job.origin] = job.away
                         del batch.wanted[job.origin]
                 if all(len(job.chunks) < most for job in jobs):
-                    return  # that was all; the writers look again
+                    return  # that was all; the writers check again
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -232,7 +232,7 @@ class Preserver:
                 elif await self._space.reserve.let_inodes_go():
                     pass  # it was a file that could not be made, and now it can
                 elif most > FEWEST_CHUNKS:
-                    most = min(most, max(len(job.chunks) for job in jobs)) // 4  # fewer of them may have room
+                    most = min(most, max(len(job.chunks) for job in jobs)) // 4  # there may be room for fewer
                 else:
                     await self._when_full(batch, error)
                     most = MOST_CHUNKS
@@ -241,7 +241,7 @@ class Preserver:
     def _jobs(batch: _Batch, most: int) -> list[_Job]:
         """What is still missing, by origin, up to `most` chunks of each.
 
-        Asked anew after each round: the snapshots may have gone.
+        Determined anew after each round: the snapshots may be gone.
         """
         found = []
         for origin, wanted in batch.wanted.items():
@@ -252,7 +252,7 @@ class Preserver:
         return found
 
     async def _copy(self, jobs: list[_Job], copy: Callable[[list[_Job]], None]) -> None:
-        """Have the jobs copied, in a thread, and commit what became of them."""
+        """Copy the jobs, in a thread unless they are short and in memory, and commit what became of them."""
         with pinned([job.layer for job in jobs]):
             here = all(is_short(job.chunks) and job.layer.is_in_memory and job.origin.is_in_memory for job in jobs)
             commits = await offload(_records_of, copy, jobs, here=here)
@@ -300,12 +300,12 @@ class Preserver:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether it says that there is no room."""
+    """Whether an error says that there is no room."""
     return isinstance(error, (QuotaError, StoreFullError)) or (isinstance(error, OSError) and error.errno in FULL)
 
 
 def _records_of(copy: Callable[[list[_Job]], None], jobs: list[_Job]) -> list[list[Record]]:
-    """Have the jobs copied, and say what became of each."""
+    """Copy the jobs, and return the records that say what became of each."""
     copy(jobs)
     return [list(job.records()) for job in jobs]
 
@@ -326,7 +326,7 @@ def _copy_durably(jobs: list[_Job]) -> None:
         try:
             job.layer.files.sync_data()
         except (OSError, CowError) as error:
-            if is_full(error):  # of a file system that finds out late
+            if is_full(error):  # a file system may find out only here
                 job.layer.files.give_up_unsynced()
                 raise
             job.lose_all(error)
@@ -353,7 +353,7 @@ def _copy_part(job: _Job, part: Run) -> None:
 
 
 def _copy_singly(job: _Job, part: Run, error: OSError) -> None:
-    """Perhaps it is one bad sector: it is read twice, and in between the device must have answered elsewhere."""
+    """It may be one bad sector: what fails is read again, and in between the device must answer elsewhere."""
     if part.chunks == 1:
         unread = [part.first]
     else:
@@ -370,7 +370,7 @@ def _copy_singly(job: _Job, part: Run, error: OSError) -> None:
 
 
 def _copy_one(job: _Job, chunk: int) -> OSError | None:
-    """Why a chunk cannot be read."""
+    """Copy one chunk. Returns why it cannot be read, if so."""
     try:
         data = job.origin.read_chunks(Run(chunk, 1))
     except OSError as error:

@@ -1,7 +1,7 @@
 """Recovery: from what is on disk after any stop to layers that know what they hold.
 
-It runs at every opening, before anything else uses the store, and may itself be stopped anywhere: the old journal files
-stay until the layers are saved.
+It runs at every opening, before anything else uses the store, and may itself be stopped at any point: the old journal
+files stay until the layers are saved.
 """
 
 import errno
@@ -31,8 +31,8 @@ class Recovered:
     """The layers by id, and sentences on what was found."""
 
     layers: dict[int, Layer]
-    findings: list[str] = field(default_factory=list)  #: what is not right, or was not
-    dropped: list[str] = field(default_factory=list)  #: what was half done at the stop, and is taken back
+    findings: list[str] = field(default_factory=list)  #: what is wrong, or was
+    dropped: list[str] = field(default_factory=list)  #: what was half done at the stop, and was undone
     strays: list[str] = field(default_factory=list)  #: what does not belong there and cannot be removed
 
 
@@ -40,8 +40,8 @@ def recover(catalog: Catalog, journal: Journal, layers_directory: Directory, els
     """Drop half-taken snapshots, load the layers, replay the journal, remove what nothing refers to. Blocks.
 
     All effects are durable on return, and the journal has a fresh file. Raises CowError or OSError; StoreFullError when
-    the disk has no room for it, though what an opening needs is held back; MayPassError for what is no reason to give
-    anything up.
+    the disk has no room for it, although what an opening needs is held back; MayPassError for an error that is no
+    reason to give anything up.
     """
     try:
         return _recover(catalog, journal, layers_directory, elsewhere)
@@ -62,7 +62,7 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
     layers = {row.id: Layer(layers_directory, row.id, chunks[row.origin]) for row in catalog.layers()}
     for row in catalog.layers():
         load_layer(layers[row.id], row.generation)
-    recorded = {0}  # the ids of layers
+    recorded = {0}  # ids of layers that the journal names
     try:
         for record in journal.replay():
             recorded.add(record.layer)
@@ -100,14 +100,14 @@ def _recover(catalog: Catalog, journal: Journal, layers_directory: Directory, el
         findings += _invalidate_unknown(catalog, layers)
         strays = _forget_dropped(catalog, layers, layers_directory)
     catalog.set_setting("journal", 0)
-    journal.retire(journal.numbers)  # before there is a new one: on a full disk that has their room
+    journal.retire(journal.numbers)  # before a new one is made, which on a full disk needs their room
     journal.start_file()
     catalog.set_setting("journal", journal.numbers[-1])
     return Recovered(layers, findings, dropped, strays)
 
 
 def _rehash(layer: Layer, chunks: BitMap64) -> BitMap64:
-    """`Layer.rehash`, once more after a moment where the store fails: all that it writes is written anew then."""
+    """`Layer.rehash`; when the store fails, once more after a pause, with all that it writes written anew."""
     try:
         return layer.rehash(chunks)
     except (OSError, SyncError) as error:
@@ -118,7 +118,7 @@ def _rehash(layer: Layer, chunks: BitMap64) -> BitMap64:
 
 
 def _save(layers: dict[int, Layer], catalog: Catalog, journal: Journal, rehashed: Mapping[int, BitMap64]) -> bool:
-    """Whether all could be saved."""
+    """Save the layers. Returns whether all could be saved."""
     saved, all_saved = [], True
     for layer in layers.values():
         if layer.dirty and layer.damage is None:
@@ -134,7 +134,7 @@ def _save(layers: dict[int, Layer], catalog: Catalog, journal: Journal, rehashed
 
 
 def _save_layer(layer: Layer, journal: Journal, rehashed: BitMap64) -> None:
-    """Save a layer, once more after a moment where the store fails; checksums in doubt are written anew before. # I3"""
+    """Save a layer; when the store fails, once more after a pause, with checksums in doubt written anew first. # I3"""
     try:
         layer.save(layer.encode_map())
         return
@@ -152,14 +152,14 @@ def _save_layer(layer: Layer, journal: Journal, rehashed: BitMap64) -> None:
 
 
 def _check_stays(layer: Layer, error: OSError | SyncError) -> None:
-    """Raise the error of a full disk, and MayPassError for what is not about a sector."""
+    """Raise the error itself when the disk is full, and MayPassError when the error is not about a sector."""
     if isinstance(error, OSError) and error.errno in FULL:
         raise error
     raise_if_passing(error, f"layer {layer.name} cannot be made durable")
 
 
 def _mark_damaged(layer: Layer, error: OSError | SyncError | JournalDamagedError) -> None:
-    """One layer that cannot be made durable costs its readers, and not the store. Raises as `_check_stays`."""
+    """Mark a layer that cannot be made durable: it costs its readers, and not the store. Raises as `_check_stays`."""
     if not isinstance(error, JournalDamagedError):
         _check_stays(layer, error)
     layer.damage = f"layer {layer.name} cannot be made durable ({error}): what it holds is unknown"
@@ -181,7 +181,7 @@ def _drop_pending(catalog: Catalog) -> list[str]:
 
 
 def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
-    """Snapshots that were given up while the store took no writes."""
+    """Record in the catalog which snapshots were given up while the store took no writes. Returns findings."""
     newest = elsewhere.read()
     if not newest:
         return []
@@ -199,7 +199,7 @@ def _take_over_given_up(catalog: Catalog, elsewhere: Elsewhere) -> list[str]:
 
 
 def _forget_dropped(catalog: Catalog, layers: dict[int, Layer], layers_directory: Directory) -> list[str]:
-    """Let go of the layers that the catalog does not name, and remove their directories. What cannot be removed."""
+    """Forget the layers that the catalog does not name, remove their directories, and return what cannot be removed."""
     wanted = {row.id for row in catalog.layers()}
     for number in layers.keys() - wanted:
         layers.pop(number).close()
@@ -219,7 +219,7 @@ def _stray(layers_directory: Directory, name: str, error: Exception) -> str:
 
 
 def strays(catalog: Catalog, layers_directory: Directory) -> list[str]:
-    """What recovery could not remove, without removing anything."""
+    """What recovery could not remove; nothing is removed here."""
     wanted = {f"{row.id:016x}" for row in catalog.layers()}
     found = []
     for name in layers_directory.names():
@@ -239,7 +239,7 @@ def open_journal(directory: Directory, catalog: Catalog) -> Journal:
 
 
 def load_layer(layer: Layer, generation: int) -> None:
-    """Read a layer's map; where that cannot be done, the layer's `damage` says so. Raises MayPassError."""
+    """Read a layer's map; when it cannot be read, the layer's `damage` says so. Raises MayPassError."""
     try:
         stays(lambda: layer.load(generation), f"the map of layer {layer.name} cannot be read")
     except MayPassError:
@@ -249,13 +249,13 @@ def load_layer(layer: Layer, generation: int) -> None:
 
 
 def _apply(record: Record, layers: dict[int, Layer]) -> BitMap64:
-    """Take over what a record says. The chunks whose checksums cannot be written, and which are lost by that."""
+    """Apply a record to its layer. Returns the chunks that are lost because their checksums cannot be written."""
     lost = BitMap64()
     layer = layers.get(record.layer)
     if layer is None:
         if record.layer > _HIGHEST_ID:
             raise JournalDamagedError(f"the journal names a layer {record.layer}, which there cannot be")
-        return lost  # of a snapshot that was deleted since
+        return lost  # the layer was dropped since
     if any(run.end > layer.chunks for run in record.runs):
         raise JournalDamagedError(f"the journal names chunks beyond the device's end in layer {layer.name}")
     layer.written_ns = max(layer.written_ns, record.time_ns)
@@ -276,7 +276,7 @@ def _apply(record: Record, layers: dict[int, Layer]) -> BitMap64:
 
 
 def _write_sums(layer: Layer, run: Run, sums: bytes) -> BitMap64:
-    """The chunks whose slots cannot be written."""
+    """Write checksums. Returns the chunks whose slots cannot be written."""
     what = f"checksums of layer {layer.name} cannot be written"
     try:
         stays(lambda: layer.sums.write(run.first, sums), what)
@@ -292,7 +292,7 @@ def _write_sums(layer: Layer, run: Run, sums: bytes) -> BitMap64:
 
 
 def _invalidate_unknown(catalog: Catalog, layers: dict[int, Layer]) -> list[str]:
-    """Where it is unknown what a layer holds, no snapshot that reads it can be told right from wrong bytes. # I4"""
+    """Invalidate the snapshots that read a layer of unknown contents: right bytes cannot be told from wrong. # I4"""
     damaged = [(row, damage) for row in needed_layers(catalog) if (damage := layers[row.id].damage) is not None]
     for row, damage in damaged:
         for snapshot in catalog.snapshots():
@@ -325,9 +325,9 @@ def newest_layer(directory_names: Iterable[str], recorded: Iterable[int]) -> int
 
 
 def layers_beyond(catalog: Catalog, newest: int) -> str:
-    """A sentence when there is a layer that the catalog never made: it lacks its latest changes. Else "".
+    """A sentence when there is a layer that the catalog never made: the catalog lacks its latest changes. Else "".
 
-    Ids of layers are never given twice, and nothing is written of a layer before the catalog has it, durably.
+    Ids of layers are never reused, and nothing of a layer is written before its row is durable in the catalog.
     """
     if newest <= catalog.newest_layer():
         return ""

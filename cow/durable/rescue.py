@@ -1,12 +1,12 @@
-"""Rescue: losses that can be taken back, as the write that they were recorded for never reached the device.
+"""Rescue: losses that can be taken back, because the write that they were recorded for never reached the device.
 
-A chunk that can be neither kept nor read is recorded as lost before it is overwritten (I1). When the write fails too,
-the device may still have the old bytes; once it can be read there, they are preserved after all. Proof is that each
-sector differs from what was written to it since, by any write that failed or may be under way: a write that reached the
-device in part shows in the sectors that it reached, and where a sector is equal, be it by chance, the loss stays. What
-is preserved so is a copy, so it does not matter what a late write does to the device afterwards. # I4
+A chunk that cannot be read, or not be kept, is recorded as lost before it is overwritten (I1). When the write fails
+too, the device may still have the old bytes; once they can be read there, they are preserved after all. The proof is
+that each sector differs from what was written to it since, by any write that failed or may be under way: a partial
+write shows in the sectors that it reached, and where a sector is equal, even by chance, the loss stays. What is
+rescued is a copy, so it does not matter what a late write does to the device afterwards. # I4
 
-All of it is in memory: after the process has ended, a loss stays.
+All of this is in memory only: once the process has ended, a loss is final.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ from cow.buffer.contents import Contents
 from cow.geometry import CHUNK_BYTES, Run
 from cow.layers.layer import Layer
 
-SECTOR_BYTES = 512  # what a write leaves whole, old or new
-MOST_CHUNKS = 1024  # that are remembered
-MOST_SLICES = 32  # of a chunk: what was written to it, cut at sectors
+SECTOR_BYTES = 512  # a write leaves a sector whole, old or new
+MOST_CHUNKS = 1024  # remembered at most
+MOST_SLICES = 32  # remembered of a chunk: what was written to it, cut at sectors
 
 
 class _Slice(NamedTuple):
-    """What was written to some of a sector: where in the chunk, and the checksum of it."""
+    """What was written to a sector or a part of it: where in the chunk, and its checksum."""
 
     start: int
     end: int
@@ -35,16 +35,16 @@ class _Slice(NamedTuple):
 
 
 class Losses:
-    """The chunks of an origin that were lost and that no write has reached, for all that is known. Trio thread only."""
+    """The lost chunks of an origin that, as far as is known, no write has reached. Trio thread only."""
 
     def __init__(self) -> None:
         self.chunks = BitMap64()
         self.arrived = trio.Event()  #: fires when there are some
-        self._layers: dict[int, Layer] = {}  #: that lost them
+        self._layers: dict[int, Layer] = {}  #: the one that lost each chunk
         self._written: dict[int, set[_Slice]] = {}
 
     def add(self, layer: Layer, chunks: BitMap64) -> None:
-        """They were lost by the layer, durably, and are not overwritten yet."""
+        """Note chunks that the layer has lost, durably, and that are not overwritten yet."""
         for chunk in chunks:
             if len(self._layers) >= MOST_CHUNKS:
                 return
@@ -53,7 +53,7 @@ class Losses:
         self.arrived.set()
 
     def forget(self, chunks: Iterable[int]) -> None:
-        """They are overwritten, or kept, or nobody knows: what is lost stays so."""
+        """Forget chunks that are overwritten, or kept, or in an unknown state: what is lost stays lost."""
         for chunk in chunks:
             self._layers.pop(chunk, None)
             self._written.pop(chunk, None)
@@ -62,12 +62,12 @@ class Losses:
             self.arrived = trio.Event()
 
     def layer_of(self, chunk: int) -> Layer | None:
-        """Which layer lost a chunk; None when it is not here."""
+        """The layer that lost a chunk; None when it is not remembered, or not lost to that layer any more."""
         layer = self._layers.get(chunk)
         return layer if layer is not None and chunk in layer.lost else None
 
     def begin(self, contents: Contents) -> None:
-        """Contents are about to be written."""
+        """Note contents that are about to be written."""
         for chunk in self.chunks & contents.chunks() if self.chunks else ():
             found = self._written[chunk]
             for offset, data in contents.pieces(Run(chunk, 1)):
@@ -76,12 +76,12 @@ class Losses:
                 self.forget([chunk])
 
     def end(self, contents: Contents, left: Contents) -> None:
-        """They were written, save what is left."""
+        """Note that the contents were written, except what is `left`."""
         if self.chunks:
             self.forget((self.chunks & contents.chunks()) - left.chunks())
 
     def is_untouched(self, chunk: int, content: bytes) -> bool:
-        """Whether what was read of a chunk before now, past every cache, is what was there before all writes to it."""
+        """Whether `content`, read earlier and past every cache, is what the chunk had before all writes to it."""
         return all(xxh3_64_digest(content[one.start : one.end]) != one.digest for one in self._written[chunk])
 
 

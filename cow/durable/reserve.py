@@ -1,8 +1,8 @@
-"""The reserve: room that is held back for what must not fail when the disk is full. # I6
+"""The reserve: space that is held back for operations that must not fail when the disk is full. # I6
 
-A file `reserve` has space for recording that a snapshot was given up, a journal file, and a clean stop; spare inodes
-(durable/inodes.py) are held back beside it. It is let go for those moments only, and a part of it for nothing but the
-next opening.
+A file `reserve` has space for recording that a snapshot was given up, for a journal file, and for a clean stop; spare
+inodes (durable/inodes.py) are held back beside it. It is released for those operations only, and a part of it for
+nothing but the next opening.
 """
 
 import threading
@@ -22,25 +22,25 @@ from cow.records.journal import FILE_BYTES
 
 RESERVE_NAME = "reserve"
 RESERVE_BYTES = 2 * FILE_BYTES  # for a second journal file, the maps and the catalog
-OPENING_BYTES = FILE_BYTES // 2  # of it: what an opening needs, which saves the maps before it begins a journal file
+OPENING_BYTES = FILE_BYTES // 2  # of it: for an opening, which saves the maps before it begins a journal file
 
 T = TypeVar("T")
 
 
 class Reserve:
-    """That of a store in `directory`, called `label` in messages. Empty until it is filled for the first time."""
+    """The reserve of the store in `directory`, called `label` in messages. Empty until it is first filled."""
 
     def __init__(self, directory: Directory, inodes: Inodes, label: str, tell: Tell) -> None:
         self._directory = directory
         self._inodes = inodes
         self._label = label
         self._tell = tell
-        self.is_full = False  #: whether all is held back that shall be
-        self._changing = threading.Lock()  #: guards it against being filled up and let go at once
-        self._in_need = 0  #: how many need what was let go of it
+        self.is_full = False  #: whether everything is held back that should be
+        self._changing = threading.Lock()  #: guards it against being filled up and released at once
+        self._in_need = 0  #: how many callers are within `in_need`
 
     def count_beside_layers(self) -> int:
-        """What the files beside the layers take, with the whole reserve: what was let go is filled up again. Blocks."""
+        """The bytes of the files beside the layers, with the whole reserve: it will be filled up again. Blocks."""
         with self._changing:
             try:
                 file = self._directory.open(RESERVE_NAME)
@@ -54,7 +54,7 @@ class Reserve:
 
     @contextmanager
     def in_need(self) -> Iterator[Callable[[], None]]:
-        """Within the block it is not filled up again.
+        """Within the block the reserve is not filled up again.
 
         Yields a blocking function that releases it: the first call all but what the next opening needs, the second
         half of that, the third the rest.
@@ -67,9 +67,9 @@ class Reserve:
             self._in_need -= 1
 
     async def see_through(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Do what must not fail for want of room, and more of the reserve is let go each time that it does.
+        """Call an action that must not fail for lack of room, releasing more of the reserve each time that it does.
 
-        Raises what `action` does, StoreFullError and errnos of a full disk when all of the reserve was not enough.
+        Raises what `action` raises; StoreFullError and errnos of a full disk when all of the reserve was not enough.
         """
         try:
             return await action()
@@ -94,9 +94,9 @@ class Reserve:
             let_go(self._directory, most_spares)
 
     async def let_inodes_go(self) -> bool:
-        """Where the file system is short of inodes, give back those that are held back for old bytes.
+        """Where the file system is short of inodes, release those that are held back for old bytes.
 
-        Whether there were some. They are not taken again as long as it is.
+        Returns whether there were any. They are not held back again while it is short of inodes.
         """
         return await trio.to_thread.run_sync(self._let_inodes_go)
 
@@ -107,7 +107,7 @@ class Reserve:
             return went
 
     async def refill(self) -> None:
-        """Fill it up again, as far as there is room; where that is not enough it is told. Raises OSError."""
+        """Fill it up again, as far as there is room; `tell` is called if that is not enough. Raises OSError."""
         if not await trio.to_thread.run_sync(self.fill):
             self._tell(
                 Trouble(
@@ -116,7 +116,7 @@ class Reserve:
             )
 
     def fill(self) -> bool:
-        """As `refill`, told by False; nothing is done while some are `in_need`. Blocks."""
+        """As `refill`, but returns False instead of calling `tell`. Does nothing within `in_need`. Blocks."""
         with self._changing:
             if self._in_need:
                 return True  # later
@@ -134,26 +134,26 @@ def _is_no_room(error: OSError | StoreFullError) -> bool:
 
 
 def let_all_go(directory: Directory) -> None:
-    """Give back all that is held back: an opening may need it. Blocks."""
+    """Release what an opening may need: all space, and the spare inodes where the file system is short. Blocks."""
     shrink_reserve(directory, 0)
     let_inodes_go(directory)
 
 
 def let_inodes_go(directory: Directory) -> None:
-    """Give back the spare inodes, where the file system is short of them. Blocks."""
+    """Release the spare inodes, where the file system is short of inodes. Blocks."""
     free = directory.free_inodes()
     if free is not None and free < 2 * OPENING_SPARES:
         let_go(directory, 0)
 
 
 def hold_inodes_back(directory: Directory) -> None:
-    """Have inodes for the next opening, as far as there are some. Blocks."""
+    """Hold back inodes for the next opening, as far as there are any. Blocks."""
     with suppress(OSError):
         fill_up(directory, OPENING_SPARES, 0)
 
 
 def shrink_reserve(directory: Directory, most_bytes: int) -> None:
-    """Give all but so much of a store's reserve back to the file system. Blocks."""
+    """Release all but `most_bytes` of a store's reserve to the file system. Blocks."""
     try:
         file = directory.open(RESERVE_NAME)
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def shrink_reserve(directory: Directory, most_bytes: int) -> None:
 
 
 def keep_for_opening(directory: Directory) -> None:
-    """Have what the next opening needs held back, as far as there is room. Blocks."""
+    """Hold back what the next opening needs, as far as there is room. Blocks."""
     with suppress(OSError):
         file = directory.open(RESERVE_NAME)
         try:
@@ -176,7 +176,7 @@ def keep_for_opening(directory: Directory) -> None:
 
 
 def _filled(file: File, size: int) -> bool:
-    """Allocate so much, or what can be had of it, to the last 4 KiB. Whether it is all."""
+    """Allocate `size` bytes, or as many as there are, to within 4 KiB. Returns whether that is all."""
     if _allocated(file, size):
         return True
     length, step = 0, size // 2

@@ -1,14 +1,14 @@
-"""What the store takes and what it may take. # I6
+"""The space that the store takes, and that it may take. # I6
 
-The figure in use is a measurement plus an upper bound of what was promised since, so it errs on the safe side; before
-anything is refused it is measured anew.
+The figure for used space is a measurement plus an upper bound of what was promised since, so it errs on the safe side;
+before anything is refused because of it, it is measured anew.
 
-There may be thousands of layers, so their files are not all looked at each time. What is written into them is promised
-before; what else changes in them is noted with `changing_layers`. What grows without a promise is looked at each time:
-the files beside them (the catalog, the journal, the reserve), and how many layers have a directory.
+There may be thousands of layers, so not all of their files are measured each time. Bytes written into them are promised
+beforehand; what else changes in them is noted with `changing_layers`. What grows without a promise is measured each
+time: the files beside them (the catalog, the journal, the reserve), and how many layers have a directory.
 
-Inodes are counted in the same way (durable/inodes.py). What must not fail on a full disk has a reserve of both
-(durable/reserve.py), which counts as used.
+Inodes are counted in the same way (durable/inodes.py). Operations that must not fail on a full disk have a reserve of
+both (durable/reserve.py), which counts as used.
 """
 
 import time
@@ -26,16 +26,16 @@ from cow.events import Filling, Tell
 from cow.geometry import CHUNK_BYTES
 from cow.records.journal import FILE_BYTES
 
-CATALOG_BYTES = 1 << 20  # that it may grow by between two looks, with its write-ahead log
+CATALOG_BYTES = 1 << 20  # by which it may grow between two measurements, with its write-ahead log
 UNPROMISED_BYTES = FILE_BYTES + CATALOG_BYTES  # a journal file may come beside another
 LEAST_QUOTA_BYTES = 32 << 20
 MOST_BYTES_PER_CHUNK = 2 * 4096  # the chunk, and a page of checksums
 MOST_BYTES_OF_A_WRITE = (1 << 20) + (8 << 10)  # a request's old bytes, and their checksums
-MOST_BYTES_PER_DIRECTORY = 4096  # with the few names that a layer's has
+MOST_BYTES_PER_DIRECTORY = 4096  # with the few names in a layer's directory
 _PLENTY_CHUNKS, _PLENTY_SECONDS = 8192, 1.0  # 64 MiB at most
-MEASURE_SECONDS = 5.0  # for so long the promises do for the layers, where there is plenty of room
+MEASURE_SECONDS = 5.0  # for this long promises do for measuring the layers, while there is plenty of room
 WARNING_PERCENTS = (80, 90, 95)
-REARM_PERCENT = 10  # below a warning's mark: from there on it is given again; merging layers makes the figure sway
+REARM_PERCENT = 10  # below its mark a warning is armed again: merging layers makes the figure sway
 MOST_PERCENT_FOR_SNAPSHOTS = 90  # no new snapshot from here on
 MOST_PERCENT_FOR_WRITES = 95  # no snapshot's own writes from here on: the rest is for the origin's old bytes
 
@@ -45,8 +45,8 @@ _MAKE_INODES = "remove snapshots, or other files on that file system, or have th
 class Space:
     """The store's space. `quota_bytes` None means: whatever the file system has.
 
-    `layers_directory` is the one directory below `directory`. `tell` hears when the store fills up beyond one of
-    `WARNING_PERCENTS`.
+    `layers_directory` is the one directory below `directory`. `tell` is called when the store fills up
+    to one of `WARNING_PERCENTS`.
     """
 
     def __init__(
@@ -67,29 +67,29 @@ class Space:
         self.reserve = Reserve(directory, self.inodes, layers_directory.label, tell)
         self._beside_layers = self.reserve.count_beside_layers()
         self._layers, self._in_layers, self.inodes.in_layers = self._count_layers()
-        self._new_layers = 0  #: whose directories came since the layers were measured
+        self._new_layers = 0  #: whose directories were made since the layers were measured
         self._measure_from = 0.0  #: until then the layers are not measured anew without need
-        self._promised = 0  #: written into the layers since they began to be measured, at most
-        self._measuring = trio.Lock()  #: two at once would take the same promises back twice
-        self._open = 0  #: about to be written, at most
+        self._promised = 0  #: bytes written into the layers since their last measurement began, at most
+        self._measuring = trio.Lock()  #: two at once would subtract the same promises twice
+        self._open = 0  #: bytes about to be written, at most
         self.waiting_chunks = 0  #: of snapshots' own writes, in memory
-        self._look_again = 0.0  #: others may fill the disk too
-        self._plenty = -1  #: chunks that find room before that has to be looked at again
+        self._look_again = 0.0  #: when to check the disk again, which others may fill too
+        self._plenty = -1  #: chunks for which there is room before that has to be checked again
 
     @property
     def used_bytes(self) -> int:
-        """What the store takes, at most."""
+        """The bytes that the store takes, at most."""
         measured = self._beside_layers + self._in_layers + self._new_layers * MOST_BYTES_PER_DIRECTORY
         return measured + self._promised + self._open + self.waiting_chunks * MOST_BYTES_PER_CHUNK
 
     @property
     def available_bytes(self) -> int:
-        """What may still be kept in it."""
+        """The bytes that may still be kept in it."""
         return max(0, self.total_bytes - UNPROMISED_BYTES - self.used_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """The quota, or what the file system could give when that is less."""
+        """The quota, or what the file system could provide if that is less."""
         could = self.used_bytes + self._directory.free_bytes()
         return could if self.quota_bytes is None else min(could, self.quota_bytes)
 
@@ -117,17 +117,17 @@ class Space:
 
     @property
     def excess_bytes(self) -> int:
-        """How much is in the way of a first overwrite of the longest request; not more than 0 when nothing is."""
+        """How many bytes are too many for a first overwrite by the longest request; not more than 0 when none are."""
         quota = self.total_bytes if self.quota_bytes is None else self.quota_bytes
         return self.used_bytes + MOST_BYTES_OF_A_WRITE + UNPROMISED_BYTES - quota
 
     @property
     def has_room_for_a_write(self) -> bool:
-        """Whether the quota has room for that."""
+        """Whether there is room for such an overwrite."""
         return self.excess_bytes <= 0
 
     async def measure(self) -> None:
-        """Count anew what the store takes. What is still being written may be seen or not, so it stays promised."""
+        """Measure anew what the store takes. A write under way may be in the figure or not, so it stays promised."""
         await self.count()
         self._warn()
 
@@ -138,7 +138,7 @@ class Space:
             await self._measure_layers()
 
     async def keep_up(self) -> None:
-        """Count anew what may have changed: the layers where they did, after a while, and when space is scarce."""
+        """Measure anew what may have changed; the layers if they did, after a while, or when space is scarce."""
         async with self._measuring:
             await self._look_beside_layers()
             if time.monotonic() >= self._measure_from or self.used_percent >= WARNING_PERCENTS[0]:
@@ -147,7 +147,7 @@ class Space:
 
     @contextmanager
     def changing_layers(self) -> Iterator[None]:
-        """Around what makes layers take more or less than what was promised: `keep_up` counts them the next time."""
+        """Around a change by which layers take more or less than was promised: the next `keep_up` measures them."""
         try:
             yield
         finally:
@@ -160,7 +160,7 @@ class Space:
 
     async def _measure_layers(self) -> None:
         promised = self._promised
-        self._measure_from = time.monotonic() + MEASURE_SECONDS  # now, as layers may change while they are counted
+        self._measure_from = time.monotonic() + MEASURE_SECONDS  # now, because layers may change while they are counted
         try:
             counted = await trio.to_thread.run_sync(self._count_layers)
             self._layers, self._in_layers, self.inodes.in_layers = counted
@@ -198,30 +198,30 @@ class Space:
             raise StoreFullError(f"{self.inodes.too_few}: {_MAKE_INODES}")
 
     def room(self, count: int) -> "Room":
-        """Around writing up to `count` bytes: old bytes of the origin.
+        """Around a write of up to `count` bytes: old bytes of the origin.
 
-        Raises QuotaError when the store would pass its quota. What the file system has left shows when it is written.
+        Raises QuotaError when the store would exceed its quota. Whether the file system has room shows in the write.
         """
         return Room(self, count, self._check_for_old_bytes)
 
     def room_for_write(self, count: int) -> "Room":
-        """Around writing up to `count` bytes: a snapshot's own writes, which leave a margin for the origin's old bytes.
+        """Around a write of up to `count` bytes: a snapshot's own, which leaves a margin for the origin's old bytes.
 
         Raises QuotaError or StoreFullError when only the margin is left.
         """
         return Room(self, count, self.check_for_write)
 
     def keeping(self, count: int) -> "Room":
-        """Around writing up to `count` bytes for which there is room."""
+        """Around a write of up to `count` bytes for which there is room: nothing is checked."""
         return Room(self, count, None)
 
     async def _check_for_old_bytes(self, count: int) -> None:
         await self._check_quota(count, 100)
 
     def is_roomy(self, chunks: int) -> bool:
-        """Whether so many chunks of a snapshot's own writes find room, with much to spare.
+        """Whether there is room for so many chunks of a snapshot's own writes, with plenty to spare.
 
-        The quota is held each time. The disk is looked at once in a while only, as this is asked for every write.
+        The quota is checked each time, the disk only once in a while, because this is asked for every write.
         """
         if self._passes_quota(chunks * MOST_BYTES_PER_CHUNK, MOST_PERCENT_FOR_WRITES):
             return False
@@ -234,12 +234,12 @@ class Space:
         return self._plenty >= 0
 
     def _passes_quota(self, count: int, percent: int) -> bool:
-        """Whether `count` bytes more are more than so much of the quota."""
+        """Whether `count` more bytes would exceed `percent` of the quota."""
         quota = self.quota_bytes
         return quota is not None and self.used_bytes + count > (quota - UNPROMISED_BYTES) * percent // 100
 
     async def check_for_merge(self, count: int) -> None:
-        """Raise StoreFullError when `count` bytes more would bring the store to where it warns: merging can wait."""
+        """Raise StoreFullError when `count` more bytes would bring the store to its first warning: merging can wait."""
         if self._would_warn(count):
             await self.measure()
         if self._would_warn(count):
@@ -274,11 +274,11 @@ class Space:
             )
 
     def open_promise(self, count: int) -> None:
-        """Up to `count` bytes are about to be written; followed by `keep_promise`, whatever comes between."""
+        """Note that up to `count` bytes are about to be written; `keep_promise` must follow in any case."""
         self._open += count
 
     def keep_promise(self, count: int) -> None:
-        """They are written, or some of them."""
+        """Note that they are written, or some of them."""
         self._open -= count
         self._promised += count
         self._plenty -= -(-count // CHUNK_BYTES)
@@ -291,7 +291,7 @@ def _consequence(percent: int) -> str:
 
 
 class Room:
-    """Room for a write, while it is made: an asynchronous context manager, which looks for it when it is entered."""
+    """Room for a write, while it is made: an asynchronous context manager that checks for room on entry."""
 
     __slots__ = ("_check", "_count", "_space")
 

@@ -1,6 +1,6 @@
-"""Whether the devices may be used with the store: admitted, refused in words, or taken as the user says. # I12
+"""Whether the devices may be used with the store: admitted, refused in words, or accepted as the user says. # I12
 
-What speaks for and against a device is images/recognition.py's; here it is decided what follows.
+images/recognition.py finds what speaks for and against a device; this module decides what follows.
 """
 
 import os
@@ -27,10 +27,10 @@ async def admit(
     accept_changed: bool,
     accept_unchanged: bool,
 ) -> list[str]:
-    """See to it that the devices are those of the snapshots, and were left alone meanwhile. # I12
+    """Check that the devices are those of the snapshots, and were left alone meanwhile. # I12
 
-    Raises RefusedError before anything is recorded, when one is another one, or was changed and that is not accepted.
-    When it is accepted the snapshots become suspect.
+    Raises RefusedError, before anything is recorded, when a device is another one, or was changed and that is not
+    accepted. When it is accepted the snapshots become suspect.
     """
     sentences = []
     for origin, row in zip(store.origins, rows, strict=True):
@@ -41,7 +41,7 @@ async def admit(
         seen = row.fingerprint if newest is not None and newest.usable else b""
         verdict = judge(origin, seen, known, now, was_clean=was_clean)
         if not verdict.is_proved_untouched:
-            # What was written before, or by others, may be newer than recorded.
+            # A write from before, or by others, may be newer than recorded.
             origin.modified_ns = after(origin.modified_ns)
         if not any(one.usable for one in store.snapshots):
             continue

@@ -1,7 +1,7 @@
 """Whether a store can stand where it is put: what its file system and this process's limits must allow, in words.
 
-All of it is found before anything is made, so that it never costs a snapshot: what is missing later, in the middle of
-a write to the origin, would.
+All of it is checked before anything is made, so that it never costs a snapshot: a limit that shows later, in the middle
+of a write to the origin, would.
 """
 
 import errno
@@ -19,7 +19,7 @@ from cow.layers.layer import OTHER_OPEN_FILES, SEGMENT_CHUNKS, open_files
 from cow.layers.sums import SUM_BYTES
 
 _ELSEWHERE = "put the store on ext4 or XFS, with --store DIR"
-WHY_NOT_MADE = {  #: by the errno of what makes a file or a directory
+WHY_NOT_MADE = {  #: by the errno of a call that makes a file or a directory
     errno.EROFS: "it is mounted read-only, and a store is written to with -o ro, too: mount it read-write (mount -o "
     "remount,rw), or copy the store elsewhere (cp -a)",
     errno.EPERM: "the directory is immutable, or may be appended to only: chattr -i -a it",
@@ -30,7 +30,7 @@ WHY_NOT_MADE = {  #: by the errno of what makes a file or a directory
 def check_file_system(directory: Directory, largest_bytes: int, *, is_new: bool) -> None:
     """Raise RefusedError where the file system lacks what a store needs, or takes no file of `largest_bytes`.
 
-    StoreFullError when there is no room for a new store; one that is there may be opened without.
+    StoreFullError when there is no room for a new store; an existing one may be opened without.
     """
     raise_limit(resource.RLIMIT_FSIZE)
     found = directory.io.try_out(directory.fd, largest_bytes)
@@ -71,7 +71,7 @@ def largest_file_bytes(device_bytes: Iterable[int]) -> int:
 
 
 def check_open_files(layers_directory: Directory, device_bytes: Iterable[int]) -> None:
-    """Raise RefusedError when this process may not have the files of all layers open, which it would find out later."""
+    """Raise RefusedError when this process may not have the files of all layers open, which would show only later."""
     raise_limit(resource.RLIMIT_NOFILE)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     layers = len(layers_directory.names())

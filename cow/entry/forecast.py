@@ -1,7 +1,7 @@
-"""What the next write to an origin would cost, when the quota leaves it no room: said, and refused unless it is meant.
+"""What the next write to an origin would cost when the quota leaves it no room: refused unless the user means it.
 
-A store that has come to its quota by itself does what its policy says, and every mount of it goes on with that. What is
-refused is a quota that is lower than the last one.
+A store that has reached its quota by itself follows its policy, and so does every later mount of it. What is refused
+is a quota that is lower than the last one, or a first one.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ _MOST_NAMES = 8
 
 
 def check_quota(store: Store, catalog: Catalog, accepted: bool) -> None:
-    """Raise RefusedError when the quota is lower than the last one, and the next write would cost snapshots.
+    """Raise RefusedError when the quota is lower than the last one, and the next write would find no room.
 
-    Else it is the last one from now on. Blocks.
+    Otherwise the quota is recorded as the last one. Blocks.
     """
     before = catalog.setting(QUOTA_SETTING)
     quota = store.space.quota_bytes or 0
@@ -60,7 +60,7 @@ def _cost(store: Store, usable: list[Snapshot]) -> str:
 
 
 def _given_up(store: Store, usable: list[Snapshot]) -> Iterator[Snapshot]:
-    """Those that the policy drop-oldest takes until there is room, by what their files take now."""
+    """The snapshots that drop-oldest would give up until there is room, judged by what their files take now."""
     excess = store.space.excess_bytes
     for snapshot in usable:
         if excess <= 0:

@@ -1,9 +1,9 @@
-"""The opening's look at the second place: was it there that the last session would have recorded what it gave up?
+"""The opening's check of the second place: is it the one where the last session would have recorded what it gave up?
 
-That snapshots were given up while the store took no writes stands in a directory outside of it (elsewhere.py). With
-another such directory, on another machine or in a container, it would not be found, and they would be taken for valid.
-So each opening leaves a token there and the same in the catalog. After a crash, where the token of the catalog is not
-found, it is unknown whether something was given up, and nobody may believe the snapshots. # I1 # I4
+That snapshots were given up while the store took no writes is recorded in a directory outside of it (elsewhere.py).
+With another such directory, on another machine or in a container, the record would not be found, and the snapshots
+would be taken for valid. So each opening leaves a token there and the same one in the catalog. After a crash, when the
+catalog's token is not found, it is unknown whether something was given up, and no snapshot may be trusted. # I1 # I4
 """
 
 import os
@@ -31,7 +31,7 @@ class SecondPlace:
     _token: str = ""
 
     def end(self, catalog: Catalog) -> None:
-        """After a clean stop: the token is needed no more. What cannot be removed does no harm."""
+        """Remove the token, after a clean stop. One that cannot be removed does no harm."""
         if self.elsewhere is not None and self._token:
             with suppress(CowError, OSError):
                 catalog.set_setting(_SETTING, "")
@@ -41,10 +41,11 @@ class SecondPlace:
 def open_second_place(
     path: str | None, store_path: str, catalog: Catalog, io: Io, stack: ExitStack, *, accept_doubt: bool
 ) -> SecondPlace:
-    """Open the directory at `path`, made when missing, and begin a session; before the store is recovered. Blocks.
+    """Open the directory at `path`, made if missing, and begin a session. Called before recovery. Blocks.
 
     Raises RefusedError when it is unknown what was given up and that is not accepted, before anything is changed, and
-    when others can write to the directory; OSError when it cannot be used.
+    when others can write to the directory; OSError when it cannot be used, except where it takes no writes: then the
+    result has no `elsewhere`, and a finding says so.
     """
     if path is None:
         return SecondPlace(None)
@@ -54,16 +55,23 @@ def open_second_place(
     except OSError as error:
         if error.errno not in FULL | WHY_NOT_MADE.keys():
             raise
-        if before and catalog.setting("clean") != 1 and _doubtful(catalog) and not accept_doubt:
-            raise RefusedError(
+        findings = []
+        if before and catalog.setting("clean") != 1 and (doubtful := _doubtful(catalog)):
+            doubt = (
                 f"the store {store_path} was not stopped clean, and whether its snapshots were given up then, as it "
-                f"took no writes, stands in {path}, which cannot be opened ({error.strerror}). Nothing was changed. "
-                f"Have it there, or mount with -o read_suspect: its snapshots become suspect then; new ones do not"
-            ) from error
-        return SecondPlace(None, [_without(path, str(error.strerror))])
+                f"took no writes, stands in {path}, which cannot be opened ({error.strerror})"
+            )
+            if not accept_doubt:
+                raise RefusedError(
+                    f"{doubt}. Nothing was changed. Have it there, or mount with -o read_suspect: its snapshots become "
+                    f"suspect then; new ones do not"
+                ) from error
+            catalog.suspect_snapshots([row.id for row in doubtful], doubt)
+            findings.append(doubt)
+        return SecondPlace(None, [*findings, _without(path, str(error.strerror))])
     stack.callback(directory.close)
     stack.callback(directory.unmake)
-    directory.check_ours()  # who could write there could give up snapshots, or hide that some were
+    directory.check_ours()  # others who can write there could give up snapshots, or hide that some were
     elsewhere = Elsewhere(directory, str(catalog.setting("uuid")))
     is_known = not before or catalog.setting("clean") == 1 or elsewhere.has_session(before)
     doubt = "" if is_known or _is_beside(store_path, before, elsewhere, io) else _doubt(store_path, catalog, elsewhere)
@@ -83,12 +91,12 @@ def open_second_place(
         elsewhere.begin_session(token)
     except OSError as error:
         if before and is_known and elsewhere.has_session(before):
-            return SecondPlace(elsewhere, findings, before)  # which proves as much
+            return SecondPlace(elsewhere, findings, before)  # the old token proves as much
         findings.append(_without(elsewhere.label, str(error.strerror)))
         return SecondPlace(None, findings)
     catalog.set_setting(_SETTING, token)
     if before:
-        with suppress(OSError):  # it is needed no more
+        with suppress(OSError):  # it is not needed any more
             elsewhere.end_session(before)
     return SecondPlace(elsewhere, findings, token)
 
@@ -101,9 +109,9 @@ def _without(path: str, why: str) -> str:
 
 
 def look_at_second_place(path: str, catalog: Catalog, io: Io, stack: ExitStack) -> tuple[Elsewhere | None, str]:
-    """What is recorded at `path`, for who only looks, and a sentence when snapshots were given up. Blocks.
+    """What is recorded at `path`, for a caller that only reads, and a sentence when snapshots were given up. Blocks.
 
-    Raises RefusedError and OSError as `open_second_place`.
+    Raises RefusedError when others can write to the directory, or the record cannot be understood; OSError.
     """
     try:
         directory = Directory.open_path(path, io)
@@ -123,7 +131,7 @@ def look_at_second_place(path: str, catalog: Catalog, io: Io, stack: ExitStack) 
 
 
 def _is_beside(store_path: str, token: str, elsewhere: Elsewhere, io: Io) -> bool:
-    """Whether the directory above the store is the one: a default store that is looked at from a rescue system."""
+    """Whether the second place was the directory above the store: a default store opened from a rescue system."""
     try:
         directory = Directory.open_path(os.path.dirname(os.path.abspath(store_path)), io)
     except (OSError, RefusedError):

@@ -1,8 +1,8 @@
-"""A snapshot's own writes: the way into its delta layer, and from there to where they are durable.
+"""A snapshot's own writes: the path into its delta layer, and how they become durable there.
 
-They are kept whole chunks at a time; a partial chunk is filled up from what the snapshot shows. A chunk that the layer
-holds durably is overwritten in place, but only after an INTENT is in the journal, so that a crash in the middle is told
-apart from damage. A write that fails half way leaves chunks whose checksums do not match: those are healed before
+They are stored in whole chunks; a partial chunk is filled up from what the snapshot shows. A chunk that the layer
+holds durably is overwritten in place, but only after an INTENT is in the journal, so that a crash in the middle can be
+told from damage. A write that fails half way leaves chunks whose checksums do not match: those are healed before
 anything else is done with the delta.
 
 `sync` makes the writes durable (I3). Until then a crash may keep, drop or tear them, as on any disk.
@@ -32,7 +32,7 @@ MOST_UNCOMMITTED_CHUNKS = 32768  # 128 MiB of data, so that a record fits into a
 
 
 class Delta:
-    """Over a view, whose delta layer nobody else writes to. Trio thread only.
+    """The delta of a view; nobody else writes to its layer. Trio thread only.
 
     `on_damage(sentence)` records that the snapshot is damaged.
     """
@@ -44,15 +44,15 @@ class Delta:
         self._on_damage = on_damage
         self._changing = trio.Lock()  #: guards the layer's sets and files against two writers
         self._torn = BitMap64()  #: chunks that the layer holds and whose checksums have to be written anew
-        self._untold = ""  #: what was lost of what was acknowledged; the next sync tells
+        self._untold = ""  #: which acknowledged writes were lost; the next sync raises it
         self._is_crowded = False  #: whether the INTENTs of all images were too many after the last one of this delta
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     async def read(self, run: Run) -> bytearray:
-        """What the view shows of whole chunks. A mismatch is taken for damage only where no write is under way. # I4
+        """What the view shows of whole chunks. A mismatch is taken for damage only when no write is under way. # I4
 
-        Raises as `View.read`; DamagedError once the damage is recorded.
+        Raises as `View.read`; DamagedError only after the damage is recorded.
         """
         try:
             return await self._view.read(run)
@@ -63,7 +63,7 @@ class Delta:
 
     @asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
-        """While no write is under way, so that what does not match its checksum is damaged."""
+        """A context without writes under way, so that a chunk that does not match its checksum is damaged."""
         async with self._changing:
             await self._heal()
             yield
@@ -80,10 +80,10 @@ class Delta:
     # -- writing -------------------------------------------------------------------------------------------------
 
     async def take(self, contents: Contents, room: Callable[[int], Room]) -> Unwritten:
-        """Write what was acknowledged into the layer; not durable yet. Returns what could not be, to be tried again.
+        """Write acknowledged contents into the layer, not yet durably. Returns what is unwritten, to be tried again.
 
-        A part of a chunk whose rest was lost meanwhile is lost with it, which the next `sync` tells; one whose rest
-        cannot be read now is not written. Raises OSError or CowError when the store takes nothing.
+        A partial chunk whose rest was lost meanwhile is lost with it, which the next `sync` raises; one whose rest
+        cannot be read now is not written. Raises OSError or CowError when the store fails: all is to be tried again.
         """
         unfilled: dict[int, Exception] = {}
         try:
@@ -104,9 +104,9 @@ class Delta:
     ) -> None:
         """Write into the layer, within `room(bytes)`; not durable yet.
 
-        Chunks that cannot be filled up are left out and put into `unfilled`, with the error; without it that is raised.
-        Raises InvalidSnapshotError when the snapshot was given up, what `room` raises, and OSError or CowError when the
-        store fails, which may leave a part written.
+        Chunks that cannot be filled up are left out and put into `unfilled`, with the error; without `unfilled` that is
+        raised. Raises InvalidSnapshotError when the snapshot was given up, what `room` raises, and OSError or CowError
+        when the store fails, which may leave a part written.
         """
         layer = self.layer
         async with holding(self._changing):
@@ -114,7 +114,7 @@ class Delta:
             with pinned([layer]):  # until it is written, also when the snapshot is given up meanwhile
                 await self._heal()
                 if self._has_much_to_commit or self._is_crowded:
-                    await self._commit()  # in vain the last time, when the store failed
+                    await self._commit()  # failed the last time, because the store did
                 failed: dict[int, Exception] = {}
                 rows = contents.rows(await self._filled_up(contents, failed))
                 if unfilled is not None:
@@ -143,7 +143,7 @@ class Delta:
         return len(self.layer.uncommitted) + len(self.layer.intended) > MOST_UNCOMMITTED_CHUNKS
 
     async def _filled_up(self, contents: Contents, failed: dict[int, Exception]) -> dict[int, bytes]:
-        """The chunks of which not all was written, as they shall be; `failed` gets those whose rest cannot be read."""
+        """The partly written chunks, filled up; `failed` gets those whose rest cannot be read, with the error."""
         filled = {}
         for chunk, part in contents.parts().items():
             try:
@@ -155,7 +155,7 @@ class Delta:
     async def _announce(self, chunks: BitMap64) -> bool:
         """Put an INTENT into the journal for the committed chunks that will be overwritten in place.
 
-        Returns whether there are so many of all images that they should be committed soon.
+        Returns whether all images together have so many that they should be committed soon.
         """
         overwritten = chunks & self.layer.held
         if overwritten:
@@ -188,9 +188,9 @@ class Delta:
             raise
 
     async def _heal(self) -> None:
-        """Take chunks that a failed write may have torn as they are now. Those that cannot be read are lost.
+        """Accept chunks that a failed write may have torn as they are now. Those that cannot be read are lost.
 
-        The caller holds `_changing`. Raises OSError or CowError when the store fails yet.
+        The caller holds `_changing`. Raises OSError or CowError when the store still fails.
         """
         if not self._torn or not self._view.is_usable:
             return
@@ -208,7 +208,7 @@ class Delta:
     # -- durability ----------------------------------------------------------------------------------------------
 
     async def sync(self) -> None:
-        """Make all that was written durable. # I3
+        """Make everything that was written durable. # I3
 
         Raises InvalidSnapshotError when the snapshot was given up, LostError once when something was lost, OSError or
         SyncError when the store fails.

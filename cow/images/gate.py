@@ -1,7 +1,7 @@
 """The gate that every write to an origin passes, so that an instant can be taken.
 
 While the gate is held, new writes wait before it and those inside have come out. It holds no data and knows nothing
-of snapshots. Trio thread only; fair, in that a hold is not starved by writes that keep arriving.
+of snapshots. Trio thread only. Fair: a hold is not starved by writes that keep arriving.
 """
 
 from collections.abc import AsyncIterator
@@ -27,13 +27,13 @@ class Gate:
         return self._opened is not None
 
     async def enter(self) -> None:
-        """Before one write. Waits while the gate is held. Followed by `leave`, whatever comes between."""
+        """Called before one write. Waits while the gate is held. `leave` must follow, whatever happens between."""
         while self._opened is not None:
             await self._opened.wait()
         self._inside += 1
 
     def leave(self) -> None:
-        """After one write."""
+        """Called after one write."""
         self._inside -= 1
         if self._inside == 0 and self._emptied is not None:
             self._emptied.set()

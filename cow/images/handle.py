@@ -1,8 +1,8 @@
-"""An open image: what is asked of it, and how it is read through its buffer.
+"""An open image: its interface, and how it is read through its buffer.
 
-`Origin`, the live image, and `Image`, that of a snapshot, are the two there are. Every request comes to a `_nowait`
-method first, which answers in one plain call where no disk has to be waited for and nothing is amiss; what it does not
-answer goes to the `_waiting` method, which does the whole.
+There are two kinds: `Origin`, the live image, and `Image`, that of a snapshot. Every request goes to a `_nowait` method
+first, which answers in one plain call where no disk has to be waited for and nothing is amiss; a request that it does
+not answer goes to the `_waiting` method, which handles all cases.
 """
 
 from collections.abc import Awaitable, Callable
@@ -24,22 +24,22 @@ class Handle(Protocol):
         """
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """Read, also what has to be waited for. Short only at the end. Raises CowError or OSError."""
+        """Read, waiting where necessary. Short only at the end. Raises CowError or OSError."""
 
     def write_nowait(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int | None:
         """Write without waiting, or return None where that is impossible. Short only at the end.
 
-        `data` is copied before the return, unless it is a view of `memory`: that may be retained instead.
+        `data` is copied before this returns, unless it is a view of `memory`, which may be retained instead.
         """
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """Write, also what has to be waited for. Short only at the end. Raises CowError or OSError.
+        """Write, waiting where necessary. Short only at the end. Raises CowError or OSError.
 
-        The caller leaves the memory of a view unchanged until the return; that of `memory` may be retained after it.
+        The memory of `data` must not change before this returns; that of `memory` may be retained after it.
         """
 
     async def sync(self) -> None:
-        """Make all writes that were acknowledged durable. # I3"""
+        """Make all acknowledged writes durable. # I3"""
 
 
 async def read_through(
@@ -47,8 +47,9 @@ async def read_through(
 ) -> bytes | bytearray:
     """Read an extent within the image: what the buffer has of it, over what `read_beneath(offset, length)` gives.
 
-    What is wholly in the buffer need not be readable beneath. Where the rest is not, the buffer is emptied, because it
-    may be overwritten by that, and it is read once more. Raises what `read_beneath` raises.
+    An extent that is wholly in the buffer need not be readable beneath. Where `read_beneath` fails, the buffer is
+    drained, because that may overwrite the unreadable part, and the extent is read once more. Raises what
+    `read_beneath` raises.
     """
     newer = behind.pieces(offset, length)  # before what is beneath, because what leaves the buffer goes there # I3
     if not newer:

@@ -1,7 +1,7 @@
 """A snapshot's image of one origin, as it is opened, read and written: the view and the delta behind a buffer.
 
-With write-behind, writes wait in memory for a moment, to be taken into the delta together. How much of all images may
-wait is limited (I6), and a write is refused while there is somebody to tell: where the store has no room for it, or a
+With write-behind, writes wait in memory for a moment, to be written into the delta together. How much of all images may
+wait is limited (I6), and a write is refused while its writer can still be told: when the store has no room for it, or a
 partial chunk cannot be filled up.
 
 `sync` makes the writes durable (I3). Until then a crash may keep, drop or tear them, as on any disk.
@@ -25,7 +25,7 @@ MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
 
 
 class Image(Handle):
-    """Trio thread only. `tell` hears when what was acknowledged cannot be written."""
+    """Trio thread only. `tell` is called when acknowledged writes cannot be written out."""
 
     def __init__(self, view: View, delta: Delta, space: Space, tell: Tell, *, write_behind: bool) -> None:
         self.view = view
@@ -46,7 +46,7 @@ class Image(Handle):
         return self.view.modified_ns
 
     async def allocated_bytes(self) -> int:
-        """What the snapshot takes in the store for this image, checksums included."""
+        """The bytes that the snapshot takes in the store for this image, checksums included."""
         return await self.view.allocated_bytes()
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Image(Handle):
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As `read`, where that needs no waiting and nothing is amiss; else None.
 
-        What is not all in one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
+        An extent in more than one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
         """
         if self._behind.touches(offset, length):
             return None
@@ -63,14 +63,14 @@ class Image(Handle):
     async def read(self, offset: int, length: int) -> bytes:
         """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4
 
-        Raises DamagedError when one does not match, InvalidSnapshotError when the snapshot was given up, OSError
-        when a disk fails.
+        Raises DamagedError when one does not match its checksum, InvalidSnapshotError when the snapshot was given up,
+        OSError when a disk fails.
         """
         at_once = self.read_nowait(offset, length, memoryview(bytearray(covering_bytes(length))))
         return bytes(at_once if at_once is not None else await self.read_waiting(offset, length))
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """As `read`, for what cannot be had without waiting."""
+        """As `read`, for an extent that cannot be read without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -109,13 +109,14 @@ class Image(Handle):
 
         Raises PastEndError beyond the end, InvalidSnapshotError, QuotaError or StoreFullError when the store has no
         room, and the errors of `read` when a partial chunk cannot be filled up. OSError when the store fails, which may
-        leave a part written: here without write-behind, and where the buffers of all images are full; else in `sync`.
+        leave a part written: raised here without write-behind, or when the buffers of all images are full; else by
+        `sync`.
         """
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """As `write`, for what cannot be done without waiting.
+        """As `write`, for a write that cannot be done without waiting.
 
         The memory of `data` must not change before this returns; that of `memory` may be retained after it.
         """
@@ -138,7 +139,7 @@ class Image(Handle):
         return len(data)
 
     async def _check_parts(self, offset: int, length: int) -> None:
-        """Raise when a partial chunk cannot be filled up, while there is somebody to tell."""
+        """Raise when a partial chunk cannot be filled up, while the writer can still be told."""
         for chunk in ragged(offset, length):
             if not self._behind.touches(chunk * CHUNK_BYTES, CHUNK_BYTES):
                 await self.delta.read(Run(chunk, 1))
@@ -149,18 +150,18 @@ class Image(Handle):
         except (QuotaError, StoreFullError):
             if not self._behind.chunks:
                 raise
-            await self._behind.drain()  # it takes less than it might have
+            await self._behind.drain()  # the buffered writes may take less than was counted for them
             await self._space.check_for_write(count)
 
     def _wait_in_memory(self, chunks: int) -> None:
         self._space.waiting_chunks += chunks
 
     async def _take(self, contents: Contents) -> Unwritten:
-        """Write what was buffered into the delta, for which there is room: that was looked at when it came."""
+        """Write what was buffered into the delta. There is room for it: that was checked before it was acknowledged."""
         return await self.delta.take(contents, self._space.keeping)
 
     async def sync(self) -> None:
-        """Make all writes that were acknowledged durable. # I3
+        """Make all acknowledged writes durable. # I3
 
         Raises InvalidSnapshotError when the snapshot was given up, LostError once when something was lost, OSError or
         SyncError when the store fails.
@@ -171,15 +172,15 @@ class Image(Handle):
     # -- its background work -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Take what was buffered into the delta; runs until `stop`."""
+        """Write what was buffered into the delta; runs until `stop`."""
         with self._running:
             await self._behind.run()
 
     def stop(self) -> None:
-        """Nobody uses the image any more; what was not synced is forgotten."""
+        """Stop, because nobody uses the image any more; what is still buffered is dropped."""
         self._running.cancel()
         self._behind.forget()
 
     def give_up(self) -> None:
-        """The snapshot was given up: what was acknowledged and waits need not be kept."""
+        """Note that the snapshot was given up: what is still buffered need not be kept."""
         self._behind.try_again()

@@ -1,9 +1,9 @@
-"""An origin: the live device, what is read from it, and the way of a write to it.
+"""An origin: the live device, reads from it, and the path of a write to it.
 
 A write whose chunks some snapshot still reads from the device must not overtake their preservation (I1). Such writes
 gather in a buffer, unless write-behind is off; a write that needs nothing preserved goes straight to the device.
 
-Reads and writes are async and take any offset and length; what blocks is done in a thread.
+Reads and writes are async and take any offset and length; calls that block are made in a thread.
 """
 
 import time
@@ -31,10 +31,10 @@ from cow.offload import is_short, offload
 from cow.records.fingerprint import digests, sampled
 from cow.records.rows import OriginRow
 
-RESCUE_SECONDS = 1.0  # before what was lost is looked for on the device; then twice that, up to
+RESCUE_SECONDS = 1.0  # before lost chunks are looked for on the device; then twice that, up to
 MOST_RESCUE_SECONDS = 64.0
-RESCUE_TRIES = 8  # in vain, one after the other
-_LOOK_NS = 100_000_000  # between two looks at the size of a file, where writes do not wait
+RESCUE_TRIES = 8  # that may fail in one go over the lost chunks
+_LOOK_NS = 100_000_000  # between two checks of the size of a file, for writes that do not wait
 
 
 class Origin(Handle):
@@ -58,13 +58,13 @@ class Origin(Handle):
         self.chunks = chunks_of(device.size_bytes)
         self.modified_ns = row.modified_ns  #: when the contents last changed, or may have
         self.fingerprint_of = row.fingerprint_of  #: the snapshot whose fingerprint the catalog has
-        self.superblock = Superblock()  #: what it was called when somebody last looked
-        self.epochs = Epochs()  #: guarded by the inventory's lock, and by the gate where one is opened
+        self.superblock = Superblock()  #: as it was last read
+        self.epochs = Epochs()  #: guarded by the inventory's lock, and by the gate when an epoch is opened
         self._gate = gate
         self._preserver = preserver
         self._read_only = device.is_read_only
         self._write_behind = write_behind
-        self._look_again_ns = 0  #: at the size of a file
+        self._look_again_ns = 0  #: when to check the size of a file again
         is_in_memory = store_is_in_memory and device.is_in_memory
         self._losses = Losses()
         self._behind = Behind(device.label, self._take, tell, is_in_memory=is_in_memory)
@@ -73,7 +73,7 @@ class Origin(Handle):
     # -- the live image ------------------------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
-        """As `read`, where that needs no waiting; else None. What is longer than a chunk is read into `into`."""
+        """As `read`, where that needs no waiting; else None. More than a chunk is read into `into`."""
         if offset + length > self.device.intact_bytes or self._behind.touches(offset, length):
             return None
         try:
@@ -82,7 +82,7 @@ class Origin(Handle):
             if length > len(into):
                 return None
             self.device.fill_nowait(into[:length], offset)
-        except OSError:  # BlockingIOError, or of the device: who waits is told
+        except OSError:  # BlockingIOError, or of the device: `read_waiting` reports it
             return None
         return into[:length]
 
@@ -92,7 +92,7 @@ class Origin(Handle):
         return bytes(at_once if at_once is not None else await self.read_waiting(offset, length))
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
-        """As `read`, for what cannot be had without waiting."""
+        """As `read`, for an extent that cannot be read without waiting."""
         length = min(length, self.size_bytes - offset)
         if length <= 0:
             return b""
@@ -117,7 +117,7 @@ class Origin(Handle):
 
         `data` is copied before this returns, unless it is a view of `memory`, which may be retained instead.
         """
-        # atomic: no checkpoint, so the gate need not be entered
+        # atomic: no trio checkpoint, so the gate need not be entered
         length, now_ns = len(data), time.time_ns()
         if self._read_only or self._gate.held or not length or offset + length > self.device.intact_bytes:
             return None
@@ -132,13 +132,13 @@ class Origin(Handle):
             try:
                 if not self.device.pwrite_nowait(data, offset):
                     return None
-            except OSError:  # who waits is told
+            except OSError:  # `write_waiting` reports it
                 return None
         self.modified_ns = after(self.modified_ns)
         return length
 
     def _may_write_now(self, end: int, now_ns: int) -> bool:
-        """Whether the file has its size yet: one that was cut must not get it back by a write, with a hole in it."""
+        """Whether a file still has its size: a truncated one must not be extended by a write, with a hole in it."""
         if now_ns >= self._look_again_ns or end >= self.size_bytes:
             try:
                 check_size(self.device)
@@ -150,15 +150,15 @@ class Origin(Handle):
     async def write(self, offset: int, data: bytes) -> int:
         """Write to the device, after the old bytes are safe for the snapshots that need them. # I1
 
-        With write-behind it returns before that where old bytes have to be preserved. Returns the bytes written, fewer
-        only at the device's end. Durable after `sync`. Raises PastEndError beyond the end, ReadOnlyError, OSError where
+        With write-behind it returns before that when old bytes have to be preserved. Returns the bytes written, fewer
+        only at the device's end. Durable after `sync`. Raises PastEndError beyond the end, ReadOnlyError, OSError when
         the device itself fails, and the errors of `Preserver.preserve`; with write-behind, `sync` may raise them.
         """
         at_once = self.write_nowait(offset, data)
         return at_once if at_once is not None else await self.write_waiting(offset, data)
 
     async def write_waiting(self, offset: int, data: bytes | memoryview, memory: Memory | None = None) -> int:
-        """As `write`, for what cannot be done without waiting.
+        """As `write`, for a write that cannot be done without waiting.
 
         The memory of `data` must not change before this returns; that of `memory` may be retained after it.
         """
@@ -207,7 +207,7 @@ class Origin(Handle):
         if start + length <= CHUNK_BYTES:
             if not self._is_preserved(chunk) or self._behind.touches(offset, length):
                 return True
-            return chunk in self._losses.chunks  # whoever writes to those passes by `_rescue`
+            return chunk in self._losses.chunks  # a write to those must go through `_rescue`
         if self._behind.touches(offset, length):
             return True
         return not self._behind.is_long(length) and not self._may_overwrite(offset, length)
@@ -221,13 +221,13 @@ class Origin(Handle):
         return not lost or not lost.range_cardinality(run.first, run.end)
 
     async def _take(self, contents: Contents) -> Unwritten:
-        """Bring what was buffered to the device, after the old bytes are safe. # I1"""
+        """Write what was buffered to the device, after the old bytes are safe. # I1"""
         chunks = contents.chunks()
         check_size(self.device)
         await self._rescue(chunks)
         await self._preserver.preserve(self, chunks)
         self._losses.begin(contents)
-        # What was lost may come back where the write fails, which the page cache would not tell.
+        # A lost chunk may be rescued when the write fails, which the page cache would not report.
         device = self.device.past_cache() if self._losses.chunks & chunks else self.device
         left = await offload(write_out, device, contents, here=device.is_in_memory and is_short(chunks))
         self._losses.end(contents, left.contents)
@@ -237,11 +237,11 @@ class Origin(Handle):
         return left
 
     async def drain(self) -> None:
-        """Have all writes that were acknowledged written to the device; not yet durable. # I3"""
+        """Have all acknowledged writes written to the device; not yet durable. # I3"""
         await self._behind.drain()
 
     async def sync(self) -> None:
-        """Make all writes that were acknowledged durable. # I3"""
+        """Make all acknowledged writes durable. # I3"""
         await self._behind.flush()
         try:
             await offload(self.device.sync, here=self.device.is_in_memory)
@@ -249,7 +249,7 @@ class Origin(Handle):
             raise self._told(error, "flushed") from error
 
     async def allocated_bytes(self) -> int:
-        """What the device takes where it is: less than its size for a sparse file."""
+        """The bytes that the device takes where it is: fewer than its size for a sparse file."""
         if self.device.is_block:
             return self.size_bytes
         return await offload(lambda: self.device.allocated_bytes, here=self.device.is_in_memory)
@@ -261,7 +261,7 @@ class Origin(Handle):
 
     @property
     def buffered_bytes(self) -> int:
-        """What was acknowledged and is not on the device yet, in whole chunks."""
+        """The bytes that were acknowledged and are not on the device yet, in whole chunks."""
         return self._behind.chunks * CHUNK_BYTES
 
     async def run(self) -> None:
@@ -271,7 +271,7 @@ class Origin(Handle):
             nursery.start_soon(self._rescue_now_and_then)
 
     def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
-        """They were lost by the layer, and may be overwritten now."""
+        """Note that the layer has lost the chunks, which may be overwritten now."""
         self._losses.add(layer, chunks)
 
     async def _rescue_now_and_then(self) -> None:
@@ -283,7 +283,7 @@ class Origin(Handle):
             seconds = min(2 * seconds, MOST_RESCUE_SECONDS) if self._losses.chunks else RESCUE_SECONDS
 
     async def _rescue(self, chunks: BitMap64) -> None:
-        """Keep what was lost and is on the device all the same, where it can be read by now (durable/rescue.py)."""
+        """Preserve lost chunks that are still on the device, where they can be read by now (durable/rescue.py)."""
         tries_left = RESCUE_TRIES
         for chunk in list(self._losses.chunks & chunks) if self._losses.chunks else ():
             try:
@@ -316,15 +316,15 @@ class Origin(Handle):
         first, chunks = run
         offset, length = first * CHUNK_BYTES, chunks * CHUNK_BYTES
         data = self.device.pread(min(length, self.size_bytes - offset), offset)
-        check_size(self.device)  # after it: what was cut before reads like zeroes where it was written to again
+        check_size(self.device)  # after the read: a file that was cut, and extended by a write, has a hole of zeroes
         return data if len(data) == length else data.ljust(length, b"\0")
 
     def why_away(self, chunk: int, error: OSError) -> OSError | None:
-        """Why a chunk that cannot be read is no bad sector; None when the device answers elsewhere. Blocks."""
+        """Why an unreadable chunk is not just a bad sector; None when the device answers elsewhere. Blocks."""
         return why_away(self.device, chunk, error)
 
     def read_chunks_into(self, run: Run, into: memoryview, *, nowait: bool = False) -> None:
-        """The same, into all of `into`. Under `nowait` raises BlockingIOError where it would block."""
+        """As `read_chunks`, into all of `into`. With `nowait` it raises BlockingIOError where it would block."""
         fill = self.device.fill_nowait if nowait else self.device.fill
         length = min(run.length, self.size_bytes - run.offset)
         if run.offset + length > self.device.intact_bytes:

@@ -10,23 +10,23 @@ from cow.layers.epochs import Epochs
 
 
 class Origins(list[Origin]):
-    """In the order of the store's sources. Trio thread only."""
+    """The origins, in the order of the store's sources. Trio thread only."""
 
     @property
     def epochs(self) -> list[Epochs]:
-        """Those of each origin."""
+        """The epochs of each origin."""
         return [origin.epochs for origin in self]
 
     async def run(self) -> None:
-        """Their background work; runs until cancelled."""
+        """The origins' background work; runs until cancelled."""
         async with trio.open_nursery() as nursery:
             for origin in self:
                 nursery.start_soon(origin.run)
 
     async def drain(self, seconds: float = math.inf) -> None:
-        """Have all that was acknowledged written to the devices; not yet durable.
+        """Have all acknowledged writes written to the devices; not yet durable.
 
-        Raises HoldTimeoutError when that takes longer, and what a device says that does not take all.
+        Raises HoldTimeoutError when that takes longer than `seconds`, and the error of a device that does not take all.
         """
         try:
             with trio.fail_after(seconds):

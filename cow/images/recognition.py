@@ -1,8 +1,8 @@
 """Whether a device is the one that the snapshots were taken of, and was left alone since. # I12
 
-A path says nothing of what is behind it. What does: the sample as the newest snapshot sees it, which is right after a
+A path does not say what is behind it. These do: the sample as the newest snapshot sees it, which is right after a
 crash too (fingerprint.py); and, from the last clean stop, the sample of the device itself, the kernel's witness of
-writes (disk/witness.py), and the superblock's UUID. Where any of them speaks against the device nothing is recorded
+writes (disk/witness.py), and the superblock's UUID. Where any of them speaks against the device, nothing is recorded
 before the user has decided: it may be the wrong disk, and the right one may come back.
 """
 
@@ -17,11 +17,11 @@ from cow.images.origin import Origin
 from cow.records.facts import Facts
 from cow.records.fingerprint import Comparison, compare, sampled
 
-_MOST_PLACES = 4  # that a sentence names
+_MOST_PLACES = 4  # named in a sentence
 
 
 def gather(origin: Origin) -> Facts:
-    """The facts of a device as it is. Blocks; what cannot be read is not known."""
+    """The facts of a device as it is. Blocks; a fact that cannot be read is left unknown."""
     return Facts(origin.fingerprint(), origin.device.witness(), origin.device.superblock())
 
 
@@ -30,7 +30,7 @@ class Verdict:
     """What speaks for a device and against it."""
 
     is_proved_untouched: bool  #: the kernel says that nothing was written since the clean stop
-    is_another: bool  #: nothing but zeroes is as it was
+    is_another: bool  #: of the sample nothing but zeroes is as it was
     changed: list[Run]  #: where the sample differs
     is_written_to: bool  #: the kernel says that something was written
     before: Superblock
@@ -38,11 +38,11 @@ class Verdict:
 
     @property
     def has_other_uuid(self) -> bool:
-        """Whether it has another superblock than it had."""
+        """Whether the device has another superblock than it had."""
         return bool(self.before.uuid and self.now.uuid) and self.before != self.now
 
     def what_differs(self) -> str:
-        """In words."""
+        """What differs, in words."""
         found = []
         if self.changed:
             places = ", ".join(f"{run.offset}+{run.length}" for run in self.changed[:_MOST_PLACES])
@@ -56,10 +56,10 @@ class Verdict:
 
 
 def judge(origin: Origin, seen: bytes, known: Facts, now: Facts, *, was_clean: bool) -> Verdict:
-    """Hold a device against what is known of it.
+    """Compare a device with what is known of it.
 
     `seen` is the fingerprint of the newest snapshot, empty when there is none; `known` are the facts of the last clean
-    stop, of which only the superblock is worth something when a stop came since that was not clean.
+    stop, of which only the superblock counts when an unclean stop came since.
     """
     runs = sampled(origin.size_bytes)
     nothing = Comparison(0, [])

@@ -1,8 +1,8 @@
 """What a snapshot shows of one origin: a point in time, with what was written to the snapshot's image since.
 
-A chunk is looked for in the delta layer, then in the layers that preserve the origin's old bytes, and what none of
-them knows is still on the device. What comes from a layer is checked (I4). Reads take no lock; see `read` for why what
-the origin's writers do meanwhile does no harm.
+A chunk is looked up in the delta layer, then in the layers that preserve the origin's old bytes; a chunk that none of
+them knows is still on the device. What comes from a layer is checked (I4). Reads take no lock; `read` says why
+concurrent writes to the origin do no harm.
 """
 
 import trio
@@ -18,7 +18,7 @@ from cow.layers.layer import Layer, pinned
 class View:
     """Trio thread only. `delta_layer` has the snapshot's own writes.
 
-    What needs the layers raises InvalidSnapshotError when the snapshot was given up.
+    Methods that need the layers raise InvalidSnapshotError when the snapshot was given up.
     """
 
     def __init__(self, origin: Origin, snapshot: int, created_ns: int, delta_layer: Layer) -> None:
@@ -29,15 +29,15 @@ class View:
         self.delta_layer = delta_layer
         self.version = -1  #: of the epochs, when `layers` last asked them
         self._device = origin.device
-        self._shown_ns = created_ns  #: since when it shows what it does, but for the writes to its image
+        self._shown_ns = created_ns  #: since when it has shown what it does, apart from writes to its image
         self._layers: list[Layer] = []  #: as of `version`
-        self._is_newly_doubted = False  #: so that `_shown_ns` is to be looked up
+        self._is_newly_doubted = False  #: whether `_shown_ns` has yet to be set for that
         self._refused_from: int | None = None
 
     def doubt(self, first_layer: int, *, is_refused: bool) -> None:
-        """The device was changed by others, so what is on it, and what layers from that id on have of it, may be wrong.
+        """Note that others changed the device: what is on it, and in layers from id `first_layer` on, may be wrong.
 
-        Reading it is refused from now on when `is_refused`.
+        With `is_refused`, reading that is refused from now on.
         """
         self._is_newly_doubted = True
         self._refused_from = first_layer if is_refused else None
@@ -51,8 +51,8 @@ class View:
     def modified_ns(self) -> int:
         """When the contents last changed: the snapshot's time, or the last write to its image.
 
-        With the device in doubt also the time from which it shows what it does now. It keeps that until it is opened
-        again, because what is overwritten is preserved. # I2
+        When the device is in doubt, also the time since which it has shown what it does now. It keeps that until the
+        store is opened again, because what is overwritten is preserved. # I2
         """
         if self._is_newly_doubted:
             self._is_newly_doubted = False
@@ -63,7 +63,7 @@ class View:
     # -- layers --------------------------------------------------------------------------------------------------
 
     def layers(self) -> list[Layer]:
-        """What is asked for a chunk, in order."""
+        """The chain: the layers that are asked for a chunk, in order."""
         if self.version != self.epochs.version:
             self._layers = []  # none is kept in memory for a snapshot that was given up
             self._layers = [self.delta_layer, *self.epochs.layers_for(self.snapshot)]
@@ -71,7 +71,7 @@ class View:
         return self._layers
 
     def own_layers(self) -> list[Layer]:
-        """What the snapshot alone keeps in the store: its delta and its group; nothing once it was given up."""
+        """The layers that the snapshot alone keeps in the store: its delta and its group; none once it was given up."""
         return [self.delta_layer, *self.epochs.group_of(self.snapshot).layers] if self.is_usable else []
 
     def reads(self, layer: Layer, chunks: BitMap64) -> bool:
@@ -86,26 +86,26 @@ class View:
     def lost(self) -> list[Run]:
         """The runs that cannot be read because they were lost, ascending."""
         if not self.is_usable or not any(layer.lost for layer in self.layers()):
-            return []  # mostly, and without a look at all snapshots
+            return []  # the usual case, without going through all snapshots
         lost = next(chunks for snapshot, chunks in self.epochs.lost() if snapshot == self.snapshot)
         return list(runs_of(self.lost_of(lost)))
 
     def lost_of(self, lost: BitMap64) -> BitMap64:
-        """The chunks that cannot be read here when the snapshot's preserved layers have lost these."""
+        """The chunks that cannot be read here when the snapshot's preserved layers have lost `lost`."""
         return (lost | self.delta_layer.lost) - self.delta_layer.held
 
     @property
     def written_bytes(self) -> int:
-        """What was written to the snapshot's image, in whole chunks."""
+        """The bytes that were written to the snapshot's image, in whole chunks."""
         return len(self.delta_layer.held) * CHUNK_BYTES
 
     @property
     def preserved_bytes(self) -> int:
-        """What the origin overwrote and the snapshot's own group of layers keeps, in whole chunks."""
+        """The bytes that the origin overwrote and the snapshot's own group of layers keeps, in whole chunks."""
         return sum(len(layer.held) for layer in self.own_layers()[1:]) * CHUNK_BYTES
 
     async def allocated_bytes(self) -> int:
-        """What the snapshot takes in the store for this origin, checksums included."""
+        """The bytes that the snapshot takes in the store for this origin, checksums included."""
         written = [layer for layer in self.own_layers() if layer.held]
         if not written:
             return 0
@@ -115,9 +115,9 @@ class View:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
-        """Read an extent of any kind without waiting; None where that cannot be done, or something is amiss.
+        """Read any extent without waiting; None where that cannot be done, or something is amiss.
 
-        What is not all in one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
+        An extent in more than one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
         """
         if offset + length > self.size_bytes or not length:
             return None
@@ -131,7 +131,7 @@ class View:
             layer = holder_of(layers, chunk)
             if layer is None:
                 return self._device.pread_nowait(length, offset)
-        except (OSError, CowError):  # who waits is told
+        except (OSError, CowError):  # the waiting read reports it
             return None
         data = layer.read_chunk_nowait(chunk)
         return data if data is None or length == CHUNK_BYTES else data[start : start + length]
@@ -147,8 +147,8 @@ class View:
     async def read(self, run: Run) -> bytearray:
         """Read whole chunks; the device's last one is filled up with zeroes.
 
-        Raises DamagedError when one does not match its checksum, which a write to the delta under way may be the cause
-        of; LostError, SuspectError; OSError when a disk fails.
+        Raises DamagedError when one does not match its checksum, which may be due to a write to the delta that
+        is under way; LostError, SuspectError; OSError when a disk fails.
         """
         data = bytearray(run.length)
         into = memoryview(data)

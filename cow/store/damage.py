@@ -1,7 +1,7 @@
 """Damage: chunks that cannot be used any more, and the state of the snapshots that read them.
 
-That chunks are lost is durable with the journal, and readers get EIO from then on. That a snapshot is damaged follows
-from it: the catalog is told later, by the housekeeping, and after a crash in between it is found out at the opening.
+A loss of chunks is durable once it is in the journal, and readers get EIO from then on. That a snapshot is damaged
+follows from it: the housekeeping records it in the catalog later; after a crash in between the opening finds it out.
 """
 
 import time
@@ -32,8 +32,8 @@ class Damage:
         self._inventory = inventory
         self._due = due
         self._tell = tell
-        self._by_loss: set[int] = set()  #: those that are damaged by nothing but what was lost to the origin's writers
-        self._unrecorded: list[Snapshot] = []  #: whose state the catalog has to be told
+        self._by_loss: set[int] = set()  #: ids of snapshots that are damaged only by losses to the origin's writers
+        self._unrecorded: list[Snapshot] = []  #: whose state has yet to be recorded in the catalog
 
     async def lose(self, layer: Layer, lost: BitMap64) -> None:
         """Record that chunks of a layer cannot be used: reading them is EIO from then on, durably.
@@ -49,19 +49,19 @@ class Damage:
         )
 
     async def found(self, number: int, sentence: str) -> None:
-        """A read of a snapshot found it damaged; the catalog has it on return. Raises OSError or CowError."""
+        """Note that a read found a snapshot damaged; the catalog has it on return. Raises OSError or CowError."""
         self._by_loss.discard(number)
         if self._valid(number) is not None:
             self.mark([number], sentence)
             await self.record()
 
     def lost(self, numbers: Sequence[int], sentence: str) -> None:
-        """Chunks were lost when the origin overwrote them. As `mark`; `rescued` may take it back."""
+        """As `mark`, for chunks that were lost when the origin overwrote them; `rescued` may take it back."""
         self._by_loss |= {number for number in numbers if self._valid(number) is not None}
         self.mark(numbers, sentence)
 
     def rescued(self) -> None:
-        """What was lost may be there again: those that lack nothing any more are valid."""
+        """Lost chunks may have been rescued: make the snapshots valid again that lack nothing any more."""
         for snapshot in [one for one in self._inventory.all_snapshots if one.id in self._by_loss]:
             if snapshot.row.state is State.DAMAGED and not any(image.view.lost() for image in snapshot.images):
                 snapshot.row.state, snapshot.row.reason = State.VALID, ""
@@ -71,7 +71,7 @@ class Damage:
                 self._due.ring()
 
     def find_lost(self) -> None:
-        """Mark the snapshots for which chunks were lost, as their layers say."""
+        """Mark the snapshots that have lost chunks, according to their layers."""
         counts: Counter[int] = Counter()
         for origin in self._inventory.origins:
             for number, lost in origin.epochs.lost():
@@ -83,7 +83,7 @@ class Damage:
                 self.mark([number], f"{count} chunks were lost; they read EIO, and the rest stays readable")
 
     def mark(self, numbers: Sequence[int], sentence: str) -> None:
-        """Make those that are valid damaged ones; the catalog is told by `record`."""
+        """Make those snapshots damaged that are valid; `record` puts it into the catalog."""
         for snapshot in [one for number in numbers if (one := self._valid(number)) is not None]:
             snapshot.row.state, snapshot.row.reason = State.DAMAGED, sentence
             self._tell(Damaged(snapshot.name, sentence))
@@ -96,10 +96,10 @@ class Damage:
         return found if found is not None and found.row.state is State.VALID else None
 
     async def record(self) -> None:
-        """Have the catalog told of what was marked; durable on return. Raises OSError or CowError; the rest waits."""
+        """Record in the catalog what was marked; durable on return. Raises OSError or CowError; the rest waits then."""
         async with self._inventory.lock:
             while self._unrecorded:
                 row = self._unrecorded[0].row
                 if self._inventory.get(row.id) is not None:
                     await trio.to_thread.run_sync(self._catalog.set_state, row.id, row.state, row.reason)
-                self._unrecorded.pop(0)  # others are put behind it meanwhile
+                self._unrecorded.pop(0)  # others may have been appended meanwhile

@@ -1,7 +1,7 @@
-"""Disposal: gives back what nobody reads any more, chunks of layers in use and the directories of layers that are gone.
+"""Disposal: frees what nobody reads any more, chunks of layers in use and the directories of dropped layers.
 
-All of it can be stopped anywhere: recovery removes what is left of dropped layers, and what is not punched out is known
-to no layer that would be asked for it.
+All of it can be stopped at any point: recovery removes what is left of dropped layers, and a chunk that is not punched
+out is known to no layer that would be asked for it.
 """
 
 import errno
@@ -30,10 +30,10 @@ class Disposal:
         self._tell = tell
         self._punches: list[tuple[Layer, BitMap64]] = []
         self._dropped: dict[str, Layer] = {}  #: layers that the catalog has forgotten, by directory name
-        self.directories = trio.Lock()  #: guards those of layers: maps are saved in them, and they are removed
+        self.directories = trio.Lock()  #: guards those of layers, in which maps are saved and which are removed
         self.moving = trio.Lock()  #: held while chunks are moved from layer to layer, with the files of both in use
         self._told_of_punching = False
-        self.was_in_use = False  #: whether something was left alone, as a thread was using its layer
+        self.was_in_use = False  #: whether something was left alone because a thread was using its layer
 
     @property
     def is_punching_due(self) -> bool:
@@ -41,23 +41,23 @@ class Disposal:
         return bool(self._punches)
 
     def punch_later(self, punches: Iterable[tuple[Layer, BitMap64]]) -> None:
-        """Have chunks punched out that nobody reads any more."""
+        """Queue chunks that nobody reads any more, to be punched out."""
         self._punches += punches
         self._due.ring()
 
     def drop(self, layers: Iterable[Layer]) -> None:
-        """Have the files of layers removed that the catalog does not name any more."""
+        """Close layers that the catalog does not name any more, and queue their files to be removed."""
         for layer in layers:
             layer.close()
             self._dropped[layer.name] = layer
         self._due.ring()
 
     async def punch(self) -> None:
-        """Punch out what no thread reads any more. Raises the first OSError, when all has been tried."""
+        """Punch out the queued chunks of layers that no thread uses. Raises the first OSError, after trying all."""
         failures: list[Exception] = []
         for punch in list(self._punches):
             layer, chunks = punch
-            if layer.files.pins:  # who reads there may have looked before the chunks were moved to another layer
+            if layer.files.pins:  # a reader may have looked before the chunks were moved to another layer
                 self.was_in_use = True
                 continue
             if self._inventory.has(layer):
@@ -86,7 +86,7 @@ class Disposal:
     async def sweep(self) -> None:
         """Remove the directories of dropped layers that no thread works in any more.
 
-        Raises the first OSError or CowError, when all have been tried.
+        Raises the first OSError or CowError, after trying all.
         """
         failures: list[Exception] = []
         async with self.directories:

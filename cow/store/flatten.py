@@ -1,11 +1,12 @@
-"""Flattening: merges the layers that deleted snapshots left behind, so that a snapshot is served by a few only.
+"""Flattening: merges the layers that deleted snapshots left behind, so that only a few serve a snapshot.
 
-In the background, a small piece at a time, with rests. The two smallest layers of a group are merged, so that a chunk
-is moved a few times at most: what the newer one holds is moved into the older one, and then the newer one goes.
+It works in the background, a small piece at a time, with rests. The two smallest layers of a group are merged, so that
+a chunk is moved a few times at most: what the newer one holds is moved into the older one, and then the newer one is
+dropped.
 
-Always into the older one, as after a crash, or after an old map, several layers of a group may know a chunk. The oldest
-of them is asked, and what it has must be right. So a chunk may come to an older layer, once it is durable there, and
-never to a newer one, where what is punched out may be taken for it.
+Always into the older one, because after a crash, or with an old map, several layers of a group may know a chunk. The
+oldest of them is asked, and what it has must be right. So a chunk may move to an older layer, once it is durable there,
+and never to a newer one, where a punched hole may be taken for it.
 """
 
 import time
@@ -46,13 +47,13 @@ class Flattener:
         self._space = space
         self._disposal = disposal
         self._tell = tell
-        self._failed: set[int] = set()  #: layers that are left as they are, until the next opening
+        self._failed: set[int] = set()  #: ids of layers that are left as they are, until the next opening
 
     async def run(self) -> None:
-        """Merge what is to be merged until cancelled.
+        """Merge layers until cancelled.
 
-        Errors are told and not raised: what cannot be moved stays where it is. Where there is no room it stays too,
-        until the next snapshot comes or goes.
+        Errors go to `tell` and are not raised: chunks that cannot be moved stay where they are. When there is no room
+        they stay too, until the next snapshot comes or goes.
         """
         while True:
             await self._inventory.changed.wait()
@@ -64,9 +65,9 @@ class Flattener:
                         crowded.add(snapshot)
 
     def _pair(self, epochs: Epochs, crowded: set[int]) -> tuple[int, Layer, Layer] | None:
-        """A snapshot, the layer of its group that shall go, and the one that shall have what that knows.
+        """A snapshot, the layer of its group to be dropped, and the one that takes over what that layer knows.
 
-        None when nothing is to be merged, save for the crowded snapshots.
+        None when nothing is to be merged, except for the crowded snapshots.
         """
         for group in epochs.groups:
             if len(group.layers) > MOST_LAYERS and group.snapshot not in crowded and not self._inventory.is_doubted:
@@ -83,11 +84,11 @@ class Flattener:
         return None
 
     async def _merge(self, epochs: Epochs, source: Layer, target: Layer) -> bool:
-        """Move all from `source` to `target`, and drop `source`. Whether there was room."""
-        # What was being preserved as a snapshot went may be needless to who inherits, and be here all the same.
+        """Move everything from `source` to `target`, and drop `source`. Returns whether there was room."""
+        # A chunk that was being preserved when its snapshot went may be here although the heir does not need it.
         moved = epochs.drop_shadowed(source)
         try:
-            if source.held:  # rather not at all than half of it
+            if source.held:  # better not begun than half done
                 await self._space.check_for_merge(target.new_bytes(source.held))
             while source.known and epochs.group_with(source, target) is not None:
                 began = trio.current_time()
@@ -113,11 +114,11 @@ class Flattener:
         return True
 
     async def _move(self, epochs: Epochs, source: Layer, target: Layer) -> BitMap64:
-        """Move a piece: durable in `target` on return, and known to `source` no more. Returns what was held of it."""
+        """Move a piece: on return durable in `target`, and not known to `source` any more. Returns the held chunks."""
         async with self._disposal.moving:
             if epochs.group_with(source, target) is None:
                 return BitMap64()
-            # atomic: no checkpoint until they are pinned, so that what is chosen is not punched out
+            # atomic: no trio checkpoint until both are pinned, so that the chosen chunks are not punched out
             held, lost = _some_of(source.held), BitMap64()
             if not held:
                 lost = _some_of(source.lost)
@@ -140,7 +141,7 @@ class Flattener:
             try:
                 return await trio.to_thread.run_sync(_copy, source, target, runs)
             except (CowError, OSError):
-                target.files.give_up_unsynced()  # nothing depends on it, and later syncs must not fail for it
+                target.files.give_up_unsynced()  # nothing depends on it, and later syncs must not fail because of it
                 raise
 
     async def _drop(self, epochs: Epochs, source: Layer, target: Layer) -> None:
@@ -148,7 +149,7 @@ class Flattener:
         async with self._inventory.lock:
             if epochs.group_with(source, target) is None:
                 return  # its snapshot went, and was the last one that it served
-            self._failed.add(source.id)  # unless this succeeds it may be gone, so nothing must come into it
+            self._failed.add(source.id)  # until this succeeds its row may be gone, so nothing may be moved into it
             await trio.to_thread.run_sync(self._catalog.remove_layer, source.id)
             epochs.remove_layer(source)
             self._disposal.drop(self._inventory.forget_layers([source.id]))

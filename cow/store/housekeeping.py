@@ -1,7 +1,7 @@
 """Housekeeping: what a store does in the background, and once more when it stops.
 
-Save checkpoints and drop the journal files that they make needless, give back what nobody reads, fill up the reserve,
-count the space, and what else is handed in. All of it can be stopped anywhere and done again.
+It saves checkpoints and drops the journal files that they make needless, frees what nobody reads, fills up the reserve,
+measures the space, and does the further chores it is given. All of it can be stopped at any point and done again.
 """
 
 import math
@@ -19,11 +19,11 @@ from cow.store.disposal import Disposal
 from cow.store.removal import Removal
 
 MOST_WAITING_JOURNALS = 8  # 32 MiB that could not be dropped
-RETRY_SECONDS = 1.0  # for what was in use
+RETRY_SECONDS = 1.0  # before what was in use is tried again
 
 
 class Housekeeping:
-    """Trio thread only. Starts when `due` rings. `more` are further chores, done with the others."""
+    """Trio thread only. Works when `due` rings, and a while after something was in use. `more` are further chores."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Housekeeping:
         self._tell = tell
 
     async def run(self) -> None:
-        """Do what is due until cancelled. Errors are told and not raised: nothing is lost by a chore not done."""
+        """Do what is due until cancelled. Errors are reported, not raised: nothing is lost when a chore is not done."""
         while True:
             with trio.move_on_after(RETRY_SECONDS if self._disposal.was_in_use else math.inf):
                 await self._due.wait()
@@ -57,7 +57,7 @@ class Housekeeping:
                 )
 
     async def do_all(self, *, closing: bool = False) -> None:
-        """Do all that is due. What fails keeps nothing else from being done, and is tried again the next time.
+        """Do all that is due. A chore that fails keeps no other from being done, and is tried again the next time.
 
         Raises the first OSError or CowError at the end.
         """
@@ -79,7 +79,7 @@ class Housekeeping:
             await self._space.reserve.refill()
 
     async def _save(self) -> None:
-        """Save the checkpoints that wait. Where that fails for long, the snapshots of the layer are given up. # I6"""
+        """Save the checkpoints that wait. When that fails for long, the readers of the layer are given up. # I6"""
         while self._commits.has_checkpoints:
             try:
                 async with self._disposal.directories:

@@ -1,7 +1,7 @@
-"""Inventory: what a store has, its origins, snapshots and layers, and who among them has to do with whom.
+"""Inventory: the origins, snapshots and layers of a store, and how they relate.
 
-It is the one place that everything else of the store asks. What is there changes in the catalog first and then here,
-under the one lock: who holds it sees no half of another's change, and nobody changes anything in between.
+It is the one place that everything else of the store asks. A change is made in the catalog first and then here, under
+the one lock: a task that holds it sees no half of another's change, and nobody changes anything meanwhile.
 """
 
 import resource
@@ -23,7 +23,7 @@ from cow.store.snapshot import Snapshot
 
 
 class Inventory:
-    """Trio thread only. Answers are of this moment; they hold until the next checkpoint, or while `lock` is held."""
+    """Trio thread only. Answers hold until the next trio checkpoint, or while `lock` is held."""
 
     def __init__(self, directory: Directory, layers_directory: Directory) -> None:
         self.store_path = directory.label
@@ -40,12 +40,12 @@ class Inventory:
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """Those that exist for users, oldest first."""
+        """The snapshots that exist for users, oldest first."""
         return [one for one in self._snapshots.values() if one.exists]
 
     @property
     def all_snapshots(self) -> Collection[Snapshot]:
-        """All that have a row in the catalog, oldest first: also one that is being taken, or being deleted."""
+        """All snapshots that have a row in the catalog, oldest first: also one that is being taken or deleted."""
         return self._snapshots.values()
 
     def find(self, name: bytes) -> Snapshot | None:
@@ -63,7 +63,7 @@ class Inventory:
         return self._snapshots.get(number)
 
     def is_taken(self, name: bytes) -> bool:
-        """Whether a snapshot has that name, or is about to."""
+        """Whether a snapshot has that name, also one that does not exist for users yet."""
         return name in self._named
 
     @property
@@ -73,21 +73,21 @@ class Inventory:
 
     @property
     def usable(self) -> list[Snapshot]:
-        """Those that can be read at all, oldest first."""
+        """The snapshots that can be read at all, oldest first."""
         return [one for one in self._snapshots.values() if one.usable]
 
     @property
     def trusted(self) -> list[Snapshot]:
-        """Those of which it is certain what they read, oldest first."""
+        """The snapshots of which it is certain what they read, oldest first."""
         return [one for one in self._snapshots.values() if one.row.state in TRUSTED]
 
     @property
     def is_doubted(self) -> bool:
-        """Whether some snapshot counts which layers are older than the doubt: then no layer may be merged."""
+        """Whether a snapshot is suspect: it tells by their ids which layers to believe, so no layer may be merged."""
         return any(one.row.state is State.SUSPECT for one in self._snapshots.values())
 
     def heir_of(self, snapshot: Snapshot) -> int | None:
-        """The id of the one that inherits a snapshot's layers; None when nobody does."""
+        """The id of the snapshot that inherits another one's layers; None when there is none."""
         return heir_of([(one.id, one.row.state) for one in self._snapshots.values()], snapshot.id)
 
     def asking(self, layer: Layer) -> list[Snapshot]:
@@ -99,17 +99,17 @@ class Inventory:
         return [one for one in self.snapshots if one.reads(layer, chunks)]
 
     def add(self, snapshot: Snapshot) -> None:
-        """Take over a snapshot that the catalog has."""
+        """Add a snapshot that the catalog has."""
         self._snapshots[snapshot.id] = self._named[snapshot.name] = snapshot
 
     def rename(self, snapshot: Snapshot, name: bytes) -> None:
-        """Take over a name that the catalog has."""
+        """Give a snapshot the name that the catalog has for it."""
         del self._named[snapshot.name]
         snapshot.row.name = name
         self._named[name] = snapshot
 
     def remove(self, snapshot: Snapshot) -> None:
-        """Forget a snapshot that the catalog has no more."""
+        """Forget a snapshot that the catalog does not have any more."""
         del self._snapshots[snapshot.id], self._named[snapshot.name]
 
     # -- layers --------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Inventory:
 
     @asynccontextmanager
     async def settled(self, layer: Layer) -> AsyncIterator[None]:
-        """While no image writes to the layer."""
+        """A context in which no image writes to the layer."""
         image = next((one for one in self.images if one.delta.layer is layer), None)
         async with image.delta.settled() if image is not None else nullcontext():
             yield
@@ -146,11 +146,11 @@ class Inventory:
         return made
 
     def forget_layers(self, numbers: Iterable[int]) -> list[Layer]:
-        """Forget layers, by their ids, that the catalog has no more."""
+        """Forget and return layers, by their ids, that the catalog does not have any more."""
         return [self._layers.pop(number) for number in numbers]
 
     def check_open_files(self) -> None:
-        """Raise StoreFullError when the files of one snapshot more might be too many for this process."""
+        """Raise StoreFullError when the files of one more snapshot might be too many for this process."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         needed = self._most_open_files + 2 * sum(open_files(origin.chunks) for origin in self.origins)
         if limit != resource.RLIM_INFINITY and needed > limit:
@@ -161,10 +161,10 @@ class Inventory:
 
     @property
     def _most_open_files(self) -> int:
-        """How many files are open when all layers have all theirs."""
+        """How many files are open when all layers have all of theirs open."""
         return OTHER_OPEN_FILES + sum(open_files(layer.chunks) for layer in self._layers.values())
 
     def close_files(self) -> None:
-        """Close the layers' files, whatever came before."""
+        """Close the layers' files, whatever happened before."""
         for layer in self._layers.values():
             layer.close()

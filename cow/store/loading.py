@@ -15,7 +15,7 @@ from cow.records.rows import DOUBTED_FROM, LayerRow, Role, SnapshotRow, State
 from cow.store.inventory import Inventory
 from cow.store.snapshot import Snapshot
 
-NO_LAYER = 0  # an id that the catalog never gives
+NO_LAYER = 0  # an id that the catalog never assigns
 
 
 def load(
@@ -40,7 +40,7 @@ def load(
         if row.state != State.INVALID:
             for origin in inventory.origins:
                 needless += _load_group(inventory, origin, row, own)
-        # An invalid snapshot may have no layers any more; its images are listed all the same, and read EIO.
+        # An invalid snapshot may have no layers any more; its images are listed all the same, and reads give EIO.
         deltas = {origin.id: Layer(inventory.layers_directory, NO_LAYER, origin.chunks) for origin in inventory.origins}
         deltas.update({layer.origin: layers[layer.id] for layer in own if layer.role == Role.DELTA})
         inventory.add(make(row, deltas))
@@ -64,9 +64,9 @@ def _load_group(
 
 
 async def suspect(inventory: Inventory, catalog: Catalog, reason: str, *, read_suspect: bool) -> None:
-    """Record that what is on a device may be wrong for all snapshots. Before anybody uses them.
+    """Record that what is on a device may be wrong for all snapshots. Called before anybody uses them.
 
-    What is preserved from now on may be wrong for them too, and right for newer ones: it goes into new layers.
+    Old bytes preserved from now on may be wrong for them too, and right for newer ones: they go into new layers.
     """
     trusted = inventory.trusted
     if not trusted:

@@ -1,7 +1,7 @@
 """Whether the store in use is still where it was opened, whole: somebody may have removed or moved it meanwhile.
 
-The daemon goes on with what it has open, and what it writes there is found by nobody: so no snapshot is taken then, and
-it is said.
+The daemon goes on with the files that it has open, but nobody will find what it writes there: so no snapshot is taken
+then, and the user is told.
 """
 
 from cow.disk.directory import Directory
@@ -17,7 +17,7 @@ _COPY = (
 
 
 class Presence:
-    """Of a store in `directory`. Calls ask the file system, and do not wait for a disk but for its directories."""
+    """Of the store in `directory`. Calls ask the file system, and wait for a disk only to read its directories."""
 
     def __init__(self, directory: Directory, journal: Journal, inventory: Inventory) -> None:
         self._directory = directory

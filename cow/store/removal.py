@@ -1,4 +1,4 @@
-"""Removal: takes snapshots out, deleted by their user or given up by the store, and hands their layers on.
+"""Removal: removes snapshots that the user deletes or the store gives up, and hands their layers on.
 
 The store gives up snapshots for the origin's sake (I8): the least wanted one when there is no room, those that read a
 layer that cannot be saved, those whose old bytes cannot be kept, and all of them when nothing can be recorded any more.
@@ -22,7 +22,7 @@ from cow.store.snapshot import Snapshot
 
 
 class Removal:
-    """Trio thread only. `elsewhere` has the record that all snapshots were given up, when the store takes no writes."""
+    """Trio thread only. `elsewhere` records that all snapshots were given up, when the store takes no writes."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Removal:
         self._inventory.remove(snapshot)
 
     async def make_room(self) -> bool:
-        """Give up one snapshot, durably: the policy drop-oldest. Whether there was one.
+        """Give up one snapshot, durably: the policy drop-oldest. Returns whether there was one.
 
-        Snapshots whose end frees no space, because an older one needs all that they have, are considered last: they
+        Snapshots whose removal frees no space, because an older one needs all that they have, are considered last: they
         would be lost for nothing. Of the others the oldest that is not open goes, and if all are open the oldest.
         Raises as `give_up`.
         """
@@ -78,7 +78,7 @@ class Removal:
                 await self._disposal.sweep()
             await self._space.reserve.refill()
             await self._space.measure()
-        except (CowError, OSError) as error:  # the origin does not pay for it; if there is no room yet, the next goes
+        except (CowError, OSError) as error:  # the origin must not pay for it; if there is still no room, the next goes
             self._tell(Trouble(f"what the snapshot took could not be given back at once: {error}"))
         return True
 
@@ -106,7 +106,7 @@ class Removal:
                 self._gave_up(snapshot, heir, gone, reason)
 
     async def _give_up_elsewhere(self, reason: str, error: Exception) -> None:
-        """The store takes no more writes: give up all snapshots, and record it in the second place."""
+        """Give up all snapshots, because the store takes no more writes, and record that in the second place."""
         if self._elsewhere is None:
             raise error
         newest = max(one.id for one in self._inventory.all_snapshots)
@@ -122,11 +122,11 @@ class Removal:
         self._tell(GivenUp(snapshot.name, reason))
 
     async def _with_reserve(self, change: Callable[..., list[int]], *arguments: object) -> list[int]:
-        """Make a change of the catalog that frees space, with the reserve if the disk is full."""
+        """Make a change of the catalog that frees space, using the reserve if the disk is full."""
         return await self._space.reserve.see_through(lambda: trio.to_thread.run_sync(change, *arguments))
 
     def _release(self, snapshot: Snapshot, heir: int | None, gone: Sequence[int]) -> None:
-        """Let go of a snapshot's layers, of which `gone` are in the catalog no more."""
+        """Release a snapshot's layers; those in `gone` are not in the catalog any more."""
         if snapshot.usable:
             for image in snapshot.images:
                 self._disposal.punch_later(image.origin.epochs.release(snapshot.id, heir))

@@ -45,7 +45,7 @@ class Snapshot:
         return any(image.opened for image in self.images)
 
     def asks(self, layer: Layer) -> bool:
-        """Whether the layer is among those that its images ask. It must be usable."""
+        """Whether the layer is among those that its images ask. The snapshot must be usable."""
         return any(layer in image.view.layers() for image in self.images)
 
     def reads(self, layer: Layer, chunks: BitMap64) -> bool:
@@ -53,7 +53,7 @@ class Snapshot:
         return any(image.view.reads(layer, chunks) for image in self.images)
 
     def frees_something(self, heir: int | None) -> bool:
-        """Whether its end would give space back, if `heir` inherits."""
+        """Whether its removal would free space, if `heir` inherits."""
         return any(image.delta.layer.held or image.origin.epochs.freed_by(self.id, heir) for image in self.images)
 
     def image(self, name: bytes) -> Image | None:
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 def check_name(name: bytes) -> None:
-    """Raise BadNameError or NameTooLongError unless a snapshot may be called so."""
+    """Raise BadNameError or NameTooLongError unless a snapshot may have that name."""
     if len(name) > MOST_NAME_BYTES:
         raise NameTooLongError(f"a snapshot's name has at most {MOST_NAME_BYTES} bytes, and this one {len(name)}")
     controls = any(character < " " or "\x7f" <= character < "\xa0" for character in name.decode("utf-8", "replace"))

@@ -1,6 +1,6 @@
 """The store: how its parts are put together; taking, renaming and deleting snapshots; the clean close.
 
-It is opened by cow/opening.py. What it gives out (`Store.origins`, `Store.snapshots`, their images) is used on the
+It is opened by cow/opening.py. What it hands out (`Store.origins`, `Store.snapshots`, their images) is used on the
 trio thread of the caller. Its parts know each other in one direction, in the order in which `Store` makes them.
 
 States of a snapshot, and who makes each step:
@@ -8,7 +8,8 @@ States of a snapshot, and who makes each step:
     (none) --create_snapshot--> pending --create_snapshot--> valid
     pending --recovery, or an error in create_snapshot--> (none)
     valid --read of a bad chunk, or chunks lost (store/damage.py)--> damaged
-    valid, damaged --the device was changed while nobody looked (store/loading.py)--> suspect
+    damaged --lost chunks were rescued (store/damage.py)--> valid
+    valid, damaged --the device was changed while hcpfs was not running (store/loading.py)--> suspect
     valid, damaged, suspect --no room, or nothing can be recorded (store/removal.py)--> invalid
     all but pending --delete_snapshot--> (none)
 """
@@ -74,12 +75,12 @@ Quiesce = Callable[[], AbstractAsyncContextManager[Evidence]]
 
 @asynccontextmanager
 async def nothing_to_quiesce() -> AsyncIterator[Evidence]:
-    """The `quiesce` of a store whose origins nobody has mounted."""
+    """The `quiesce` of a store none of whose origins is mounted."""
     yield {"quiesced": "no"}
 
 
 class OnDisk(NamedTuple):
-    """What a store has on disk. Its opener opens it and closes it."""
+    """What a store has on disk. Its opener opens and closes it."""
 
     directory: Directory
     layers_directory: Directory
@@ -108,7 +109,7 @@ class Store:
         self._catalog = catalog = on_disk.catalog
         self._tell = tell
         self._tasks: trio.Nursery | None = None  #: of `run`
-        self._abandoned: set[Snapshot] = set()  #: those that could not be taken, and are to be taken back
+        self._abandoned: set[Snapshot] = set()  #: those that could not be taken, and have to be removed again
         self._gate = Gate()
         self._due = due = Bell()  #: rung when the housekeeping has something to do
         self.inventory = Inventory(on_disk.directory, on_disk.layers_directory)
@@ -147,8 +148,8 @@ class Store:
     async def create_snapshot(self, name: bytes, quiesce: Quiesce = nothing_to_quiesce) -> Snapshot:
         """Take a snapshot of all origins at one instant. It is durable and complete on return. # I5
 
-        `quiesce` is entered before writes are held and left right after; the evidence it yields goes into `info`.
-        Raises the errors of names, ReadOnlyError, StoreFullError, HoldTimeoutError, and OSError where an
+        `quiesce` is entered before writes are held back and left right after; the evidence it yields goes into `info`.
+        Raises the errors of names, ReadOnlyError, StoreFullError, StoreGoneError, HoldTimeoutError, and OSError when an
         origin cannot be synced; the snapshot does not exist then.
         """
         check_name(name)
@@ -170,7 +171,7 @@ class Store:
                         self._check_name_is_free(name)
                         snapshot = await self._open_epoch(name)
                 evidence["held_us"] = str((time.perf_counter_ns() - began) // 1000)
-            # What was acknowledged before the instant is part of the snapshot, and must not be lost with the power.
+            # What was acknowledged before the instant is part of the snapshot, and must survive a power loss.
             for origin in self.origins:
                 await origin.sync()
             async with self.inventory.lock:
@@ -185,7 +186,7 @@ class Store:
         return snapshot
 
     async def _remove_abandoned(self) -> None:
-        """Take back snapshots that could not be taken, also those where an error kept us from it before."""
+        """Remove snapshots that could not be taken, also those whose removal failed before."""
         for snapshot in list(self._abandoned):
             async with self.inventory.lock:
                 if self.inventory.get(snapshot.id) is snapshot:
@@ -210,7 +211,7 @@ class Store:
 
     async def _open_epoch(self, name: bytes) -> Snapshot:
         row, layer_rows = await trio.to_thread.run_sync(self._catalog.add_snapshot, name, time.time_ns())
-        # atomic: no checkpoint. Between the commit and here no write is let in.
+        # atomic: no trio checkpoint. Between the transaction and here no write is let in.
         made = list(zip(layer_rows, self.inventory.make_layers(layer_rows), strict=True))
         preserved = {of.origin: layer for of, layer in made if of.role == Role.PRESERVED}
         deltas = {of.origin: layer for of, layer in made if of.role == Role.DELTA}
@@ -271,7 +272,7 @@ class Store:
             raise ReadOnlyError("mounted read-only: mount without the option ro to change snapshots")
 
     async def catalog_problems(self) -> list[str]:
-        """What is wrong with the catalog, in sentences; all its rows are counted anew."""
+        """What is wrong with the catalog, in sentences; all its rows are summed anew."""
         return await trio.to_thread.run_sync(self._catalog.problems)
 
     # -- housekeeping --------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class Store:
         await self._commits.checkpoint()
 
     async def _take_fingerprints(self) -> None:
-        """Have the fingerprint of the newest snapshot in the catalog. It stays right until that snapshot goes."""
+        """Put the fingerprint of the newest snapshot into the catalog. It stays right until that snapshot goes."""
         newest = self.inventory.trusted[-1].id if self.inventory.trusted else 0
         for origin in self.origins if newest and not self.settings.read_only else ():
             if origin.fingerprint_of != newest:
@@ -306,7 +307,7 @@ class Store:
                     self._gate,
                     self._preserver,
                     self._tell,
-                    # Where a full store stops the writer, the writer has to be there to be told.
+                    # Where a full store stops the writer, the writer has to wait for the error.
                     write_behind=self.settings.write_behind and self.settings.on_full is not OnFull.BLOCK_WRITES,
                     store_is_in_memory=self.inventory.layers_directory.is_in_memory,
                 )
@@ -340,9 +341,9 @@ class Store:
                 nursery.start_soon(image.run)
 
     async def drain(self) -> None:
-        """Make all that was acknowledged durable, before `run` ends. The origins come first. # I8
+        """Make all acknowledged writes durable, before `run` ends. The origins come first. # I8
 
-        Raises what a disk says, when it has been tried with every device and image: none pays for another. # I9
+        Raises the first error, after every device and image has been tried: none pays for another. # I9
         """
         failures = await self._sync_all()
         if any(is_full(error) for error in failures):
@@ -360,7 +361,7 @@ class Store:
             try:
                 await sync()
             except InvalidSnapshotError:
-                pass  # given up meanwhile, of which it is told otherwise
+                pass  # given up meanwhile, which is an event of its own
             except (CowError, OSError) as error:
                 failures.append(error)
 
@@ -372,9 +373,10 @@ class Store:
         return failures
 
     async def close(self) -> None:
-        """Record a clean stop, and what the devices are known by. After `drain`; `run` has ended, no call is under way.
+        """Record a clean stop, and what the devices are known by.
 
-        Raises where that cannot be done; the next opening recovers then.
+        Called after `drain`, when `run` has ended and no call is under way. Raises when that cannot be done; the next
+        opening recovers then.
         """
         with self.space.reserve.in_need() as let_go:
             await trio.to_thread.run_sync(let_go)
@@ -386,10 +388,10 @@ class Store:
             await trio.to_thread.run_sync(self._catalog.record_clean_stop, stopped, settings)
 
     async def suspect(self, reason: str) -> None:
-        """Record that what is on a device may be wrong for all snapshots. Before anybody uses them."""
+        """Record that what is on a device may be wrong for all snapshots. Called before anybody uses them."""
         await loading.suspect(self.inventory, self._catalog, reason, read_suspect=self.settings.read_suspect)
 
     def close_files(self) -> None:
-        """Close the layers' files, whatever came before."""
+        """Close the layers' files, whatever happened before."""
         self.inventory.close_files()
         self.disposal.close_files()
