@@ -301,9 +301,9 @@ def _records_of(content: _Content, limit: int | None) -> Generator[Record, None,
         yield record
         sequence += 1
         at += used
-    # Appends are synced one by one, so only the last can be torn: a later record shows that one went missing. The
-    # sectors from `limit` on are of an append that failed, and may be anything. The INTENTs that a file begins with are
-    # one append of several records; if there is nothing else, it was the last.
+    # Each record is appended by itself (`Commits`) and synced, so only the last can be torn: a later one shows that one
+    # went missing. The sectors from `limit` on are of an append that failed, and may be anything. The INTENTs that a
+    # file begins with are one append of several records; if there is nothing else, it was the last.
     missing = False
     for sector in range(at, len(sectors)) if sequence != limit else ():
         if sectors[sector] is _DAMAGED:

@@ -63,6 +63,19 @@ def test_i1_i4_a_store_whose_snapshots_were_given_up_is_not_believed_in_a_contai
     assert "given up when the store took no writes" not in said  # the catalog has it
 
 
+def test_i1_i4_where_there_can_be_no_second_place_the_doubt_is_refused_or_recorded(sandbox: Sandbox) -> None:
+    disk, store, _ = _given_up(sandbox)
+    mountpoint = sandbox.path / "mnt"
+    words = " ".join(map(str, HCPFS))
+    mount = f"{words} mount {disk} {mountpoint} --store {store}"
+    script = (
+        f"mount -t tmpfs -o ro none /var/lib && ! {mount} && {mount} -o read_suspect && cat {mountpoint}/snaps/x/info"
+    )
+    done = run("unshare", "-m", "sh", "-c", f"{script} && {words} umount {mountpoint}")
+    assert "which cannot be opened (Read-only file system). Nothing was changed" in done.stderr
+    assert "state suspect" in done.stdout
+
+
 def test_after_a_clean_stop_any_container_may_serve_the_store(sandbox: Sandbox) -> None:
     disk = sandbox.disk(content=os.urandom(8 * MIB))
     served = sandbox.mount(disk)
