@@ -154,7 +154,8 @@ def test_what_sits_on_files_there_and_what_is_mounted_there(sandbox: Sandbox, se
 def test_partitions_and_parts(sandbox: Sandbox) -> None:
     served = sandbox.mount(sandbox.disk(size=32 * MIB))
     device = sandbox.loop(served.live)
-    run("addpart", device, "1", "2048", str(24 * MIB // 512))  # as the kernel does for a partition table
+    run("sfdisk", "--quiet", "--no-reread", device, input=f"start=2048, size={24 * MIB // 512}\n")
+    run("partx", "--add", device)  # as the kernel does for a partition table
     sandbox.format(f"{device}p1", "ext4")
     files = sandbox.mount_device(f"{device}p1")
     write_durably(files / "a", "a")

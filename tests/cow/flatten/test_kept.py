@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,7 +38,7 @@ from tests.support.sandbox import wait_until
 
 
 def _rows(tmp_path: Path) -> int:
-    with sqlite3.connect(tmp_path / "store" / "catalog.sqlite") as catalog:
+    with closing(sqlite3.connect(tmp_path / "store" / "catalog.sqlite")) as catalog:
         return int(catalog.execute("SELECT count(*) FROM layers WHERE role = 'preserved'").fetchone()[0])
 
 
