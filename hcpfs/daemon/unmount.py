@@ -109,7 +109,12 @@ def _unmount_here(path: str, device: int, say: Callable[[str], None]) -> None:
     command = ["umount", path] if os.geteuid() == 0 else ["fusermount3", "-u", path]
     while any(mount.mountpoint == path and mount.device == device for mount in beneath.mounts()):
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"LC_ALL": "C"},  # what it says is looked at
         )
         waiting = _Waiting(say)
         words = f"process {child.pid} unmounts {path}: the kernel writes back what it caches"
@@ -121,8 +126,10 @@ def _unmount_here(path: str, device: int, say: Callable[[str], None]) -> None:
                 waiting.say(words.__str__)
         if child.returncode != 0:
             found = in_the_way(path, device, namespaces.survey())
-            who = listed(found or ["something that does not show: a file on its way between processes, perhaps"])
-            raise RefusedError(f"{path} cannot be unmounted: {said.strip().rstrip('.')}. In the way: {who}")
+            if not found and "busy" in said:
+                found = ["something that does not show: a file on its way between processes, perhaps"]
+            who = f". In the way: {listed(found)}" if found else ""
+            raise RefusedError(f"{path} cannot be unmounted: {said.strip().rstrip('.')}{who}")
 
 
 def _wait(daemon: int, pid: int, device: int, path: str, say: Callable[[str], None], seconds: float) -> None:
