@@ -106,8 +106,11 @@ async def open_store(
         recovered.findings += second_place.findings
         on_disk = OnDisk(directory, layers_directory, catalog, journal, second_place.elsewhere)
         settings = Settings(on_full, write_behind=write_behind, read_only=read_only, read_suspect=read_suspect)
-        store = Store(on_disk, space, settings, tell)
+        reads = io.reads()
+        store = Store(on_disk, space, settings, tell, reads)
         stack.callback(store.close_files)
+        if reads is not None:
+            stack.callback(reads.close)
         store.open_origins(rows, devices)
         _load(store, recovered.layers, stack)
         recovered.findings += await admit(store, catalog, rows, was_clean, accept_changed, accept_unchanged)

@@ -11,7 +11,9 @@ from typing import Protocol
 from cow.buffer.behind import Behind
 from cow.buffer.contents import covers, overlaid
 from cow.buffer.memory import Memory
+from cow.disk.ring import Reads
 from cow.errors import CowError
+from cow.images.reading import Answer
 
 
 class Handle(Protocol):
@@ -22,6 +24,14 @@ class Handle(Protocol):
 
         The result may be a view of `into`, which should be `covering_bytes(length)` long.
         """
+
+    def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:
+        """Begin to read what has to be waited for, in no thread and no task; False where that is impossible.
+
+        When it has come `answer` is called, by `reads.reap`: with the contents, or with None where something is amiss,
+        so that `read_waiting` has to be asked after all.
+        """
+        return False
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """Read, waiting where necessary. Short only at the end. Raises CowError or OSError."""

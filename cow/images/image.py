@@ -13,12 +13,14 @@ from cow.buffer.behind import Behind, Unwritten
 from cow.buffer.contents import Contents, contents_of
 from cow.buffer.memory import Memory
 from cow.clock import after
+from cow.disk.ring import Reads
 from cow.durable.space import Space
 from cow.errors import PastEndError, QuotaError, StoreFullError, printable
 from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, ragged
 from cow.images.delta import Delta
 from cow.images.handle import Handle, read_through
+from cow.images.reading import Answer
 from cow.images.view import View
 
 MOST_WAITING_CHUNKS = 8192  # in the buffers of all images together: 32 MiB
@@ -59,6 +61,10 @@ class Image(Handle):
         if self._behind.touches(offset, length):
             return None
         return self.view.read_nowait(offset, length, into)
+
+    def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:
+        """As `Handle.begin_read`; what the buffer has of it is read the other way."""
+        return not self._behind.touches(offset, length) and self.view.begin_read(reads, offset, length, answer)
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read; fewer bytes only at the image's end. Every chunk from the store is checked. # I4

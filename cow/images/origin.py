@@ -7,6 +7,7 @@ Reads and writes are async and take any offset and length; calls that block are 
 """
 
 import time
+from collections.abc import Sequence
 
 import trio
 from pyroaring import BitMap64
@@ -16,6 +17,7 @@ from cow.buffer.contents import Contents, contents_of
 from cow.buffer.memory import Memory
 from cow.clock import after
 from cow.disk.ailing import check_size, told, why_away
+from cow.disk.ring import Reads
 from cow.disk.source import OriginDevice
 from cow.disk.superblock import Superblock
 from cow.durable.preserver import Preserver
@@ -25,6 +27,8 @@ from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.images.gate import Gate
 from cow.images.handle import Handle, read_through
+from cow.images.reading import Answer, Reading
+from cow.layers.chain import Share
 from cow.layers.epochs import Epochs
 from cow.layers.layer import Layer
 from cow.offload import is_short, offload
@@ -85,6 +89,20 @@ class Origin(Handle):
         except OSError:  # BlockingIOError, or of the device: `read_waiting` reports it
             return None
         return into[:length]
+
+    def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:
+        """As `Handle.begin_read`; what the buffer has of it is read the other way."""
+        if length <= 0 or offset + length > self.size_bytes or self._behind.touches(offset, length):
+            return False
+        return Reading(reads, self, [Share(None, [covering(offset, length)])], answer).begin(offset, length)
+
+    def device_at(self, run: Run) -> int | None:
+        """The descriptor to read a run of the device from; None where that would be short."""
+        return self.device.fd if run.offset + run.length <= self.device.intact_bytes else None
+
+    def is_overtaken(self, found: Sequence[Share]) -> bool:
+        """Never: the live image shows what is on the device."""
+        return False
 
     async def read(self, offset: int, length: int) -> bytes:
         """Read the device as it is now; fewer bytes only at its end."""

@@ -5,12 +5,16 @@ them knows is still on the device. What comes from a layer is checked (I4). Read
 concurrent writes to the origin do no harm.
 """
 
+from collections.abc import Sequence
+
 import trio
 from pyroaring import BitMap64
 
+from cow.disk.ring import Reads
 from cow.errors import CowError, SuspectError
 from cow.geometry import CHUNK_BYTES, Run, covering, runs_of
 from cow.images.origin import Origin
+from cow.images.reading import Answer, Reading
 from cow.layers.chain import Share, gather, holder_of, resolve
 from cow.layers.layer import Layer, pinned
 
@@ -144,6 +148,22 @@ class View:
         start = offset - run.offset
         return into[start : start + length]
 
+    def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:
+        """As `Handle.begin_read`, of what is beneath the buffer."""
+        if length <= 0 or offset + length > self.size_bytes:
+            return False
+        try:
+            found = resolve(self.layers(), covering(offset, length))
+        except CowError:  # who reads the other way is told
+            return False
+        if self._refused_from is not None and any(self._is_refused(share.layer) for share in found):
+            return False
+        return Reading(reads, self, found, answer).begin(offset, length)
+
+    def device_at(self, run: Run) -> int | None:
+        """As of the origin."""
+        return self.origin.device_at(run)
+
     async def read(self, run: Run) -> bytearray:
         """Read whole chunks; the device's last one is filled up with zeroes.
 
@@ -163,7 +183,7 @@ class View:
                 await trio.to_thread.run_sync(self._gather, found, run, into)
             # A chunk that was read from the device may have been preserved and overwritten meanwhile. The set is
             # changed before the device is, so if it is still missing from all layers, the bytes are the old ones. # I2
-            if not self._is_overtaken(found):
+            if not self.is_overtaken(found):
                 return data
 
     def _gather(self, found: list[Share], run: Run, into: memoryview, nowait: bool = False) -> None:
@@ -177,7 +197,11 @@ class View:
     def _is_refused(self, layer: Layer | None) -> bool:
         return layer is None or (layer is not self.delta_layer and layer.id >= (self._refused_from or 0))
 
-    def _is_overtaken(self, found: list[Share]) -> bool:
+    def is_overtaken(self, found: Sequence[Share]) -> bool:
+        """Whether any chunk that was read from the device is in a layer by now, or lost.
+
+        Raises InvalidSnapshotError.
+        """
         from_device = [run for share in found if share.layer is None for run in share.runs]
         if not from_device:
             return False

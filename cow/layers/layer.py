@@ -10,6 +10,7 @@ decide when anything is durable: its owner calls `files.sync_data`, commits to t
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from pyroaring import BitMap64
 from xxhash import xxh3_64_digest
@@ -43,6 +44,14 @@ def open_files(chunks: int) -> int:
 def inodes(chunks: int) -> int:
     """How many inodes a layer of such a device takes at most."""
     return INODES_OF_A_LAYER - 1 + segments_of(chunks)
+
+
+class Place(NamedTuple):
+    """Where chunks of a layer are: descriptors of its files, and the first byte in that of the data."""
+
+    data: int
+    offset: int
+    sums: int
 
 
 class Layer(LayerSets):
@@ -122,6 +131,14 @@ class Layer(LayerSets):
         except BlockingIOError:
             return None
         return data if xxh3_64_digest(data, self.sums.seed_of(chunk)) == expected else None
+
+    def place_of(self, run: Run) -> Place | None:
+        """Where whole chunks can be read without opening anything; None where that is not in one place."""
+        segment, place = divmod(run.first, SEGMENT_CHUNKS)
+        data, sums = self.files.opened.get(segment), self.files.opened.get(SUMS)
+        if data is None or sums is None or self.damage is not None or place + run.chunks > SEGMENT_CHUNKS:
+            return None
+        return Place(data.fd, place * CHUNK_BYTES, sums.fd)
 
     def fill(self, runs: Sequence[Run], first: int, into: memoryview, *, nowait: bool = False) -> None:
         """Read runs, ascending, to their places in `into`, which begins with the chunk `first`, and check them. # I4

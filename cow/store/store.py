@@ -27,6 +27,7 @@ import trio
 from cow.bell import Bell
 from cow.config import OnFull
 from cow.disk.directory import Directory
+from cow.disk.ring import Reads
 from cow.disk.source import OriginDevice
 from cow.durable.commits import Commits
 from cow.durable.preserver import Preserver, is_full
@@ -48,6 +49,7 @@ from cow.images.gate import Gate
 from cow.images.image import Image
 from cow.images.origin import Origin
 from cow.images.origins import Origins
+from cow.images.reading import tell_of
 from cow.images.recognition import gather
 from cow.images.view import View
 from cow.layers.layer import Layer, inodes
@@ -102,8 +104,11 @@ class Settings:
 class Store:
     """An open store. Made by `open_store`."""
 
-    def __init__(self, on_disk: OnDisk, space: Space, settings: Settings, tell: Tell) -> None:
+    def __init__(
+        self, on_disk: OnDisk, space: Space, settings: Settings, tell: Tell, reads: Reads | None = None
+    ) -> None:
         self.space = space
+        self.reads = reads  #: for `Handle.begin_read`; None where reads have to be waited for in threads
         self.settings = settings
         self.path = on_disk.directory.label
         self._catalog = catalog = on_disk.catalog
@@ -334,6 +339,8 @@ class Store:
             nursery.start_soon(self._preserver.run)
             nursery.start_soon(self.housekeeping.run)
             nursery.start_soon(self.origins.run)
+            if self.reads is not None:
+                nursery.start_soon(tell_of, self.reads)
             if not self.settings.read_only:
                 nursery.start_soon(self._flattener.run)
             self._tasks = nursery

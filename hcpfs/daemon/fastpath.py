@@ -29,6 +29,7 @@ from typing import Any
 import trio
 
 from cow.buffer.memory import Memory
+from cow.disk.ring import Reads, Ring
 from cow.geometry import covering_bytes
 from cow.images.handle import Handle
 from hcpfs.daemon.protocol import (
@@ -53,6 +54,7 @@ CROWDED_SECONDS = 0.02  # without spinning, after another process wanted the pro
 DOZE_MILLISECONDS = 1  # of polling /dev/fuse alone: a wait in trio costs as much as two requests
 LONG_BYTES = 256 << 10  # a write from this size on may retain the memory it was received in, which saves a copy
 MOST_SPARE = 18  # pieces of such memory that are kept for reuse: as many as one image may retain
+READS_SECONDS = 0.001  # between two looks for the last reads, at the end
 MOST_FORGETTING = 4  # threads that wait for the kernel to drop cached pages
 MOST_TASKS = 99  # that work on requests, as in pyfuse3
 
@@ -79,12 +81,15 @@ class FastPath:
         handles: Mapping[int, Handle],
         errno_of: Callable[[str, Exception], int],
         on_unmount: Callable[[], None],
+        reads: Reads | None = None,
     ) -> None:
         self._kernel = kernel
         self._libfuse = libfuse
         self._handles = handles
         self._errno_of = errno_of
         self._on_unmount = on_unmount
+        self._reads = reads if isinstance(reads, Ring) else None  #: for what has to be waited for
+        self._reading = 0  #: how many of them are under way
         self._request = bytearray(
             DATA_AT
         )  #: its first bytes, up to a write's data; only valid until the turn is handed over
@@ -105,6 +110,8 @@ class FastPath:
         self._crowded_until = 0.0  #: until then other processes are taken to want the processor
         self._poll = select.poll()
         self._poll.register(kernel, select.POLLIN)
+        if self._reads is not None:
+            self._poll.register(self._reads.fileno, select.POLLIN)
         self._until = 0.0  #: when the next checkpoint is due
 
     async def serve(self) -> None:
@@ -116,6 +123,9 @@ class FastPath:
                 with suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_readable(self._libfuse)
                 self._pass_back()
+            while self._reads is not None and self._reading:
+                if not self._tell_of_reads():
+                    await trio.sleep(READS_SECONDS)
 
     def end(self) -> None:
         """Read no more requests. Those under way here are still answered; libfuse must have answered its own."""
@@ -198,6 +208,8 @@ class FastPath:
             try:
                 length = readv(kernel, into)
             except BlockingIOError:
+                if self._reading and self._tell_of_reads():
+                    continue
                 if self._working or self._passed:
                     return self._sleep()
                 if impatient and now - looked > PATIENCE_SECONDS:  # another process had the processor meanwhile
@@ -236,8 +248,16 @@ class FastPath:
                         length
                     )  # without handing the turn over, so that the buffer stays as it is
 
+    def _tell_of_reads(self) -> int:
+        """Have reads that were begun start, and answer those that have come. Returns how many came."""
+        assert self._reads is not None
+        self._reads.submit()
+        return self._reads.reap()
+
     async def _visit(self) -> None:
         """Let trio run all other tasks that are ready."""
+        if self._reading:
+            self._tell_of_reads()
         await trio.lowlevel.checkpoint()
         self._until = time.monotonic() + (MOST_SECONDS_PASSED if self._passed else MOST_SECONDS)
 
@@ -276,9 +296,22 @@ class FastPath:
             self._fail("read", unique, error)
             return None
         if content is None:
-            return self._read_waiting(unique, number, offset, size)
+            return self._begin_read(unique, number, offset, size)
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
         return None
+
+    def _begin_read(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+        def answer(content: memoryview | None) -> None:
+            self._reading -= 1
+            if content is None:
+                self._nursery.start_soon(self._read_waiting, unique, number, offset, size)
+            else:
+                self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
+
+        if self._reads is not None and self._handles[number].begin_read(self._reads, offset, size, answer):
+            self._reading += 1
+            return None
+        return self._read_waiting(unique, number, offset, size)
 
     async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:
         try:

@@ -44,7 +44,8 @@ class Session:
             return
         with _taken_over(self._descriptor, *ends) as (kernel, libfuse):
             tree = self._operations.tree
-            fast_path = FastPath(kernel, libfuse, tree.handles, self._operations.errno_of, terminate)
+            reads = tree.store.reads
+            fast_path = FastPath(kernel, libfuse, tree.handles, self._operations.errno_of, terminate, reads)
             tree.forget_cached = fast_path.forget_cached
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fast_path.serve)

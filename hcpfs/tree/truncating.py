@@ -20,10 +20,12 @@ from contextlib import suppress
 import trio
 
 from cow.buffer.memory import Memory
+from cow.disk.ring import Reads
 from cow.errors import CowError
 from cow.geometry import covering_bytes
 from cow.images.image import Image
 from cow.images.origin import Origin
+from cow.images.reading import Answer
 
 PIECE_BYTES = 128 << 10  # zeroed at a time; other requests are served in between
 # For the kernel to drop its cached pages before our answer to the truncation. It cannot drop pages that another process
@@ -55,6 +57,10 @@ class Truncating:
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As of the image."""
         return self.image.read_nowait(offset, length, into)
+
+    def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:
+        """As of the image."""
+        return self.image.begin_read(reads, offset, length, answer)
 
     async def read_waiting(self, offset: int, length: int) -> bytes | bytearray:
         """As of the image."""
