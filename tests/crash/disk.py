@@ -19,6 +19,7 @@ from typing import Any
 from cow.disk.io import FALLOC_PUNCH_HOLE, Geometry, Io
 from cow.disk.trial import Trial
 from tests.crash.calls import Call, Fault, Op, apply_to, resize, site_of_caller
+from tests.crash.reads import SimulatedReads
 
 STORE, SOURCE, ELSEWHERE, SECOND_SOURCE = "/store", "/disk.img", "/elsewhere", "/second.img"
 STORE_INODE, SOURCE_INODE, ELSEWHERE_INODE, SECOND_SOURCE_INODE = 1, 2, 3, 4
@@ -96,6 +97,7 @@ class Disk(Io):
         self._descriptors: dict[int, Inode] = {}
         self._next_descriptor = 1000
         self._locked: set[int] = set()
+        self.is_cold = False  #: whether nothing can be read without waiting, unless `in_memory`
 
     # -- for tests -----------------------------------------------------------------------------------------------
 
@@ -277,8 +279,13 @@ class Disk(Io):
             written = self.pwrite(fd, data, offset)
             data, offset = data[written:], offset + written
 
-    def preadv(self, fd: int, parts: Sequence[bytearray], offset: int, flags: int = 0) -> int:
+    def reads(self) -> SimulatedReads:
+        return SimulatedReads(self)
+
+    def preadv(self, fd: int, parts: Sequence[bytearray | memoryview], offset: int, flags: int = 0) -> int:
         [part] = parts
+        if self.is_cold and flags & os.RWF_NOWAIT:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         data = self.pread(fd, len(part), offset)
         part[: len(data)] = data
         return len(data)

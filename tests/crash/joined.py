@@ -4,19 +4,26 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import trio
 
+from cow.disk.ring import Reads
 from cow.images.image import Image
 from cow.images.origin import Origin
-from tests.support.served import write_served
+from tests.support.served import read_served, write_served
 
 
 class Joined:
     """Live images, or the images of a snapshot. What concerns several of them is done in all of them at once."""
 
-    def __init__(self, parts: Sequence[Image | Origin]) -> None:
+    def __init__(self, parts: Sequence[Image | Origin], reads: Reads | None) -> None:
         self._parts = parts
+        self._reads = reads
 
     async def read(self, offset: int, length: int) -> bytes:
         return b"".join([await part.read(at, size) for part, at, _, size in self._pieces(offset, length)])
+
+    async def read_served(self, offset: int, length: int) -> bytes:
+        """As the file system does."""
+        pieces = self._pieces(offset, length)
+        return b"".join([await read_served(part, self._reads, at, size) for part, at, _, size in pieces])
 
     async def write(self, offset: int, data: bytes) -> None:
         await self._each(lambda part, at, piece: part.write(at, piece), offset, data)

@@ -97,11 +97,11 @@ class Session:
     def image(self, name: str) -> Joined:
         found = self.store.find(name.encode())
         assert found is not None, f"snapshot {name} is gone"
-        return Joined(found.images)
+        return Joined(found.images, self.store.reads)
 
     @property
     def origin(self) -> Joined:
-        return Joined(list(self.store.origins))
+        return Joined(list(self.store.origins), self.store.reads)
 
     async def write_live(self, offset: int, length: int) -> None:
         data = self.fresh(min(length, SIZE - offset))
@@ -126,6 +126,43 @@ class Session:
             await self.write_snapshot(name, offset, length)
             found = await self.image(name).read(offset, length)
             assert found == self.oracle.snapshots[name].latest[offset : offset + length], "what was written is not read"
+
+    async def read_while_overwritten(self, name: str) -> None:
+        """What a snapshot shows is read, both ways, while it is overwritten in the live image. # I2"""
+        expected = self.oracle.snapshots[name].latest
+        self.disk.is_cold = True
+        try:
+            async with trio.open_nursery() as nursery:
+                for at in range(6):
+                    nursery.start_soon(self._read, self.image(name), at * CHUNK, CHUNK, expected)
+                nursery.start_soon(self.write_live, 0, 3 * CHUNK)
+                nursery.start_soon(self.write_live, 3 * CHUNK, 3 * CHUNK)
+        finally:
+            self.disk.is_cold = False
+
+    async def read_on_its_way(self, name: str) -> None:
+        """What was acknowledged is read, both ways, while it goes from the buffer to its place. # I3"""
+        self.disk.is_cold = True
+        try:
+            for turns in range(6):
+                await self.write_live(turns * CHUNK, CHUNK)
+                await self.write_snapshot(name, turns * CHUNK, CHUNK)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.sync_live)
+                    nursery.start_soon(self.sync_snapshot, name)
+                    await _turns(turns)
+                    at = turns * CHUNK
+                    nursery.start_soon(self._read, self.origin, at, CHUNK, self.oracle.live.latest)
+                    nursery.start_soon(self._read, self.image(name), at, CHUNK, self.oracle.snapshots[name].latest)
+        finally:
+            self.disk.is_cold = False
+
+    async def _read(self, image: Joined, offset: int, length: int, expected: bytes) -> None:
+        for served in (True, False):
+            found = await (image.read_served(offset, length) if served else image.read(offset, length))
+            assert found == expected[offset : offset + length], (
+                f"what is read at offset {offset} is not what it is to be"
+            )
 
     async def sync_live(self) -> None:
         try:
@@ -370,6 +407,10 @@ Workload = tuple[str, ...]
 HUNTED: dict[str, Action] = {
     "write live at the instant of a create": lambda session: session.write_during_create(at_the_instant=True),
     "write live chunks again once they are preserved": lambda session: session.write_again_once_preserved(),
+    "read the newest while live is overwritten": _on(
+        _newest, lambda session, name: session.read_while_overwritten(name)
+    ),
+    "read what is on its way": _on(_newest, lambda session, name: session.read_on_its_way(name)),
 }
 
 
