@@ -10,6 +10,7 @@ import sqlite3
 import struct
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 from xxhash import xxh3_64_digest
 
@@ -269,9 +270,10 @@ async def check_damaged(what: str, state: State, oracle: Oracle, tally: Counter[
 
 async def _read(session: Session, name: str, oracle: Oracle, what: str, resealed: bool, tally: Counter[str]) -> None:
     expected = oracle.snapshots[name].latest
-    for offset in range(0, SIZE, CHUNK):
+    for offset, is_cold in product(range(0, SIZE, CHUNK), (True, False)):
+        session.disk.is_cold = is_cold
         try:
-            found = await session.image(name).read(offset, CHUNK)
+            found = await session.image(name).read_served(offset, CHUNK)
         except (CowError, OSError) as error:
             if not str(error):
                 raise ViolationError(f"{what}: an error without a sentence") from error

@@ -429,9 +429,46 @@ ORDER = [
         "    target.sums.write_runs(runs, sums)\n",
         "    target.sums.write_runs(runs, source.sums.read_runs(runs))\n",
     ),
+    Edit(
+        "a read that had to wait does not look at the sets again",
+        "images.view:View.read",
+        "            if not self.is_overtaken(found):\n",
+        "            if True:\n",
+    ),
+    Edit(
+        "a read that was begun does not look at the sets again",
+        "images.reading:Reading._is_right",
+        "not self._beneath.is_overtaken(self._found)",
+        "True",
+    ),
+    Edit(
+        "a read of a snapshot that is begun passes over the buffer",
+        "images.image:Image.begin_read",
+        "not self._behind.touches(offset, length) and ",
+        "",
+    ),
+    Edit(
+        "a read of the live image that is begun passes over the buffer",
+        "images.origin:Origin.begin_read",
+        " or self._behind.touches(offset, length)",
+        "",
+    ),
+    Edit(
+        "the buffer is asked after what is beneath it",
+        "images.handle:read_through",
+        "    if not newer:\n        return await read_beneath(offset, length)\n",
+        "    data = await read_beneath(offset, length)\n"
+        "    return overlaid(data, offset, behind.pieces(offset, length))\n",
+    ),
 ]
 
 CHECKS = [
+    Edit(
+        "chunks of a read that was begun are not checked",
+        "images.reading:Reading._is_right",
+        " or not self._matches()",
+        "",
+    ),
     Edit("chunks are not checked", "layers.layer:Layer._check", "        if found != sums:\n", "        if False:\n"),
     Edit(
         "a chunk by itself is not checked",

@@ -34,6 +34,10 @@ class StopError(Exception):
     """Ends a store as a kill would: nothing of a clean stop is done."""
 
 
+Way = Callable[[Joined, int, int], Awaitable[bytes]]
+_WAYS: tuple[Way, ...] = (Joined.read_served, Joined.read)  #: begun, and waited for in a thread
+
+
 class Session:
     """A store in use on a disk, and the oracle, which is marked in the disk's log before and after each call."""
 
@@ -133,8 +137,8 @@ class Session:
         self.disk.is_cold = True
         try:
             async with trio.open_nursery() as nursery:
-                for at in range(6):
-                    nursery.start_soon(self._read, self.image(name), at * CHUNK, CHUNK, expected)
+                for at, way in product(range(6), _WAYS):
+                    nursery.start_soon(self._read, way, self.image(name), at * CHUNK, CHUNK, expected)
                 nursery.start_soon(self.write_live, 0, 3 * CHUNK)
                 nursery.start_soon(self.write_live, 3 * CHUNK, 3 * CHUNK)
         finally:
@@ -152,17 +156,16 @@ class Session:
                     nursery.start_soon(self.sync_snapshot, name)
                     await _turns(turns)
                     at = turns * CHUNK
-                    nursery.start_soon(self._read, self.origin, at, CHUNK, self.oracle.live.latest)
-                    nursery.start_soon(self._read, self.image(name), at, CHUNK, self.oracle.snapshots[name].latest)
+                    live, snapshot = self.oracle.live.latest, self.oracle.snapshots[name].latest
+                    for way in _WAYS:
+                        nursery.start_soon(self._read, way, self.origin, at, CHUNK, live)
+                        nursery.start_soon(self._read, way, self.image(name), at, CHUNK, snapshot)
         finally:
             self.disk.is_cold = False
 
-    async def _read(self, image: Joined, offset: int, length: int, expected: bytes) -> None:
-        for served in (True, False):
-            found = await (image.read_served(offset, length) if served else image.read(offset, length))
-            assert found == expected[offset : offset + length], (
-                f"what is read at offset {offset} is not what it is to be"
-            )
+    async def _read(self, way: Way, image: Joined, offset: int, length: int, expected: bytes) -> None:
+        found = await way(image, offset, length)
+        assert found == expected[offset : offset + length], f"what is read at offset {offset} is wrong"
 
     async def sync_live(self) -> None:
         try:
