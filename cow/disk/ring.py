@@ -111,7 +111,8 @@ class Ring(Reads):
         self._tail = 0  #: of the submission queue, with what is not submitted yet
         self._queued = 0
         self._free = list(range(ENTRIES))
-        self._done: list[Done | None] = [None] * ENTRIES
+        #: What each number stands for. The memory has to stay while the kernel writes to it.
+        self._reading: list[tuple[Done, Slot] | None] = [None] * ENTRIES
         self._slots: list[list[Slot]] = [[] for _ in SLOTS]  #: that are free, by kind
         self._made = [0] * len(SLOTS)
 
@@ -138,7 +139,7 @@ class Ring(Reads):
     def begin(self, fd: int, slot: Slot, start: int, length: int, offset: int, done: Done) -> None:
         """Read from a file into the slot from its byte `start` on. There is room; `done` is told by `reap`."""
         number = self._free.pop()
-        self._done[number] = done
+        self._reading[number] = done, slot
         place = (self._tail & self._sq_mask) * _SQE.size
         _SQE.pack_into(
             self._entries, place, _OP_READ, 0, 0, fd, offset, slot.address + start, length, 0, number, 0, 0, 0
@@ -172,9 +173,10 @@ class Ring(Reads):
                 self._queues, self._completions_at + (head & self._cq_mask) * _CQE.size
             )
             head = words[self._cq_head] = (head + 1) & 0xFFFFFFFF
-            done, self._done[number] = self._done[number], None
+            reading, self._reading[number] = self._reading[number], None
             self._free.append(number)
-            assert done is not None
+            assert reading is not None
+            done, _ = reading
             done(result)
         return count
 
