@@ -52,6 +52,12 @@ class Handle(Protocol):
         """Make all acknowledged writes durable. # I3"""
 
 
+def from_buffer(behind: Behind, offset: int, length: int) -> bytes | None:
+    """An extent that is wholly in the buffer; None for any other."""
+    newer = behind.pieces(offset, length)
+    return overlaid(bytes(length), offset, newer) if covers(newer, offset, length) else None
+
+
 async def read_through(
     behind: Behind, offset: int, length: int, read_beneath: Callable[[int, int], Awaitable[bytes | bytearray]]
 ) -> bytes | bytearray:

@@ -19,7 +19,7 @@ from cow.errors import PastEndError, QuotaError, StoreFullError, printable
 from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, covering, covering_bytes, ragged
 from cow.images.delta import Delta
-from cow.images.handle import Handle, read_through
+from cow.images.handle import Handle, from_buffer, read_through
 from cow.images.reading import Answer
 from cow.images.view import View
 
@@ -59,7 +59,7 @@ class Image(Handle):
         An extent in more than one chunk is read into `into`, which has to have `covering_bytes(length)` for it.
         """
         if self._behind.touches(offset, length):
-            return None
+            return from_buffer(self._behind, offset, length) if self.view.is_usable else None
         return self.view.read_nowait(offset, length, into)
 
     def begin_read(self, reads: Reads, offset: int, length: int, answer: Answer) -> bool:

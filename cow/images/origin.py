@@ -26,7 +26,7 @@ from cow.errors import CowError, PastEndError, ReadOnlyError, printable
 from cow.events import Tell
 from cow.geometry import CHUNK_BYTES, Run, chunks_in, chunks_of, covering
 from cow.images.gate import Gate
-from cow.images.handle import Handle, read_through
+from cow.images.handle import Handle, from_buffer, read_through
 from cow.images.reading import Answer, Reading
 from cow.layers.chain import Share
 from cow.layers.epochs import Epochs
@@ -70,6 +70,7 @@ class Origin(Handle):
         self._write_behind = write_behind
         self._look_again_ns = 0  #: when to check the size of a file again
         is_in_memory = store_is_in_memory and device.is_in_memory
+        self._writes_wait = not device.is_in_memory  #: so that many are made together, from the buffer
         self._losses = Losses()
         self._behind = Behind(device.label, self._take, tell, is_in_memory=is_in_memory)
         self._is_preserved = self.epochs.is_preserved  # asked for every short write
@@ -78,8 +79,10 @@ class Origin(Handle):
 
     def read_nowait(self, offset: int, length: int, into: memoryview) -> bytes | memoryview | None:
         """As `read`, where that needs no waiting; else None. More than a chunk is read into `into`."""
-        if offset + length > self.device.intact_bytes or self._behind.touches(offset, length):
+        if offset + length > self.device.intact_bytes:
             return None
+        if self._behind.touches(offset, length):
+            return from_buffer(self._behind, offset, length)
         try:
             if length <= CHUNK_BYTES:
                 return self.device.pread_nowait(length, offset)
@@ -216,11 +219,13 @@ class Origin(Handle):
     def _must_buffer(self, offset: int, length: int) -> bool:
         """Whether a write has to go into the buffer.
 
-        Because old bytes must be preserved first, or because an older write to the same chunks waits there, which must
-        not overwrite the newer one later.
+        Because the device would have to be waited for, or old bytes must be preserved first, or because an older write
+        to the same chunks waits there, which must not overwrite the newer one later.
         """
         if not self._write_behind:
             return False
+        if self._writes_wait:
+            return True
         chunk, start = divmod(offset, CHUNK_BYTES)
         if start + length <= CHUNK_BYTES:
             if not self._is_preserved(chunk) or self._behind.touches(offset, length):

@@ -54,6 +54,7 @@ CROWDED_SECONDS = 0.02  # without spinning, after another process wanted the pro
 DOZE_MILLISECONDS = 1  # of polling /dev/fuse alone: a wait in trio costs as much as two requests
 LONG_BYTES = 256 << 10  # a write from this size on may retain the memory it was received in, which saves a copy
 MOST_SPARE = 18  # pieces of such memory that are kept for reuse: as many as one image may retain
+COLD_READS = 16  # begun without a try, after one that had to wait: a try in vain costs a third of the read
 READS_SECONDS = 0.001  # between two looks for the last reads, at the end
 MOST_FORGETTING = 4  # threads that wait for the kernel to drop cached pages
 MOST_TASKS = 99  # that work on requests, as in pyfuse3
@@ -90,6 +91,7 @@ class FastPath:
         self._on_unmount = on_unmount
         self._reads = reads if isinstance(reads, Ring) else None  #: for what has to be waited for
         self._reading = 0  #: how many of them are under way
+        self._cold = 0  #: how many of the next reads are not tried without waiting
         self._request = bytearray(
             DATA_AT
         )  #: its first bytes, up to a write's data; only valid until the turn is handed over
@@ -290,17 +292,26 @@ class FastPath:
     # -- requests: each is answered at once, or by the coroutine that is returned ----------------------------------
 
     def _read(self, unique: int, number: int, offset: int, size: int, _flags: int) -> Waits | None:
+        if self._cold:
+            self._cold -= 1
+            if self._begin_read(unique, number, offset, size):
+                return None
         try:
             content = self._handles[number].read_nowait(offset, size, self._content)
         except Exception as error:
             self._fail("read", unique, error)
             return None
         if content is None:
-            return self._begin_read(unique, number, offset, size)
+            if not self._begin_read(unique, number, offset, size):
+                return self._read_waiting(unique, number, offset, size)
+            self._cold = COLD_READS
+            return None
         self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
         return None
 
-    def _begin_read(self, unique: int, number: int, offset: int, size: int) -> Waits | None:
+    def _begin_read(self, unique: int, number: int, offset: int, size: int) -> bool:
+        """Begin a read that is answered when it has come; False where it has to be read the other way."""
+
         def answer(content: memoryview | None) -> None:
             self._reading -= 1
             if content is None:
@@ -308,10 +319,11 @@ class FastPath:
             else:
                 self._send((ANSWER.pack(ANSWER.size + len(content), 0, unique), content))
 
-        if self._reads is not None and self._handles[number].begin_read(self._reads, offset, size, answer):
-            self._reading += 1
-            return None
-        return self._read_waiting(unique, number, offset, size)
+        handle = self._handles.get(number)
+        if self._reads is None or handle is None or not handle.begin_read(self._reads, offset, size, answer):
+            return False
+        self._reading += 1
+        return True
 
     async def _read_waiting(self, unique: int, number: int, offset: int, size: int) -> None:
         try:
