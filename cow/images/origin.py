@@ -143,7 +143,7 @@ class Origin(Handle):
         if self._read_only or self._gate.held or not length or offset + length > self.device.intact_bytes:
             return None
         if self._must_buffer(offset, length):
-            if self._behind.is_full:
+            if self._behind.is_full or not self._may_write_now(offset + length, now_ns):
                 return None
             self._behind.put(offset, data, memory)
         else:
@@ -195,6 +195,7 @@ class Origin(Handle):
         await self._gate.enter()
         try:
             if self._must_buffer(offset, len(data)):
+                check_size(self.device)
                 await self._behind.room()
                 self._behind.put(offset, data, memory)
             else:
