@@ -70,14 +70,23 @@ def empty_state(*contents: bytes) -> State:
 class Disk(Io):
     """The calls of `Io` on a `State`. `decide(call)` may return a Fault; `left_out(call)` tells what is not done.
 
-    With `in_memory` the engine takes it for a file system that waits for no disk.
+    With `in_memory` the engine takes it for a file system that waits for no disk, with `source_in_memory` only that of
+    the sources.
     """
 
-    def __init__(self, state: State, capacity_bytes: int = UNLIMITED, *, in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        state: State,
+        capacity_bytes: int = UNLIMITED,
+        *,
+        in_memory: bool = False,
+        source_in_memory: bool = False,
+    ) -> None:
         self.log: list[tuple[str, Any]] = []  #: ("begin", op), ("end", op) and ("mark", whatever a test put there)
         self.start = state
         self.capacity_bytes = capacity_bytes
         self._in_memory = in_memory
+        self._source_in_memory = source_in_memory
         self.decide: Callable[[Call], Fault | None] | None = None
         self.left_out: Callable[[Call], bool] | None = None
         self.calls: Counter[Call] | None = None  #: set to have them counted
@@ -209,7 +218,8 @@ class Disk(Io):
         """It has no counters."""
 
     def is_in_memory(self, fd: int) -> bool:
-        return self._in_memory  # if not, what blocks is done beside everything else, as on a real disk
+        # If not, what blocks is done beside everything else, as on a real disk.
+        return self._in_memory or (self._source_in_memory and self._descriptors[fd].number in SOURCE_INODES)
 
     def fstat(self, fd: int) -> Any:
         inode = self._descriptors[fd]

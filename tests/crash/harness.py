@@ -217,11 +217,12 @@ async def check_workloads(
 ) -> None:
     """Check many workloads, and the making of a store with the first.
 
-    Every other one is done as if all were in memory, and every third on two disks, which are a consistency group.
+    Every other one is done as if all were in memory, of the others every other one as if the sources were, and every
+    third on two disks, which are a consistency group.
     """
     for number, workload in enumerate(workloads):
         contents = (CONTENT[:SPLIT], CONTENT[SPLIT:]) if number % 3 == 2 else (CONTENT,)
-        disk = Disk(empty_state(*contents), in_memory=number % 2 == 1)
+        disk = Disk(empty_state(*contents), in_memory=number % 2 == 1, source_in_memory=number % 4 == 2)
         await check_workload(workload, random_, tally, share=share, doubles=doubles, whole=number == 0, disk=disk)
 
 

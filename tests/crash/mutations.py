@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 from cow.errors import CowError
@@ -96,24 +97,31 @@ def is_meant(error: BaseException) -> bool:
     return isinstance(error, (AssertionError, CowError, OSError))
 
 
-def _searches(make_disk: Callable[[], Disk], glances: int, share: float) -> Iterator[Callable[[], Awaitable[object]]]:
-    """What is looked at, one after the other."""
-    for workload in HUNTS:  # some show without a power cut
-        yield partial(record, workload, make_disk())
+_Searches = Iterator[Callable[[], Awaitable[object]]]
+_MakeDisk = Callable[..., Disk]  #: with the keywords of `Disk`
+_KINDS: tuple[dict[str, bool], ...] = ({}, {"source_in_memory": True}, {"in_memory": True})
+
+
+def _make_disk(**kind: bool) -> Disk:
+    return Disk(empty_state(CONTENT), **kind)
+
+
+def _searches(make_disk: _MakeDisk, glances: int, share: float) -> _Searches:
+    """What is looked at, one after the other. The kinds of disk take turns."""
+    for workload, kind in product(HUNTS, _KINDS):  # some show without a power cut
+        yield partial(record, workload, make_disk(**kind))
     yield partial(check_workload, OPENINGS, random.Random(1), Tally(), share=QUICK_SHARE, whole=True, disk=make_disk())
     for glance in range(glances):
         for number, workload in enumerate(HUNTS):
+            random_ = random.Random(1)
             if (glance, number) == (0, ALL_OPENINGS):
-                random_ = random.Random(1)
                 yield partial(check_workload, OPENINGS, random_, Tally(), doubles=DOUBLES, whole=True, disk=make_disk())
-            random_ = random.Random(f"{glance} {number}")
-            yield partial(check_workload, workload, random_, Tally(), share=share, doubles=DOUBLES, disk=make_disk())
+            random_, disk = random.Random(f"{glance} {number}"), make_disk(**_KINDS[(glance + number) % 2])
+            yield partial(check_workload, workload, random_, Tally(), share=share, doubles=DOUBLES, disk=disk)
 
 
-async def hunt(
-    make_disk: Callable[[], Disk] = lambda: Disk(empty_state(CONTENT)), glances: int = GLANCES, share: float = SHARE
-) -> str | None:
-    """What the harness says of the engine as it is now, on such a disk; None when it has nothing to say.
+async def hunt(make_disk: _MakeDisk = _make_disk, glances: int = GLANCES, share: float = SHARE) -> str | None:
+    """What the harness says of the engine as it is now, on such disks; None when it has nothing to say.
 
     Each glance is at a `share` of the crash states. Raises BrokenEditError.
     """
@@ -136,9 +144,9 @@ async def calls_of(workloads: list[Workload], kinds: set[str]) -> list[Call]:
     return sorted((call for call in counts if call.kind in kinds), key=str)
 
 
-def disk_without(left_out: Call) -> Disk:
+def disk_without(left_out: Call, **kind: bool) -> Disk:
     """A disk on which that call does nothing."""
-    disk = Disk(empty_state(CONTENT))
+    disk = _make_disk(**kind)
     disk.left_out = lambda call: call == left_out
     return disk
 
