@@ -22,7 +22,7 @@ from tests.crash.calls import Call
 from tests.crash.corruption import check_many
 from tests.crash.disk import Disk, empty_state
 from tests.crash.faults import check_absences
-from tests.crash.harness import CONTENT, Tally, ViolationError, check_workload, record, run
+from tests.crash.harness import CONTENT, SPLIT, Tally, ViolationError, check_workload, record, run
 from tests.crash.workloads import Workload
 
 OPENINGS: Workload = ("sync live", "restart")  # in the end every state is checked, from the making of the store on
@@ -98,16 +98,19 @@ def is_meant(error: BaseException) -> bool:
 
 
 _Searches = Iterator[Callable[[], Awaitable[object]]]
-_MakeDisk = Callable[..., Disk]  #: with the keywords of `Disk`
-_KINDS: tuple[dict[str, bool], ...] = ({}, {"source_in_memory": True}, {"in_memory": True})
+_MakeDisk = Callable[..., Disk]  #: with the keywords of `_make_disk`
+_KINDS: tuple[dict[str, bool], ...] = ({}, {"source_in_memory": True}, {"two_sources": True}, {"in_memory": True})
 
 
-def _make_disk(**kind: bool) -> Disk:
-    return Disk(empty_state(CONTENT), **kind)
+def _make_disk(*, two_sources: bool = False, **kind: bool) -> Disk:
+    return Disk(empty_state(*((CONTENT[:SPLIT], CONTENT[SPLIT:]) if two_sources else (CONTENT,))), **kind)
 
 
 def _searches(make_disk: _MakeDisk, glances: int, share: float) -> _Searches:
-    """What is looked at, one after the other. The kinds of disk take turns."""
+    """What is looked at, one after the other. The kinds of disk take turns.
+
+    A ValueError of those that look into an image, which are for one disk, says nothing.
+    """
     for workload, kind in product(HUNTS, _KINDS):  # some show without a power cut
         yield partial(record, workload, make_disk(**kind))
     yield partial(check_workload, OPENINGS, random.Random(1), Tally(), share=QUICK_SHARE, whole=True, disk=make_disk())

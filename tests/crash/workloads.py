@@ -226,7 +226,7 @@ class Session:
             nursery.start_soon(other)
             nursery.start_soon(self.write_live, CHUNK, 3 * CHUNK)
 
-    async def write_during_create(self, *, at_the_instant: bool = False, delay: int = 0, pace: int = 6) -> None:
+    async def write_during_create(self, *, at_the_instant: bool = False) -> None:
         """The snapshot may or may not have the write. `at_the_instant`: all of it comes while writes are held."""
         self._counter += 1
         name, data = f"s{self._counter}", self.fresh(5 * CHUNK)
@@ -235,12 +235,11 @@ class Session:
         self._mark(replace(self.oracle.making(name, made), live=self.oracle.live.write(0, data)))
 
         async def write() -> None:
-            await _turns(delay)
             while at_the_instant and not are_writes_held(self.store):
                 await _turns(1)
             for start in reversed(range(0, len(data), CHUNK)):  # some before the instant and some after it
                 await self.origin.write(start, data[start : start + CHUNK])
-                await _turns(1 if at_the_instant else pace)
+                await _turns(1 if at_the_instant else 6)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.store.create_snapshot, name.encode())
@@ -249,14 +248,6 @@ class Session:
         taken = await self.image(name).read(0, len(data))
         has = [taken[start : start + CHUNK] == data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         assert has == sorted(has), "the snapshot has a later write, and not the one before it"
-
-    async def write_at_each_moment_of_creates(self) -> None:
-        """Some of the chunks are preserved already, so their writes do not wait where the device is in memory."""
-        for delay in range(0, 80, 4):
-            await self.write_live(2 * CHUNK, CHUNK)
-            await self.sync_live()
-            await self.write_live(5 * CHUNK, CHUNK)
-            await self.write_during_create(delay=delay, pace=0)
 
     async def write_the_same_at_once(self) -> None:
         """The same bytes, so that the order does not matter: no write may overtake what another preserves."""
@@ -420,7 +411,6 @@ Workload = tuple[str, ...]
 # What the mutations are hunted with besides.
 HUNTED: dict[str, Action] = {
     "write live at the instant of a create": lambda session: session.write_during_create(at_the_instant=True),
-    "write live at each moment of creates": lambda session: session.write_at_each_moment_of_creates(),
     "write live chunks again once they are preserved": lambda session: session.write_again_once_preserved(),
     "read the newest while live is overwritten": _on(
         _newest, lambda session, name: session.read_while_overwritten(name)
