@@ -53,6 +53,7 @@ HUNTS: list[Workload] = [
     ("write the same live chunks at once", "create") * 4,
     ("create", "write the same live chunks again and again") * 2,
     ("delete while merging", "idle", "delete while merging", "sync live"),
+    ("write live during a create",) * 8,
     ("create", "read the newest while live is overwritten") * 3,
     ("create", "read what is on its way", "read what is on its way", "create", "read what is on its way"),
 ]
