@@ -105,6 +105,7 @@ def status(store: Store, mountpoint: str, was_clean: bool, findings: list[str], 
         ("available_bytes", _available_bytes(store.space)),
         ("used_percent", store.space.used_percent),
         ("on_full", store.settings.on_full.value),
+        ("reads", "threads" if store.reads is None else "io_uring"),
         ("snapshots", len(states)),
     ]
     pairs += [(f"snapshots.{state}", states.count(state)) for state in State if state is not State.PENDING]
