@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from cow.disk.io import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, Io
 from cow.disk.limits import raise_limit
@@ -115,6 +116,11 @@ class File:
                 self._can_write_nowait = False
                 return False
             raise
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read an extent into its cache: advice, without an error."""
+        with suppress(OSError):
+            self._io.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def sync(self) -> None:
         """Make all earlier writes durable.

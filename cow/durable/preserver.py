@@ -35,6 +35,7 @@ from cow.offload import is_short, offload
 from cow.records.journal import Kind, Record
 
 COPY_CHUNKS = 256  # read and written at a time: 1 MiB
+AHEAD_PARTS = 64  # of those: how many more the kernel is told of before they are read, to read them side by side
 MOST_CHUNKS = 32768  # of an origin in one commit, so that its record fits into a journal file with ease
 FEWEST_CHUNKS = 16  # tried when there is no room for more
 
@@ -52,6 +53,9 @@ class PreservedOrigin(Protocol):
 
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device."""
+
+    def will_read(self, run: Run) -> None:
+        """Chunks of the device will be read soon. Does not wait for them."""
 
     def note_lost(self, layer: Layer, chunks: BitMap64) -> None:
         """Note that the layer has lost the chunks, which may be overwritten now."""
@@ -334,13 +338,16 @@ def _copy_durably(jobs: list[_Job]) -> None:
 
 def _copy_all(job: _Job) -> None:
     copied = BitMap64()
-    for run in job.runs:
-        for part in pieces(run, COPY_CHUNKS) if run.chunks > COPY_CHUNKS else (run,):
-            _copy_part(job, part)
-            if job.away is not None:
-                job.keep_what_was_copied(copied - job.lost)
-                return
-            copied.add_range(part.first, part.end)
+    parts = [part for run in job.runs for part in pieces(run, COPY_CHUNKS)]
+    for place, part in enumerate(parts):
+        if place % AHEAD_PARTS == 0:
+            for one in parts[place + AHEAD_PARTS if place else 0 : place + 2 * AHEAD_PARTS]:
+                job.origin.will_read(one)
+        _copy_part(job, part)
+        if job.away is not None:
+            job.keep_what_was_copied(copied - job.lost)
+            return
+        copied.add_range(part.first, part.end)
 
 
 def _copy_part(job: _Job, part: Run) -> None:

@@ -335,6 +335,11 @@ class Origin(Handle):
         """
         return digests(sampled(self.size_bytes), self.read_chunks)
 
+    def will_read(self, run: Run) -> None:
+        """Have the kernel begin to read chunks of the device into its cache. Does not wait for them."""
+        if not self.device.is_in_memory:
+            self.device.will_read(run.offset, run.length)
+
     def read_chunks(self, run: Run) -> bytes:
         """Whole chunks of the device, the last one filled up with zeroes. Blocks."""
         first, chunks = run
