@@ -26,6 +26,16 @@ from tests.crash.harness import CONTENT, SPLIT, Tally, ViolationError, check_wor
 from tests.crash.workloads import Workload
 
 OPENINGS: Workload = ("sync live", "restart")  # in the end every state is checked, from the making of the store on
+AGAIN_ONCE_PRESERVED: Workload = ("write live chunks again once they are preserved", "sync live")
+AT_THE_INSTANT: Workload = ("write live chunks", "write live at the instant of a create") * 3
+DURING_CREATES: Workload = ("write live during a create",) * 8
+ON_ITS_WAY: Workload = (
+    "create",
+    "read what is on its way",
+    "read what is on its way",
+    "create",
+    "read what is on its way",
+)
 # What the mutations are hunted with besides: every operation by itself, and what it takes to reach the rarer calls.
 # Those that notice the most for their time come first.
 HUNTS: list[Workload] = [
@@ -42,20 +52,20 @@ HUNTS: list[Workload] = [
     ("write chunks of the oldest", "write bytes of the newest", "checkpoint", "idle", "sync live"),
     ("write a chunk of the newest", "write live during a create"),
     ("write live chunks", "sync live", "restart", "write live chunks"),
-    ("write live chunks again once they are preserved", "sync live"),
+    AGAIN_ONCE_PRESERVED,
     ("create", "write live chunks") * 4,
     ("write live chunks", "delete the newest", "create", "idle") * 2,
     ("sync live", "write live during a create", "delete the oldest", "write live during a create"),
-    ("write live chunks", "write live at the instant of a create") * 3,
+    AT_THE_INSTANT,
     ("create", "write the same live chunks at once", "write live at the instant of a create") * 2,
     ("idle", "write live during a create", "idle", "write live during a create"),
     ("create", "write the newest and read it", "write live during a create") * 2,
     ("write the same live chunks at once", "create") * 4,
     ("create", "write the same live chunks again and again") * 2,
     ("delete while merging", "idle", "delete while merging", "sync live"),
-    ("write live during a create",) * 8,
+    DURING_CREATES,
     ("create", "read the newest while live is overwritten") * 3,
-    ("create", "read what is on its way", "read what is on its way", "create", "read what is on its way"),
+    ON_ITS_WAY,
 ]
 # Calls that are made for a reason, and that nothing is lost without.
 NEEDLESS = {
@@ -100,7 +110,19 @@ def is_meant(error: BaseException) -> bool:
 
 _Searches = Iterator[Callable[[], Awaitable[object]]]
 _MakeDisk = Callable[..., Disk]  #: with the keywords of `_make_disk`
-_KINDS: tuple[dict[str, bool], ...] = ({}, {"source_in_memory": True}, {"two_sources": True}, {"in_memory": True})
+_ON_A_DISK: dict[str, bool] = {}
+_SOURCE_IN_MEMORY, _IN_MEMORY, _TWO_SOURCES = {"source_in_memory": True}, {"in_memory": True}, {"two_sources": True}
+# What does not show on a disk: where writes need not wait, and between the devices of a consistency group.
+_ELSEWHERE: list[tuple[dict[str, bool], Workload]] = [
+    *((_SOURCE_IN_MEMORY, workload) for workload in (AGAIN_ONCE_PRESERVED, AT_THE_INSTANT)),
+    *((_IN_MEMORY, workload) for workload in (AT_THE_INSTANT, DURING_CREATES, *HUNTS[3:5])),
+    *((_TWO_SOURCES, workload) for workload in (DURING_CREATES, ON_ITS_WAY, *HUNTS[16:20])),
+]
+# What shows in a few crash states only, and at which share of them.
+_FIRST_CUTS: list[tuple[dict[str, bool], Workload, float]] = [
+    (_TWO_SOURCES, ("restart without write-behind", "create", "write the same live chunks at once"), 0.15),
+    (_ON_A_DISK, ("rename", "delete the oldest"), 1.0),
+]
 
 
 def _make_disk(*, two_sources: bool = False, **kind: bool) -> Disk:
@@ -112,26 +134,31 @@ def _searches(make_disk: _MakeDisk, glances: int, share: float) -> _Searches:
 
     A ValueError of those that look into an image, which are for one disk, says nothing.
     """
-    for workload, kind in product(HUNTS, _KINDS):  # some show without a power cut
+    for kind, workload in [*product([_ON_A_DISK], HUNTS), *_ELSEWHERE]:  # some show without a power cut
         yield partial(record, workload, make_disk(**kind))
     yield partial(check_workload, OPENINGS, random.Random(1), Tally(), share=QUICK_SHARE, whole=True, disk=make_disk())
+    for kind, workload, first_share in _FIRST_CUTS:
+        random_, disk = random.Random(1), make_disk(**kind)
+        yield partial(check_workload, workload, random_, Tally(), share=first_share, disk=disk)
     for glance in range(glances):
         for number, workload in enumerate(HUNTS):
-            random_ = random.Random(1)
             if (glance, number) == (0, ALL_OPENINGS):
-                yield partial(check_workload, OPENINGS, random_, Tally(), doubles=DOUBLES, whole=True, disk=make_disk())
-            random_, disk = random.Random(f"{glance} {number}"), make_disk(**_KINDS[(glance + number) % 2])
+                random_, disk = random.Random(1), make_disk()
+                yield partial(check_workload, OPENINGS, random_, Tally(), doubles=DOUBLES, whole=True, disk=disk)
+            kind = _SOURCE_IN_MEMORY if (glance + number) % 2 else _ON_A_DISK
+            random_, disk = random.Random(f"{glance} {number}"), make_disk(**kind)
             yield partial(check_workload, workload, random_, Tally(), share=share, doubles=DOUBLES, disk=disk)
 
 
-async def hunt(make_disk: _MakeDisk = _make_disk, glances: int = GLANCES, share: float = SHARE) -> str | None:
+def hunt(make_disk: _MakeDisk = _make_disk, glances: int = GLANCES, share: float = SHARE) -> str | None:
     """What the harness says of the engine as it is now, on such disks; None when it has nothing to say.
 
-    Each glance is at a `share` of the crash states. Raises BrokenEditError.
+    Each search is a run of its own, so that what one finds does not hang on those before it. Each glance is at a
+    `share` of the crash states. Raises BrokenEditError.
     """
     for search in _searches(make_disk, glances, share):
         try:
-            await search()
+            run(search)
         except Exception as error:
             if is_meant(error):
                 return str(error) or type(error).__name__
@@ -567,9 +594,9 @@ def unnoticed_away(edit: Edit) -> str | None:
 def unnoticed(mutation: Call | Edit) -> str | None:
     """The mutation in words when the harness does not notice it, else None."""
     if isinstance(mutation, Call):
-        return str(mutation) if run(partial(hunt, partial(disk_without, mutation))) is None else None
+        return str(mutation) if hunt(partial(disk_without, mutation)) is None else None
     with mutation.applied():
-        return mutation.what if run(hunt) is None else None
+        return mutation.what if hunt() is None else None
 
 
 def all_mutations() -> list[Call | Edit]:

@@ -39,7 +39,7 @@ def test_functions_compiled_anew_as_they_are_change_nothing() -> None:
     with ExitStack() as stack:
         for function in {edit.function: edit for edit in (*ORDER, *CHECKS)}.values():
             stack.enter_context(function.unchanged.applied())
-        assert run(partial(hunt, glances=1, share=0.01)) is None
+        assert hunt(glances=1, share=0.01) is None
         run(partial(check_many, 200, 2))
 
 
@@ -50,14 +50,14 @@ def test_an_edit_that_is_no_program_is_not_taken_for_noticed(new: str) -> None:
     old = "        async with holding(self._lock):\n"
     edit = Edit("a broken edit", "durable.commits:Commits.commit", old, f"{old}            {new}\n")
     with edit.applied(), pytest.raises(BrokenEditError):
-        run(hunt)
+        hunt()
 
 
 def test_an_engine_that_breaks_down_for_another_reason_is_not_taken_for_noticed() -> None:
     old = "        async with holding(self._lock):\n"
     edit = Edit("a defect", "durable.commits:Commits.commit", old, f"{old}            {{}}['nothing']\n")
     with edit.applied():
-        assert run(partial(hunt, glances=0)) is None
+        assert hunt(glances=0) is None
 
 
 def test_a_constant_that_is_gone_is_not_passed_over() -> None:
