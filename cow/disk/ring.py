@@ -35,7 +35,6 @@ _SQES_AT = 0x10000000
 _PARAMETERS = struct.Struct("=7I3I10I10I")
 _SQE = struct.Struct("=BBHiQQIIQQQQ")
 _CQE = struct.Struct("=QiI")
-_AGAIN = {errno.EAGAIN, errno.EBUSY, errno.EINTR}  # the kernel has no room for more, or was interrupted
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,7 +67,7 @@ class Reads(Protocol):
         """Read from a file into the slot from its byte `start` on. There is room; `done` is told by `reap`."""
 
     def submit(self) -> None:
-        """Have what was begun start."""
+        """Have what was begun start. What cannot be started is told of at once, with an error."""
 
     def reap(self) -> int:
         """Tell of the reads that have completed, and return how many there were."""
@@ -109,7 +108,7 @@ class Ring(Reads):
         for index in range(entries):
             self._words[submitted[6] // 4 + index] = index
         self._tail = 0  #: of the submission queue, with what is not submitted yet
-        self._queued = 0
+        self._queued: list[int] = []  #: the numbers of those
         self._free = list(range(ENTRIES))
         #: What each number stands for. The memory has to stay while the kernel writes to it.
         self._reading: list[tuple[Done, Slot] | None] = [None] * ENTRIES
@@ -145,21 +144,25 @@ class Ring(Reads):
             self._entries, place, _OP_READ, 0, 0, fd, offset, slot.address + start, length, 0, number, 0, 0, 0
         )
         self._tail += 1
-        self._queued += 1
+        self._queued.append(number)
 
     def submit(self) -> None:
-        """Have what was begun start."""
+        """Have what was begun start. What the kernel does not take is told of at once, with its error."""
         self._words[self._sq_tail] = self._tail & 0xFFFFFFFF
         while self._queued:
-            started = _libc.syscall(_ENTER, self._fd, self._queued, 0, _ENTER_GETEVENTS, None, 0)
-            if started < 0:
-                error = _failed()
-                if error.errno not in _AGAIN:
-                    raise error
-                if not self.reap():
-                    return  # later: what is under way makes room
-                continue
-            self._queued -= started
+            started = _libc.syscall(_ENTER, self._fd, len(self._queued), 0, _ENTER_GETEVENTS, None, 0)
+            if started > 0:
+                del self._queued[:started]
+            elif ctypes.get_errno() != errno.EINTR:
+                self._take_back(-ctypes.get_errno() if started < 0 else -errno.EAGAIN)
+
+    def _take_back(self, result: int) -> None:
+        """The kernel looks at the queue in the system call only, so what it has not taken can be taken out."""
+        queued, self._queued = self._queued, []
+        self._tail -= len(queued)
+        self._words[self._sq_tail] = self._tail & 0xFFFFFFFF
+        for number in queued:
+            self._tell(number, result)
 
     def reap(self) -> int:
         """Tell of the reads that have completed, and return how many there were."""
@@ -173,12 +176,15 @@ class Ring(Reads):
                 self._queues, self._completions_at + (head & self._cq_mask) * _CQE.size
             )
             head = words[self._cq_head] = (head + 1) & 0xFFFFFFFF
-            reading, self._reading[number] = self._reading[number], None
-            self._free.append(number)
-            assert reading is not None
-            done, _ = reading
-            done(result)
+            self._tell(number, result)
         return count
+
+    def _tell(self, number: int, result: int) -> None:
+        reading, self._reading[number] = self._reading[number], None
+        self._free.append(number)
+        assert reading is not None
+        done, _ = reading
+        done(result)
 
     @property
     def under_way(self) -> int:

@@ -10,6 +10,7 @@ import trio
 
 from cow.disk.io import Io
 from cow.disk.ring import ENTRIES, SLOTS, Ring, Slot
+from tests.support.inside import no_ring_for_a_moment
 
 CHUNK = 4096
 _NOT_OPEN = 1 << 20  #: more than any limit
@@ -119,3 +120,18 @@ def test_where_the_kernel_grants_none_there_are_none(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Ring, "__init__", refused)
     assert Io().reads() is None
+
+
+def test_what_the_kernel_does_not_take_is_told_of_at_once_and_the_ring_goes_on(ring: Ring, file: int) -> None:
+    """As io_uring_enter(2) fails where it gets no memory, for example: with a descriptor that is no ring."""
+    slot, results = _slot(ring), list[int]()
+    for number in range(3):
+        ring.begin(file, slot, number * 1024, 1024, 0, results.append)
+    with no_ring_for_a_moment(ring):
+        ring.submit()
+    assert results == [-errno.EOPNOTSUPP] * 3
+    assert ring.under_way == 0
+    ring.begin(file, slot, 0, CHUNK, CHUNK, results.append)
+    _come(ring)
+    assert results[3:] == [CHUNK]
+    assert slot.view[:CHUNK] == CONTENT[CHUNK : 2 * CHUNK]

@@ -17,6 +17,7 @@ import trio
 from cow.buffer.behind import Behind
 from cow.disk import passing
 from cow.disk.directory import Directory
+from cow.disk.ring import Ring
 from cow.durable.space import Space
 from cow.images.image import Image
 from cow.images.origin import Origin
@@ -163,3 +164,14 @@ def polls_with(path: FastPath, poll: Any = None) -> None:
 def is_patient(path: FastPath, seconds: float) -> None:
     """For how long the fast path waits awake."""
     path._patience = seconds
+
+
+@contextmanager
+def no_ring_for_a_moment(ring: Ring) -> Iterator[None]:
+    """Within the block the ring's system calls fail: they name a file that is no ring."""
+    real, ring._fd = ring._fd, os.open(os.devnull, os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.close(ring._fd)
+        ring._fd = real
