@@ -18,9 +18,10 @@ from statistics import median
 import click
 
 from tests.crash.corruption import check_many
+from tests.crash.edits import CHECKS
 from tests.crash.faults import check_plan, count_calls, plans
 from tests.crash.harness import roam, run
-from tests.crash.mutations import CHECKS, all_mutations, unnoticed, unnoticed_check
+from tests.crash.mutations import all_mutations, unnoticed, unnoticed_check
 from tests.crash.workloads import long_workloads
 from tests.mount.test_device_cache import check_flushes
 from tests.mount.test_fsx import random_operations

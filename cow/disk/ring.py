@@ -151,10 +151,11 @@ class Ring(Reads):
         self._words[self._sq_tail] = self._tail & 0xFFFFFFFF
         while self._queued:
             started = _libc.syscall(_ENTER, self._fd, len(self._queued), 0, _ENTER_GETEVENTS, None, 0)
+            error = ctypes.get_errno() if started < 0 else 0
             if started > 0:
                 del self._queued[:started]
-            elif ctypes.get_errno() != errno.EINTR:
-                self._take_back(-ctypes.get_errno() if started < 0 else -errno.EAGAIN)
+            elif error != errno.EINTR:
+                self._take_back(-(error or errno.EAGAIN))
 
     def _take_back(self, result: int) -> None:
         """The kernel looks at the queue in the system call only, so what it has not taken can be taken out."""
@@ -203,8 +204,10 @@ class Ring(Reads):
     def close(self) -> None:
         """Tell of all that is under way, when it has completed, and end. Blocks."""
         self.submit()
+        come = select.poll()  # select(2) takes no descriptor from 1,024 on
+        come.register(self._fd, select.POLLIN)
         while self.under_way:
-            select.select([self._fd], [], [])
+            come.poll()
             self.reap()
         self._words.release()
         self._queues.close()

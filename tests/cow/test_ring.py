@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import trio
 
 from cow.disk.io import Io
+from cow.disk.limits import raise_limit
 from cow.disk.ring import ENTRIES, SLOTS, Ring, Slot
 from tests.support.inside import no_ring_for_a_moment
 
@@ -112,6 +114,19 @@ def test_closing_waits_for_what_is_under_way(file: int) -> None:
         ring.begin(file, _slot(ring), 0, CHUNK, number * CHUNK, results.append)
     ring.close()
     assert results == [CHUNK] * 8
+
+
+def test_its_descriptor_may_be_any_number(file: int) -> None:
+    """select(2) takes none from 1,024 on."""
+    raise_limit(resource.RLIMIT_NOFILE)
+    many = [os.dup(file) for _ in range(1100 - file)]
+    ring, results = Ring(), list[int]()
+    for one in many:
+        os.close(one)
+    assert ring.fileno > 1024
+    ring.begin(file, _slot(ring), 0, CHUNK, 0, results.append)
+    ring.close()
+    assert results == [CHUNK]
 
 
 def test_where_the_kernel_grants_none_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,9 @@ from cow.records.journal import Journal, Kind, Record
 from tests.crash.corruption import check_many
 from tests.crash.cut import states_of
 from tests.crash.disk import STORE, Disk, empty_state
+from tests.crash.edits import AWAY, CHECKS, ORDER, Edit
 from tests.crash.harness import CONTENT, run, small_and_deterministic
-from tests.crash.mutations import (
-    AWAY,
-    CHECKS,
-    ORDER,
-    BrokenEditError,
-    Edit,
-    all_mutations,
-    hunt,
-    unnoticed,
-    unnoticed_away,
-    unnoticed_check,
-)
+from tests.crash.mutations import BrokenEditError, all_mutations, hunt, unnoticed, unnoticed_away, unnoticed_check
 from tests.support.constants import changed
 
 
